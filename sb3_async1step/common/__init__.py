@@ -1,0 +1,1 @@
+"""What both algorithms share, in the order data flows."""

@@ -1,0 +1,253 @@
+"""One worker: it acts in its env lanes, learns from what it sees, and applies its gradients to the shared network."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.dqn.policies import QNetwork
+
+from sb3_async1step.common.exploration import BehaviourPolicy
+from sb3_async1step.common.rollout import Observations, Rollout, RolloutBuffer
+from sb3_async1step.common.shared_parameters import SharedParameters
+
+#: Mean loss over the transitions, a pure function of (online network, target network, rollout)
+LossFunction = Callable[[QNetwork, QNetwork, Rollout], th.Tensor]
+
+
+@dataclass
+class UpdateStats:
+    """
+    What is worth logging about one update.
+
+    :param loss: mean over the update's transitions
+    :param gradient_staleness: updates that other workers applied between this one's reading of the weights
+        and the application of its gradient
+    """
+
+    loss: float
+    gradient_staleness: int
+
+
+@dataclass
+class Transitions:
+    """
+    Transitions to report to the callbacks, in the shapes of ``VecEnv.step()``, and the updates made with them.
+
+    :param actions: as executed, shape ``(n,)``
+    :param new_obs: shape ``(n, *observation_shape)``
+    :param rewards: shape ``(n,)``
+    :param dones: shape ``(n,)``
+    :param infos: length ``n``
+    :param updates: statistics of the updates
+    """
+
+    actions: np.ndarray
+    new_obs: Observations
+    rewards: np.ndarray
+    dones: np.ndarray
+    infos: list[dict[str, Any]]
+    updates: list[UpdateStats]
+
+    def __len__(self) -> int:
+        return len(self.dones)
+
+
+class ActorLearner:
+    """
+    A worker: the paper's actor-learner thread (Algorithm 1), for a group of env lanes in one batch.
+
+    The gradient is the sum over the rollout's time steps, as in the paper, and the mean over the lanes, so that its
+    size depends on ``update_interval`` alone.
+
+    :param env: the worker's lanes
+    :param lanes: which of the model's lanes they are
+    :param observations: their current observations
+    :param behaviour: their behaviour policy
+    :param shared: the networks and the optimizer that all workers share
+    :param loss_function: mean loss of a rollout
+    :param on_policy: whether the next action is chosen before the update and then executed (Sarsa)
+    :param update_interval: vector steps between two updates (the paper's I_AsyncUpdate)
+    :param target_update_interval: environment steps of all lanes between two target syncs (the paper's I_target)
+    :param max_grad_norm: the gradient is clipped to this norm
+    :param first_action: the env's number for action index 0
+    :param device: where the networks are
+    """
+
+    def __init__(
+        self,
+        env: VecEnv,
+        lanes: range,
+        observations: Observations,
+        behaviour: BehaviourPolicy,
+        shared: SharedParameters,
+        loss_function: LossFunction,
+        on_policy: bool,
+        update_interval: int,
+        target_update_interval: int,
+        max_grad_norm: float,
+        first_action: int,
+        device: th.device,
+    ) -> None:
+        self.env = env
+        self.lanes = lanes
+        self.observations = observations
+        self.behaviour = behaviour
+        self.shared = shared
+        self.loss_function = loss_function
+        self.on_policy = on_policy
+        self.target_update_interval = target_update_interval
+        self.max_grad_norm = max_grad_norm
+        self.first_action = first_action
+        self.device = device
+
+        self.rollout = RolloutBuffer(update_interval, observations)
+        self.acting_network = shared.view_network(training=False)
+        self.learning_network = shared.view_network(training=True)
+        self.renew_optimizer()
+        # Sarsa: the actions that the last transitions bootstrapped on, to be executed next
+        self._chosen_actions: np.ndarray | None = None
+        self._steps_since_update = 0
+        self._losses: list[tuple[float, int]] = []
+        self._n_updates_when_read = 0
+
+    def renew_optimizer(self) -> None:
+        """Take over the shared optimizer's statistics, after they were loaded."""
+        self.optimizer = self.shared.view_optimizer(self.learning_network)
+
+    @property
+    def n_lanes(self) -> int:
+        return len(self.lanes)
+
+    def step(self, num_timesteps: int) -> Transitions:
+        """
+        Take one step in every lane, and learn if it is time to.
+
+        :param num_timesteps: the paper's T: environment steps of all lanes, these included
+        :return: the transitions
+        """
+        actions = self._chosen_actions
+        if actions is None:
+            actions = self._choose_actions(self.observations)
+        env_actions = actions + self.first_action
+        new_obs, rewards, dones, infos = self.env.step(env_actions)
+        assert isinstance(new_obs, (np.ndarray, dict))
+        self._store_transitions(actions, rewards, new_obs, dones, infos)
+        self.observations = new_obs
+        self._steps_since_update += 1
+
+        self._sync_target_if_due(num_timesteps)
+        episode_ended = self.n_lanes == 1 and bool(dones[0])
+        updates = [self._update()] if self._rollout_is_over(episode_ended) else []
+        return Transitions(env_actions, new_obs, rewards, dones, infos, updates)
+
+    def _rollout_is_over(self, episode_ended: bool) -> bool:
+        # A single lane updates at the end of its episode, too, as in the paper
+        return self._steps_since_update == self.rollout.n_steps or episode_ended
+
+    def _choose_actions(self, observations: Observations, lanes: np.ndarray | slice = slice(None)) -> np.ndarray:
+        with th.no_grad():
+            q_values = self.acting_network(obs_as_tensor(observations, self.device))
+        return self.behaviour.choose_actions(q_values.cpu().numpy(), lanes)
+
+    def _store_transitions(
+        self,
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        new_obs: Observations,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos], dtype=bool) & dones
+        next_observations = _with_terminal_observations(new_obs, np.flatnonzero(truncated), infos)
+        next_actions: np.ndarray | int = -1
+        if self.on_policy:
+            next_actions = self._choose_next_actions(next_observations, new_obs, np.flatnonzero(truncated))
+        self.rollout.add(self.observations, actions, rewards, next_observations, dones & ~truncated, next_actions)
+
+    def _choose_next_actions(
+        self, next_observations: Observations, new_obs: Observations, truncated_lanes: np.ndarray
+    ) -> np.ndarray:
+        """
+        Choose the next actions now: Sarsa bootstraps on the very actions that it executes next.
+
+        Where an episode was truncated, the two differ: it bootstraps on an action for the terminal observation
+        (drawn first), and executes another one for the new episode's first observation.
+        """
+        bootstrap_actions = None
+        if len(truncated_lanes) > 0:
+            bootstrap_actions = self._choose_actions(_rows(next_observations, truncated_lanes), truncated_lanes)
+        self._chosen_actions = self._choose_actions(new_obs)
+        next_actions = self._chosen_actions.copy()
+        if bootstrap_actions is not None:
+            next_actions[truncated_lanes] = bootstrap_actions
+        return next_actions
+
+    def _sync_target_if_due(self, num_timesteps: int) -> None:
+        """Sync the target network once for each multiple of the interval that this step crossed."""
+        interval = self.target_update_interval
+        n_syncs = num_timesteps // interval - (num_timesteps - self.n_lanes) // interval
+        if n_syncs > 0:
+            # The transitions so far saw the old target network (Algorithm 1 accumulates at every step)
+            self._accumulate_gradient()
+            self.shared.sync_target(n_syncs)
+
+    def _accumulate_gradient(self) -> None:
+        n_steps = self.rollout.n_filled
+        if n_steps == 0:
+            return
+        if not self._losses:
+            self._n_updates_when_read = self.shared.n_updates
+        loss = self.loss_function(self.learning_network, self.shared.target_network, self.rollout.take(self.device))
+        # Mean over the lanes, sum over the time steps
+        (loss * n_steps).backward()
+        self._losses.append((loss.item(), n_steps))
+
+    def _update(self) -> UpdateStats:
+        self._accumulate_gradient()
+        self._clip_gradient()
+        staleness = self.shared.apply_gradient(self.optimizer) - self._n_updates_when_read
+        self.optimizer.zero_grad()
+        losses, n_steps = zip(*self._losses, strict=True)
+        self._losses.clear()
+        self._steps_since_update = 0
+        return UpdateStats(float(np.average(losses, weights=n_steps)), staleness)
+
+    def _clip_gradient(self) -> None:
+        norm = th.nn.utils.clip_grad_norm_(self.learning_network.parameters(), self.max_grad_norm)
+        if not th.isfinite(norm):
+            raise ValueError(
+                f"The gradient's norm is {norm.item()}: a reward or an observation is not finite, or the training "
+                "diverges. The update was not applied. Check the env (VecCheckNan), or lower the learning rate."
+            )
+
+
+def _with_terminal_observations(
+    new_obs: Observations, truncated_lanes: np.ndarray, infos: list[dict[str, Any]]
+) -> Observations:
+    """
+    The observations that the transitions led to.
+
+    Only truncated lanes need theirs: after a termination nothing is bootstrapped.
+    """
+    if len(truncated_lanes) == 0:
+        return new_obs
+    if isinstance(new_obs, dict):
+        next_observations = {key: obs.copy() for key, obs in new_obs.items()}
+        for lane in truncated_lanes:
+            for key, obs in infos[lane]["terminal_observation"].items():
+                next_observations[key][lane] = obs
+        return next_observations
+    next_observations = new_obs.copy()
+    for lane in truncated_lanes:
+        next_observations[lane] = infos[lane]["terminal_observation"]
+    return next_observations
+
+
+def _rows(observations: Observations, rows: np.ndarray) -> Observations:
+    if isinstance(observations, dict):
+        return {key: obs[rows] for key, obs in observations.items()}
+    return observations[rows]

@@ -1,0 +1,531 @@
+"""What makes an asynchronous value-based method an SB3 algorithm: constructor, learn, predict, save and load."""
+
+import io
+import os
+import pathlib
+import time
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
+from torch.nn import functional as F
+
+from sb3_async1step.common.actor_learner import ActorLearner, UpdateStats
+from sb3_async1step.common.exploration import BehaviourPolicy, ExplorationSchedule, allot_final_epsilons
+from sb3_async1step.common.intra_op_threads import intra_op_threads_for
+from sb3_async1step.common.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_async1step.common.rollout import Observations, Rollout, concatenate_observations, slice_observations
+from sb3_async1step.common.shared_parameters import SharedParameters
+from sb3_async1step.common.vec_env_split import find_unsplittable, group_lanes, rejoin_vec_env, split_vec_env
+from sb3_async1step.common.worker_pool import SerialWorkerPool, ThreadWorkerPool, WorkerPool
+
+SelfAsyncAlgorithm = TypeVar("SelfAsyncAlgorithm", bound="AsyncAlgorithm")
+
+LOSSES = {"mse": F.mse_loss, "huber": F.smooth_l1_loss}
+WORKER_POOLS: dict[str, type[WorkerPool]] = {"threads": ThreadWorkerPool, "serial": SerialWorkerPool}
+
+
+class AsyncAlgorithm(BaseAlgorithm):
+    """
+    Base class of the asynchronous one-step methods (Mnih et al. 2016, https://arxiv.org/abs/1602.01783).
+
+    The lanes of a VecEnv (the paper's actor-learners) are split into groups, and each group is driven by a worker:
+    a thread that acts in all its lanes in one batch, and applies its gradients to the shared online network without
+    waiting for the others.
+
+    :param policy: ``MlpPolicy``, ``CnnPolicy``, ``MultiInputPolicy`` (DQN's, with shared RMSProp), or a ``DQNPolicy``
+    :param env: the environment to learn from (if registered in Gym, can be str)
+    :param learning_rate: learning rate, or a function of the progress remaining (from 1 to 0)
+    :param gamma: discount factor
+    :param n_workers: number of worker threads, at most the number of env lanes; ``"auto"`` for as many as there are
+        usable cores. With one worker, all runs on the calling thread and any VecEnv will do
+    :param update_interval: vector steps of a worker's lanes between two updates (the paper's I_AsyncUpdate); a
+        worker with a single lane also updates at the end of an episode, as in the paper
+    :param target_update_interval: environment steps, over all lanes, between two updates of the target network
+        (the paper's I_target)
+    :param tau: soft update coefficient of the target network, 1 for a copy
+    :param exploration_fraction: fraction of the training over which epsilon is annealed
+    :param exploration_initial_eps: initial epsilon
+    :param exploration_final_eps: final epsilon of all lanes, or the values that the lanes get
+    :param exploration_final_probs: proportion of lanes for each final epsilon
+    :param eval_eps: epsilon of ``predict(deterministic=False)``
+    :param max_grad_norm: norm that gradients are clipped to
+    :param loss: ``"mse"`` (the paper's) or ``"huber"`` (DQN's), of the TD error
+    :param lock_updates: whether workers wait for each other's updates; by default they don't (Hogwild)
+    :param backend: ``"threads"``, or ``"serial"``: the same workers take turns on the calling thread, reproducible
+        bit for bit from the seed
+    :param stats_window_size: number of episodes over which logged returns and lengths are averaged
+    :param tensorboard_log: folder for TensorBoard logs (no logging if None)
+    :param policy_kwargs: further parameters of the policy
+    :param verbose: 0 for no output, 1 for info messages, 2 for debug messages
+    :param seed: seed of all random generators
+    :param device: ``"auto"`` means the CPU, which these methods are made for; an explicit device is honoured
+    :param _init_setup_model: whether to build the networks at the creation of the instance
+    :raises ValueError: if a parameter is out of range
+    :raises TypeError: if the env can't be split among ``n_workers``
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    #: Whether the next action is chosen before the update, bootstrapped on, and then executed
+    on_policy: ClassVar[bool]
+
+    policy: DQNPolicy
+    q_net: QNetwork
+    q_net_target: QNetwork
+    action_space: spaces.Discrete
+
+    def __init__(
+        self,
+        policy: str | type[DQNPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 7e-4,
+        gamma: float = 0.99,
+        n_workers: int | str = "auto",
+        update_interval: int = 5,
+        target_update_interval: int = 10_000,
+        tau: float = 1.0,
+        exploration_fraction: float = 0.1,
+        exploration_initial_eps: float = 1.0,
+        exploration_final_eps: float | Sequence[float] = (0.1, 0.01, 0.5),
+        exploration_final_probs: Sequence[float] = (0.4, 0.3, 0.3),
+        eval_eps: float = 0.01,
+        max_grad_norm: float = 40.0,
+        loss: str = "mse",
+        lock_updates: bool = False,
+        backend: str = "threads",
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device="cpu" if device == "auto" else device,
+            support_multi_env=True,
+            seed=seed,
+        )
+        self.gamma = gamma
+        self.n_workers = n_workers
+        self.update_interval = update_interval
+        self.target_update_interval = target_update_interval
+        self.tau = tau
+        self.exploration_fraction = exploration_fraction
+        self.exploration_initial_eps = exploration_initial_eps
+        self.exploration_final_eps = exploration_final_eps
+        self.exploration_final_probs = exploration_final_probs
+        self.eval_eps = eval_eps
+        self.max_grad_norm = max_grad_norm
+        self.loss = loss
+        self.lock_updates = lock_updates
+        self.backend = backend
+        # Mean epsilon of the lanes
+        self.exploration_rate = 0.0
+        self._random_generators: list[np.random.Generator] = []
+        self._setup_runtime()
+
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_runtime(self) -> None:
+        """What is never saved."""
+        # The workers, while learn() runs
+        self._pool: WorkerPool | None = None
+        # Updates since the last log, and its time
+        self._recent_updates: list[UpdateStats] = []
+        self._last_dump = time.perf_counter()
+
+    def _setup_model(self) -> None:
+        self._check_parameters()
+        self._setup_lr_schedule()
+        self.set_random_seed(self.seed)
+        self.policy = self.policy_class(  # type: ignore[assignment]
+            self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs
+        )
+        self.policy = self.policy.to(self.device)
+        self._create_aliases()
+
+    def _create_aliases(self) -> None:
+        self.q_net = self.policy.q_net
+        self.q_net_target = self.policy.q_net_target
+
+    # ------------------------------------------------------------------ checks
+
+    def _check_parameters(self) -> None:
+        if not isinstance(self.action_space, spaces.Discrete):
+            raise ValueError(
+                f"{type(self).__name__} needs a Discrete action space, but the env's is {self.action_space}. "
+                "For other action spaces use e.g. PPO (Box, MultiDiscrete, MultiBinary) or SAC (Box)."
+            )
+        for name in ("update_interval", "target_update_interval"):
+            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("gamma", "tau", "exploration_initial_eps", "eval_eps"):
+            _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        _check("exploration_fraction", self.exploration_fraction, 0 < self.exploration_fraction <= 1, "in (0, 1]")
+        _check("max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "positive")
+        _check("loss", self.loss, self.loss in LOSSES, f"one of {sorted(LOSSES)}")
+        _check("backend", self.backend, self.backend in WORKER_POOLS, f"one of {sorted(WORKER_POOLS)}")
+        self._check_final_epsilons()
+        if self.env is not None:
+            self._count_workers(self.env)
+
+    def _check_final_epsilons(self) -> None:
+        eps, probs = self.exploration_final_eps, self.exploration_final_probs
+        values = [eps] if isinstance(eps, (int, float)) else list(eps)
+        are_valid = len(values) > 0 and all(0 <= value <= 1 for value in values)
+        _check("exploration_final_eps", eps, are_valid, "one or more values in [0, 1]")
+        if isinstance(eps, (int, float)):
+            return
+        _check(
+            "exploration_final_probs",
+            probs,
+            probs is not None and len(probs) == len(values) and min(probs) >= 0 and np.isclose(sum(probs), 1.0),
+            f"{len(values)} proportions that sum up to 1, one for each value of exploration_final_eps ({eps})",
+        )
+
+    def _count_workers(self, env: VecEnv) -> int:
+        """
+        :param env: the training env
+        :return: the number of workers for it
+        """
+        unsplittable = find_unsplittable(env)
+        if self.n_workers == "auto":
+            n_workers = min(len(os.sched_getaffinity(0)), env.num_envs)
+            if unsplittable is not None and n_workers > 1:
+                warnings.warn(
+                    f"{unsplittable.__name__} can't be split among several workers, so there will be only one. "
+                    "See sb3_async1step.split_vec_env for how to register a VecEnv class.",
+                    stacklevel=4,
+                )
+                return 1
+            return n_workers
+        n_workers = self.n_workers
+        is_valid = isinstance(n_workers, int) and 1 <= n_workers <= env.num_envs
+        _check("n_workers", n_workers, is_valid, f'"auto" or from 1 to the number of env lanes ({env.num_envs})')
+        assert isinstance(n_workers, int)
+        if unsplittable is not None and n_workers > 1:
+            raise TypeError(
+                f"{unsplittable.__name__} can't be split among n_workers={n_workers}: use n_workers=1, "
+                "or register the class with sb3_async1step.split_vec_env.register."
+            )
+        return n_workers
+
+    # ------------------------------------------------------------------ algorithm
+
+    @staticmethod
+    @abstractmethod
+    def next_state_values(target_network: QNetwork, rollout: Rollout) -> th.Tensor:
+        """
+        :param target_network: the target network
+        :param rollout: ``n`` transitions
+        :return: what to bootstrap on, values of s', shape ``(n,)``
+        """
+
+    def compute_loss(self, online_network: QNetwork, target_network: QNetwork, rollout: Rollout) -> th.Tensor:
+        """
+        The loss of Algorithm 1, a pure function of its arguments.
+
+        :param online_network: the online network (theta)
+        :param target_network: the target network (theta^-)
+        :param rollout: ``n`` transitions
+        :return: mean loss over the transitions, a scalar
+        """
+        with th.no_grad():
+            # y = r for terminal s', else r + gamma * (value of s')
+            td_targets = rollout.rewards + self.gamma * (1.0 - rollout.terminated) * self.next_state_values(
+                target_network, rollout
+            )
+        q_values = online_network(rollout.observations).gather(dim=1, index=rollout.actions[:, None]).squeeze(dim=1)
+        return LOSSES[self.loss](q_values, td_targets)
+
+    def learn(
+        self: SelfAsyncAlgorithm,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int | None = 4,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfAsyncAlgorithm:
+        """
+        Train the model.
+
+        :param total_timesteps: environment steps over all lanes; a lower bound, exceeded by less than one vector step
+        :param callback: called once for every ``num_envs`` transitions, on this thread; the workers stand still then
+        :param log_interval: episodes between two logs, None for no logs
+        :param tb_log_name: name of the run for TensorBoard, by default the class's
+        :param reset_num_timesteps: whether to count from zero
+        :param progress_bar: whether to show a progress bar
+        :return: the trained model
+        :raises BaseException: what an env, a worker or a callback raised, with its own traceback. All workers
+            are stopped by then, and the model can predict, save and learn on
+        """
+        assert self.env is not None, "You must set the environment before calling learn()"
+        tb_log_name = tb_log_name or type(self).__name__
+        total_timesteps, callback = self._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        env = self.env
+        self._setup_runtime()
+        schedule = self._make_exploration_schedule(env.num_envs)
+        self._update_schedules(schedule)
+        try:
+            callback.on_training_start(locals(), globals())
+            with self._run_workers(env, schedule, total_timesteps) as pool:
+                callback.on_rollout_start()
+                for n_batches, transitions in enumerate(pool.batches(), start=1):
+                    self.num_timesteps += len(transitions)
+                    # The names under which callbacks of SB3 look for them
+                    actions, new_obs, rewards = transitions.actions, transitions.new_obs, transitions.rewards
+                    dones, infos = transitions.dones, transitions.infos
+                    if len(transitions) == env.num_envs:
+                        callback.update_locals(locals())
+                        if not callback.on_step():
+                            break
+                    self._update_info_buffer(infos, dones)
+                    self._update_schedules(schedule)
+                    self._log_transitions(dones, transitions.updates, log_interval)
+                    if n_batches % self.update_interval == 0:
+                        callback.on_rollout_end()
+                        callback.on_rollout_start()
+                callback.on_rollout_end()
+        except BaseException:
+            close_progress_bars(callback)
+            raise
+        callback.on_training_end()
+        return self
+
+    @contextmanager
+    def _run_workers(self, env: VecEnv, schedule: ExplorationSchedule, total_timesteps: int) -> Iterator[WorkerPool]:
+        """Split the env among the workers, run them inside the ``with`` block, and put the env together again."""
+        groups = group_lanes(env.num_envs, self._count_workers(env))
+        # A single worker drives the env itself, whatever kind of VecEnv it is
+        parts = [env] if len(groups) == 1 else split_vec_env(env, groups)
+        workers = self._make_workers(parts, groups, schedule)
+        on_threads = self.backend == "threads" and len(workers) > 1
+        make_pool = WORKER_POOLS["threads" if on_threads else "serial"]
+        with intra_op_threads_for(len(workers) if on_threads else 1):
+            try:
+                with make_pool(workers, self.num_timesteps, total_timesteps) as self._pool:
+                    yield self._pool
+            finally:
+                self._pool = None
+        # After a failure the lanes may be anywhere: then _last_obs is None and the next learn() resets the env
+        self._last_obs = concatenate_observations([worker.observations for worker in workers])  # type: ignore[assignment]
+        if len(groups) > 1:
+            rejoin_vec_env(env, parts, groups)
+
+    def _make_workers(
+        self, parts: list[VecEnv], groups: list[range], schedule: ExplorationSchedule
+    ) -> list[ActorLearner]:
+        observations: Observations | None = self._last_obs
+        self._last_obs = None
+        assert observations is not None
+        shared = SharedParameters(self.policy, self.tau, self.lock_updates)
+        return [
+            ActorLearner(
+                env=part,
+                lanes=lanes,
+                observations=slice_observations(observations, lanes),
+                behaviour=BehaviourPolicy(
+                    schedule.epsilons[lanes.start : lanes.stop], int(self.action_space.n), random_generator
+                ),
+                shared=shared,
+                loss_function=self.compute_loss,
+                on_policy=self.on_policy,
+                update_interval=self.update_interval,
+                target_update_interval=self.target_update_interval,
+                max_grad_norm=self.max_grad_norm,
+                first_action=int(self.action_space.start),
+                device=self.device,
+            )
+            for part, lanes, random_generator in zip(
+                parts, groups, self._get_random_generators(len(groups)), strict=True
+            )
+        ]
+
+    def _get_random_generators(self, n_workers: int) -> list[np.random.Generator]:
+        """One generator for each worker, from one seed sequence; they go on from one ``learn()`` to the next."""
+        if len(self._random_generators) != n_workers:
+            # Without a seed, follow numpy's global generator, which users may have seeded
+            seed = np.random.randint(2**31) if self.seed is None else self.seed
+            self._random_generators = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(n_workers)]
+        return self._random_generators
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """
+        Set the seed of all random generators (Python's, numpy's, torch's, the env's, the workers').
+
+        :param seed: the seed
+        """
+        super().set_random_seed(seed)
+        if seed is not None:
+            self.seed = seed
+            self._random_generators = []
+
+    def _make_exploration_schedule(self, num_envs: int) -> ExplorationSchedule:
+        final_epsilons = allot_final_epsilons(self.exploration_final_eps, self.exploration_final_probs, num_envs)
+        return ExplorationSchedule(self.exploration_initial_eps, final_epsilons, self.exploration_fraction)
+
+    def _update_schedules(self, schedule: ExplorationSchedule) -> None:
+        """Set the learning rate and the epsilons that the workers read."""
+        self._update_current_progress_remaining(self.num_timesteps, max(self._total_timesteps, 1))
+        self._update_learning_rate(self.policy.optimizer)
+        schedule.update(self._current_progress_remaining)
+        self.exploration_rate = float(schedule.epsilons.mean())
+        self.logger.record("rollout/exploration_rate", self.exploration_rate)
+
+    # ------------------------------------------------------------------ logging
+
+    def _log_transitions(self, dones: np.ndarray, updates: list[UpdateStats], log_interval: int | None) -> None:
+        self._n_updates += len(updates)
+        self._recent_updates.extend(updates)
+        for _ in range(int(dones.sum())):
+            self._episode_num += 1
+            if log_interval and self._episode_num % log_interval == 0:
+                self.dump_logs()
+
+    def dump_logs(self) -> None:
+        """Write log data: DQN's keys, and the ``async/*`` metrics over the updates since the last log."""
+        now = time.perf_counter()
+        seconds, self._last_dump = now - self._last_dump, now
+        updates, self._recent_updates = self._recent_updates, []
+        if updates:
+            self.logger.record("train/loss", float(np.mean([update.loss for update in updates])))
+            self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+            staleness = float(np.mean([update.gradient_staleness for update in updates]))
+            self.logger.record("async/gradient_staleness", staleness)
+        if self._pool is not None:
+            self.logger.record("async/updates_per_second", len(updates) / seconds)
+            self.logger.record("async/worker_idle_fraction", self._pool.take_idle_seconds() / seconds)
+        # SB3's own: reads only what BaseAlgorithm has
+        OffPolicyAlgorithm.dump_logs(self)  # type: ignore[arg-type]
+
+    # ------------------------------------------------------------------ a still model for those who look at it
+
+    @contextmanager
+    def _standing_still(self) -> Iterator[None]:
+        """No update is in flight inside the ``with`` block."""
+        pool = self._pool
+        with pool.standing_still() if pool is not None else nullcontext():
+            yield
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        Choose actions.
+
+        :param observation: one observation, or a batch
+        :param state: not used
+        :param episode_start: not used
+        :param deterministic: greedy actions; otherwise epsilon-greedy with ``eval_eps``
+        :return: the actions, and the state
+        """
+        with self._standing_still():
+            actions, state = self.policy.predict(observation, state, episode_start, deterministic)
+        if deterministic:
+            return actions, state
+        explores = np.random.random(actions.shape) < self.eval_eps
+        random_actions = np.random.randint(self.action_space.n, size=actions.shape) + self.action_space.start
+        return np.where(explores, random_actions, actions), state
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save the model. While it learns, no update is in flight meanwhile.
+
+        :param path: file to write
+        :param exclude: names of attributes not to save
+        :param include: names of attributes to save, though they would not be by default
+        """
+        with self._standing_still():
+            super().save(path, exclude, include)
+
+    def get_parameters(self) -> dict[str, dict]:
+        """
+        :return: state dicts of the policy and of its optimizer; views, as in SB3: copy them to keep them
+        """
+        with self._standing_still():
+            return super().get_parameters()
+
+    def set_parameters(
+        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        """
+        Load parameters; the workers go on from them.
+
+        :param load_path_or_dict: a saved model, or what ``get_parameters()`` returned
+        :param exact_match: whether all parameters must be there
+        :param device: device to load a file on
+        """
+        with self._standing_still():
+            super().set_parameters(load_path_or_dict, exact_match, device)
+            if self._pool is not None:
+                # Loading replaced the optimizer's statistics
+                for worker in self._pool.workers:
+                    worker.renew_optimizer()
+
+    def get_vec_normalize_env(self) -> VecNormalize | None:
+        """
+        :return: the ``VecNormalize`` wrapper of the training env, if there is one. Inside a callback, its statistics
+            don't change from now on
+        """
+        with self._standing_still():
+            return super().get_vec_normalize_env()
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "q_net", "q_net_target", "_pool", "_recent_updates", "_last_dump"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "policy.optimizer"], []
+
+
+def close_progress_bars(callback: BaseCallback) -> None:
+    """
+    Close what SB3 leaves open when the training fails.
+
+    :param callback: the training's callback
+    """
+    if isinstance(callback, CallbackList):
+        for child in callback.callbacks:
+            close_progress_bars(child)
+    elif isinstance(callback, ProgressBarCallback) and hasattr(callback, "pbar"):
+        callback.on_training_end()
+
+
+def _check(name: str, value: object, is_valid: bool, allowed: str) -> None:
+    if not is_valid:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")

@@ -1,0 +1,82 @@
+"""Epsilon-greedy exploration: a final epsilon for each env lane, and its own random generator for each worker."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from stable_baselines3.common.utils import LinearSchedule
+
+
+def allot_final_epsilons(
+    final_eps: float | Sequence[float], final_probs: Sequence[float] | None, n_lanes: int
+) -> np.ndarray:
+    """
+    Give each env lane its final epsilon, so that the mix is right at any number of lanes.
+
+    The paper samples each thread's value (section 5.1); the largest remainders give the same proportions
+    without their variance. The values are spread over the lanes, so each worker gets a mix, too.
+
+    :param final_eps: one value for all lanes, or the values to choose from
+    :param final_probs: the proportion of lanes for each value (not used for a single value)
+    :param n_lanes: number of env lanes
+    :return: final epsilon of each lane, shape ``(n_lanes,)``
+    """
+    if isinstance(final_eps, (int, float)):
+        return np.full(n_lanes, float(final_eps))
+    assert final_probs is not None
+    quotas = np.asarray(final_probs, dtype=float) * n_lanes
+    counts = np.floor(quotas).astype(int)
+    # Ties go to the likelier value; rounding keeps float noise from deciding them
+    by_remainder = np.lexsort((-quotas, -np.round(quotas - counts, 9)))
+    counts[by_remainder[: n_lanes - counts.sum()]] += 1
+    places = [((i + 0.5) / count, value) for value, count in zip(final_eps, counts, strict=True) for i in range(count)]
+    return np.array([value for _, value in sorted(places, key=lambda place: place[0])], dtype=float)
+
+
+class ExplorationSchedule:
+    """
+    The exploration schedule of all lanes: linear from the initial to each lane's final epsilon, as DQN's.
+
+    :param initial_eps: epsilon of every lane at the start
+    :param final_eps: final epsilon of each lane, shape ``(n_lanes,)``
+    :param fraction: fraction of the training over which epsilon is annealed
+    """
+
+    def __init__(self, initial_eps: float, final_eps: np.ndarray, fraction: float) -> None:
+        self._schedules = [LinearSchedule(initial_eps, eps, fraction) for eps in final_eps.tolist()]
+        self.epsilons = np.full(len(final_eps), initial_eps, dtype=float)
+
+    def update(self, progress_remaining: float) -> None:
+        """
+        Set ``epsilons``, shape ``(n_lanes,)``, in place: the workers look at parts of this array.
+
+        :param progress_remaining: from 1 (start) to 0 (end)
+        """
+        self.epsilons[:] = [schedule(progress_remaining) for schedule in self._schedules]
+
+
+class BehaviourPolicy:
+    """
+    Epsilon-greedy behaviour policy of one worker's lanes.
+
+    :param epsilons: current epsilon of each lane, shape ``(n_lanes,)``; a view that the schedule updates
+    :param n_actions: number of actions
+    :param random_generator: this worker's own random generator
+    """
+
+    def __init__(self, epsilons: np.ndarray, n_actions: int, random_generator: np.random.Generator) -> None:
+        self.epsilons = epsilons
+        self.n_actions = n_actions
+        self.random_generator = random_generator
+
+    def choose_actions(self, q_values: np.ndarray, lanes: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """
+        Choose an action for each lane.
+
+        :param q_values: action values, shape ``(n, n_actions)``
+        :param lanes: which of the worker's lanes the rows belong to, all by default
+        :return: action indices, shape ``(n,)``
+        """
+        n_rows = len(q_values)
+        explores = self.random_generator.random(n_rows) < self.epsilons[lanes]
+        random_actions = self.random_generator.integers(self.n_actions, size=n_rows)
+        return np.where(explores, random_actions, q_values.argmax(axis=1))

@@ -1,0 +1,75 @@
+"""The optimizer whose statistics all workers share."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch as th
+
+
+class SharedRMSprop(th.optim.Optimizer):
+    """
+    Shared RMSProp: non-centred, without momentum, with epsilon inside the square root.
+
+    One running average of squared gradients serves all workers (Mnih et al. 2016, section 4
+    and equations 8 and 9 of its supplement):
+
+    .. math:: g = \\alpha g + (1 - \\alpha) \\Delta\\theta^2, \\quad
+              \\theta \\leftarrow \\theta - \\eta \\frac{\\Delta\\theta}{\\sqrt{g + \\epsilon}}
+
+    The average starts at zero, where SB3's ``RMSpropTFLike`` starts it at one.
+    A step works in place and allocates nothing once it has run.
+
+    :param params: parameters, or parameter groups
+    :param lr: learning rate (eta)
+    :param alpha: decay of the average of squared gradients
+    :param eps: added to the average before the square root is taken
+    :raises ValueError: if a hyperparameter is negative, or ``alpha`` above one
+    """
+
+    def __init__(
+        self,
+        params: Iterable[th.Tensor] | Iterable[dict[str, Any]],
+        lr: float = 7e-4,
+        alpha: float = 0.99,
+        eps: float = 0.1,
+    ) -> None:
+        if lr < 0.0:
+            raise ValueError(f"lr must not be negative, got {lr}")
+        if not 0.0 <= alpha <= 1.0:
+            raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+        if eps < 0.0:
+            raise ValueError(f"eps must not be negative, got {eps}")
+        super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps})
+        # Scratch memory, private to this optimizer object: never shared between workers, never saved
+        self._denominators: dict[th.Tensor, th.Tensor] = {}
+
+    @th.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """
+        Perform one update.
+
+        :param closure: reevaluates the model and returns the loss
+        :return: the loss, if there was a closure
+        """
+        loss = None
+        if closure is not None:
+            with th.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group["lr"], group["alpha"], group["eps"])
+        return loss
+
+    def _update(self, parameter: th.Tensor, lr: float, alpha: float, eps: float) -> None:
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
+        if not state:
+            state["square_avg"] = th.zeros_like(parameter, memory_format=th.preserve_format)
+        if parameter not in self._denominators:
+            self._denominators[parameter] = th.empty_like(parameter, memory_format=th.preserve_format)
+        square_avg, denominator = state["square_avg"], self._denominators[parameter]
+
+        square_avg.mul_(alpha).addcmul_(gradient, gradient, value=1 - alpha)
+        th.add(square_avg, eps, out=denominator).sqrt_()
+        parameter.addcdiv_(gradient, denominator, value=-lr)

@@ -1,0 +1,79 @@
+"""DQN's policies, with the paper's optimizer."""
+
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureCNN
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.dqn.policies import CnnPolicy as DQNCnnPolicy
+from stable_baselines3.dqn.policies import DQNPolicy
+from stable_baselines3.dqn.policies import MultiInputPolicy as DQNMultiInputPolicy
+
+from sb3_async1step.common.optimizers import SharedRMSprop
+from sb3_async1step.common.torch_layers import NipsCNN
+
+
+class MlpPolicy(DQNPolicy):
+    """
+    DQN's policy with Q-network and target network, and :class:`SharedRMSprop` as its optimizer.
+
+    :param observation_space: observation space
+    :param action_space: action space
+    :param lr_schedule: learning rate schedule
+    :param optimizer_class: any torch optimizer
+    :param kwargs: further parameters of SB3's ``DQNPolicy``
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Discrete,
+        lr_schedule: Schedule,
+        optimizer_class: type[th.optim.Optimizer] = SharedRMSprop,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(observation_space, action_space, lr_schedule, optimizer_class=optimizer_class, **kwargs)
+
+    def _predict(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
+        # The network counts actions from 0, the space may not
+        assert isinstance(self.action_space, spaces.Discrete)
+        return super()._predict(obs, deterministic) + int(self.action_space.start)
+
+
+class CnnPolicy(MlpPolicy, DQNCnnPolicy):
+    """
+    :class:`MlpPolicy` for images.
+
+    :param observation_space: observation space
+    :param action_space: action space
+    :param lr_schedule: learning rate schedule
+    :param net_arch: hidden layers behind the features extractor; by default none behind a CNN that ends in one
+    :param features_extractor_class: ``NatureCNN`` by default, or the paper's :class:`NipsCNN`
+    :param kwargs: further parameters of SB3's ``DQNPolicy``
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Discrete,
+        lr_schedule: Schedule,
+        net_arch: list[int] | None = None,
+        features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN,
+        **kwargs: Any,
+    ) -> None:
+        # DQN knows this of NatureCNN only
+        if net_arch is None and features_extractor_class is NipsCNN:
+            net_arch = []
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            net_arch=net_arch,
+            features_extractor_class=features_extractor_class,
+            **kwargs,
+        )
+
+
+class MultiInputPolicy(MlpPolicy, DQNMultiInputPolicy):
+    """:class:`MlpPolicy` for dict observations."""

@@ -1,0 +1,130 @@
+"""The transitions of a worker's lanes between two updates."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
+
+Observations = np.ndarray | dict[str, np.ndarray]
+
+
+class Rollout(NamedTuple):
+    """Transitions in time order, all lanes of a time step together; ``n`` is time steps times lanes."""
+
+    #: shape ``(n, *observation_shape)``
+    observations: PyTorchObs
+    #: action indices, shape ``(n,)``
+    actions: th.Tensor
+    #: shape ``(n,)``
+    rewards: th.Tensor
+    #: s', the terminal observation where an episode ended, shape ``(n, *observation_shape)``
+    next_observations: PyTorchObs
+    #: 1 where s' is terminal (a truncated episode's is not), else 0, shape ``(n,)``
+    terminated: th.Tensor
+    #: a', chosen by the behaviour policy in s' (Sarsa; -1 for Q-learning), shape ``(n,)``
+    next_actions: th.Tensor
+
+
+class RolloutBuffer:
+    """
+    Preallocated storage for one worker's rollout.
+
+    :param n_steps: most vector steps that it holds
+    :param observations: observations of the worker's lanes, for their shapes and types
+    """
+
+    def __init__(self, n_steps: int, observations: VecEnvObs) -> None:
+        assert isinstance(observations, (np.ndarray, dict))
+        n_lanes = len(observations if isinstance(observations, np.ndarray) else next(iter(observations.values())))
+        self.n_steps = n_steps
+        self.n_filled = 0
+        self.observations = _empty_like(n_steps, observations)
+        self.next_observations = _empty_like(n_steps, observations)
+        self.actions = np.empty((n_steps, n_lanes), dtype=np.int64)
+        self.next_actions = np.empty((n_steps, n_lanes), dtype=np.int64)
+        self.rewards = np.empty((n_steps, n_lanes), dtype=np.float32)
+        self.terminated = np.empty((n_steps, n_lanes), dtype=np.float32)
+
+    @property
+    def is_full(self) -> bool:
+        return self.n_filled == self.n_steps
+
+    def add(
+        self,
+        observations: Observations,
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        next_observations: Observations,
+        terminated: np.ndarray,
+        next_actions: np.ndarray | int,
+    ) -> None:
+        """Store one vector step; the parameters are a :class:`Rollout`'s, shapes ``(n_lanes, ...)``."""
+        step = self.n_filled
+        _store(self.observations, step, observations)
+        _store(self.next_observations, step, next_observations)
+        self.actions[step] = actions
+        self.next_actions[step] = next_actions
+        self.rewards[step] = rewards
+        self.terminated[step] = terminated
+        self.n_filled += 1
+
+    def take(self, device: th.device) -> Rollout:
+        """
+        Empty the buffer.
+
+        :param device: where the tensors shall be
+        :return: what it held; valid until the next ``add``
+        """
+        n_filled, self.n_filled = self.n_filled, 0
+        return Rollout(
+            obs_as_tensor(_flatten(self.observations, n_filled), device),
+            th.as_tensor(self.actions[:n_filled].reshape(-1), device=device),
+            th.as_tensor(self.rewards[:n_filled].reshape(-1), device=device),
+            obs_as_tensor(_flatten(self.next_observations, n_filled), device),
+            th.as_tensor(self.terminated[:n_filled].reshape(-1), device=device),
+            th.as_tensor(self.next_actions[:n_filled].reshape(-1), device=device),
+        )
+
+
+def _empty_like(n_steps: int, observations: Observations) -> Observations:
+    if isinstance(observations, dict):
+        return {key: np.empty((n_steps, *obs.shape), obs.dtype) for key, obs in observations.items()}
+    return np.empty((n_steps, *observations.shape), observations.dtype)
+
+
+def _store(storage: Observations, step: int, observations: Observations) -> None:
+    if isinstance(storage, dict):
+        for key in storage:
+            storage[key][step] = observations[key]  # type: ignore[call-overload]
+    else:
+        storage[step] = observations
+
+
+def _flatten(storage: Observations, n_filled: int) -> Observations:
+    if isinstance(storage, dict):
+        return {key: obs[:n_filled].reshape(-1, *obs.shape[2:]) for key, obs in storage.items()}
+    return storage[:n_filled].reshape(-1, *storage.shape[2:])
+
+
+def slice_observations(observations: Observations, lanes: range) -> Observations:
+    """
+    :param observations: observations, first axis: lanes
+    :param lanes: consecutive lanes
+    :return: theirs
+    """
+    if isinstance(observations, dict):
+        return {key: obs[lanes.start : lanes.stop] for key, obs in observations.items()}
+    return observations[lanes.start : lanes.stop]
+
+
+def concatenate_observations(parts: list[Observations]) -> Observations:
+    """
+    :param parts: observations, first axis: lanes
+    :return: those of all lanes
+    """
+    if isinstance(parts[0], dict):
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}  # type: ignore[call-overload]
+    return np.concatenate(parts)  # type: ignore[arg-type]

@@ -1,0 +1,31 @@
+"""The paper's network."""
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.torch_layers import NatureCNN
+from torch import nn
+
+
+class NipsCNN(NatureCNN):
+    """
+    The smaller CNN of Mnih et al. (2013), which the paper's value-based methods use on Atari (section 5.1):
+    16 filters of 8x8 with stride 4, 32 of 4x4 with stride 2, 256 hidden units.
+
+    :param observation_space: images, channels first, shape ``(n_channels, height, width)``
+    :param features_dim: number of hidden units
+    :param normalized_image: whether the images are normalized already, see SB3's ``NatureCNN``
+    """
+
+    def __init__(self, observation_space: spaces.Box, features_dim: int = 256, normalized_image: bool = False) -> None:
+        # NatureCNN checks the space; its layers are replaced
+        super().__init__(observation_space, features_dim, normalized_image)
+        self.cnn = nn.Sequential(
+            nn.Conv2d(observation_space.shape[0], 16, kernel_size=8, stride=4),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, kernel_size=4, stride=2),
+            nn.ReLU(),
+            nn.Flatten(),
+        )
+        with th.no_grad():
+            n_flatten = self.cnn(th.as_tensor(observation_space.sample()[None]).float()).shape[1]
+        self.linear = nn.Sequential(nn.Linear(n_flatten, features_dim), nn.ReLU())

@@ -1,0 +1,307 @@
+"""
+Run the workers, on threads or one after another, and hand their transitions to the thread that called ``learn()``.
+
+Both pools give that thread batches of exactly ``num_envs`` transitions. While it looks at one (logger, callbacks),
+no worker begins another step.
+"""
+
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import TracebackType
+
+import numpy as np
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_async1step.common.actor_learner import ActorLearner, Transitions, UpdateStats
+from sb3_async1step.common.rollout import concatenate_observations, slice_observations
+
+
+class WorkerPool(ABC):
+    """
+    A group of workers and their common step counter.
+
+    :param workers: the workers
+    :param num_timesteps: environment steps made before
+    :param total_timesteps: no worker begins a step when so many are made or under way; rounded up to whole
+        vector steps of all lanes, as in SB3
+    """
+
+    def __init__(self, workers: list[ActorLearner], num_timesteps: int, total_timesteps: int) -> None:
+        self.workers = workers
+        self.batch_size = sum(worker.n_lanes for worker in workers)
+        self.total_timesteps = total_timesteps
+        self._idle_seconds = 0.0
+        self._claimed_timesteps = num_timesteps
+        n_vector_steps = -(-(total_timesteps - num_timesteps) // self.batch_size)
+        self._last_timestep = num_timesteps + n_vector_steps * self.batch_size
+
+    def _claim(self, n_lanes: int) -> int | None:
+        """
+        Count a worker's next step before it is taken.
+
+        :param n_lanes: lanes that step
+        :return: the steps of all lanes up to this one, or None if the training is over
+        """
+        claimed = self._claimed_timesteps + n_lanes
+        # Groups of unequal size may not add up to the last vector step: then stop before overshooting further
+        if self._claimed_timesteps >= self.total_timesteps and claimed > self._last_timestep:
+            return None
+        self._claimed_timesteps = claimed
+        return claimed
+
+    @abstractmethod
+    def batches(self) -> Iterator[Transitions]:
+        """
+        Run the workers.
+
+        :return: batches of ``num_envs`` transitions; the last may be smaller if the groups of lanes are unequal
+        :raises BaseException: the first exception that a worker met, with its own traceback
+        """
+
+    def take_idle_seconds(self) -> float:
+        """
+        :return: seconds since the last call that a worker waited for the calling thread, mean over the workers
+        """
+        seconds, self._idle_seconds = self._idle_seconds, 0.0
+        return seconds / len(self.workers)
+
+    @abstractmethod
+    def standing_still(self) -> AbstractContextManager[None]:
+        """
+        :return: a context manager that waits until no update is in flight, and lets none begin inside
+        """
+
+    def __enter__(self) -> "WorkerPool":
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Stop all workers and wait for them."""
+
+
+class SerialWorkerPool(WorkerPool):
+    """The workers take turns on the calling thread: reproducible bit for bit."""
+
+    def batches(self) -> Iterator[Transitions]:
+        while True:
+            parts = []
+            for worker in self.workers:
+                num_timesteps = self._claim(worker.n_lanes)
+                if num_timesteps is not None:
+                    parts.append(run_step(worker, num_timesteps))
+            if not parts:
+                return
+            yield concatenate(parts)
+
+    def standing_still(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def stop(self) -> None:
+        pass
+
+
+class ThreadWorkerPool(WorkerPool):
+    """
+    One thread for each worker; between workers nothing waits for anything.
+
+    A worker waits only while the calling thread looks at a batch, and when that thread is more than one batch behind.
+    """
+
+    def __init__(self, workers: list[ActorLearner], num_timesteps: int, total_timesteps: int) -> None:
+        super().__init__(workers, num_timesteps, total_timesteps)
+        # Guards everything below; signals every change that somebody may wait for
+        self._changed = threading.Condition()
+        self._unreported: list[Transitions] = []
+        self._n_unreported = 0
+        self._n_pauses = 0
+        self._n_alive = 0
+        self._n_stepping = 0
+        self._is_stopping = False
+        self._exception: BaseException | None = None
+        self._threads = [
+            threading.Thread(target=self._run, args=(worker,), name=f"actor-learner-{i}", daemon=True)
+            for i, worker in enumerate(workers)
+        ]
+
+    def __enter__(self) -> "ThreadWorkerPool":
+        self._n_alive = len(self._threads)
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def batches(self) -> Iterator[Transitions]:
+        while True:
+            with self._changed:
+                self._changed.wait_for(self._has_news)
+                if self._exception is not None:
+                    raise self._exception
+                if not self._unreported:
+                    return
+                batch = self._take_batch()
+                self._n_pauses += 1
+            try:
+                yield batch
+            finally:
+                self._resume()
+
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        # A worker that asks (say, an env that plays against the model) can't wait for itself
+        if threading.current_thread() in self._threads:
+            yield
+            return
+        with self._changed:
+            self._n_pauses += 1
+            self._changed.wait_for(lambda: self._n_stepping == 0)
+        try:
+            yield
+        finally:
+            self._resume()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _has_news(self) -> bool:
+        return self._n_unreported >= self.batch_size or self._n_alive == 0 or self._exception is not None
+
+    def _take_batch(self) -> Transitions:
+        """Take ``num_envs`` transitions, or the last ones, in the order in which they were made."""
+        n_missing = self.batch_size
+        parts = []
+        while n_missing > 0 and self._unreported:
+            first = self._unreported.pop(0)
+            if len(first) > n_missing:
+                first, rest = split(first, n_missing)
+                self._unreported.insert(0, rest)
+            parts.append(first)
+            n_missing -= len(first)
+        self._n_unreported -= self.batch_size - n_missing
+        return concatenate(parts)
+
+    def _resume(self) -> None:
+        with self._changed:
+            self._n_pauses -= 1
+            if self._n_pauses == 0:
+                self._changed.notify_all()
+
+    def _run(self, worker: ActorLearner) -> None:
+        """A worker's thread."""
+        try:
+            while (num_timesteps := self._begin_step(worker.n_lanes)) is not None:
+                self._end_step(run_step(worker, num_timesteps))
+        except BaseException as exception:
+            with self._changed:
+                self._n_stepping -= 1
+                self._exception = self._exception or exception
+                self._is_stopping = True
+        finally:
+            with self._changed:
+                self._n_alive -= 1
+                self._changed.notify_all()
+
+    def _begin_step(self, n_lanes: int) -> int | None:
+        with self._changed:
+            if not self._may_go_on():
+                waits_since = time.perf_counter()
+                self._changed.wait_for(self._may_go_on)
+                self._idle_seconds += time.perf_counter() - waits_since
+            num_timesteps = None if self._is_stopping else self._claim(n_lanes)
+            if num_timesteps is not None:
+                self._n_stepping += 1
+            return num_timesteps
+
+    def _may_go_on(self) -> bool:
+        # One batch may wait for the calling thread while another one fills
+        return self._is_stopping or (self._n_pauses == 0 and self._n_unreported < 2 * self.batch_size)
+
+    def _end_step(self, transitions: Transitions) -> None:
+        with self._changed:
+            self._n_stepping -= 1
+            self._unreported.append(transitions)
+            self._n_unreported += len(transitions)
+            if self._n_unreported >= self.batch_size or self._n_pauses > 0:
+                self._changed.notify_all()
+
+
+def run_step(worker: ActorLearner, num_timesteps: int) -> Transitions:
+    """
+    Let a worker take a step.
+
+    :param worker: the worker
+    :param num_timesteps: steps of all lanes, these included
+    :return: its transitions
+    :raises Exception: what the step raised, with a note that names the lanes
+    """
+    try:
+        return worker.step(num_timesteps)
+    except Exception as exception:
+        exception.add_note(f"Raised in {describe_lanes(worker, exception)}.")
+        raise
+
+
+def describe_lanes(worker: ActorLearner, exception: Exception) -> str:
+    """
+    :param worker: the worker that met the exception
+    :param exception: its exception
+    :return: the env lane that it came from, or the worker's lanes if it can't be told
+    """
+    traceback = exception.__traceback__
+    while traceback is not None:
+        # DummyVecEnv steps its envs in a loop: the loop variable tells which one raised
+        if traceback.tb_frame.f_code is DummyVecEnv.step_wait.__code__:
+            return f"env lane {worker.lanes[traceback.tb_frame.f_locals['env_idx']]}"
+        traceback = traceback.tb_next
+    if worker.n_lanes == 1:
+        return f"env lane {worker.lanes[0]}"
+    return f"the worker of env lanes {worker.lanes[0]} to {worker.lanes[-1]}"
+
+
+def concatenate(parts: list[Transitions]) -> Transitions:
+    """
+    :param parts: transitions
+    :return: all of them, in one
+    """
+    if len(parts) == 1:
+        return parts[0]
+    return Transitions(
+        np.concatenate([part.actions for part in parts]),
+        concatenate_observations([part.new_obs for part in parts]),
+        np.concatenate([part.rewards for part in parts]),
+        np.concatenate([part.dones for part in parts]),
+        [info for part in parts for info in part.infos],
+        [update for part in parts for update in part.updates],
+    )
+
+
+def split(transitions: Transitions, n_first: int) -> tuple[Transitions, Transitions]:
+    """
+    :param transitions: transitions
+    :param n_first: how many to split off
+    :return: the first ones (with the updates), and the rest
+    """
+    return _rows(transitions, range(n_first), transitions.updates), _rows(
+        transitions, range(n_first, len(transitions)), []
+    )
+
+
+def _rows(transitions: Transitions, rows: range, updates: list[UpdateStats]) -> Transitions:
+    return Transitions(
+        transitions.actions[rows.start : rows.stop],
+        slice_observations(transitions.new_obs, rows),
+        transitions.rewards[rows.start : rows.stop],
+        transitions.dones[rows.start : rows.stop],
+        transitions.infos[rows.start : rows.stop],
+        updates,
+    )
