@@ -241,10 +241,10 @@ def _with_terminal_observations(
             for key, obs in infos[lane]["terminal_observation"].items():
                 next_observations[key][lane] = obs
         return next_observations
-    next_observations = new_obs.copy()
+    next_obs = new_obs.copy()
     for lane in truncated_lanes:
-        next_observations[lane] = infos[lane]["terminal_observation"]
-    return next_observations
+        next_obs[lane] = infos[lane]["terminal_observation"]
+    return next_obs
 
 
 def _rows(observations: Observations, rows: np.ndarray) -> Observations:

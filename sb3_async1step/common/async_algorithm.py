@@ -203,7 +203,7 @@ class AsyncAlgorithm(BaseAlgorithm):
         _check(
             "exploration_final_probs",
             probs,
-            probs is not None and len(probs) == len(values) and min(probs) >= 0 and np.isclose(sum(probs), 1.0),
+            probs is not None and len(probs) == len(values) and min(probs) >= 0 and abs(sum(probs) - 1) < 1e-6,
             f"{len(values)} proportions that sum up to 1, one for each value of exploration_final_eps ({eps})",
         )
 
@@ -213,7 +213,8 @@ class AsyncAlgorithm(BaseAlgorithm):
         :return: the number of workers for it
         """
         unsplittable = find_unsplittable(env)
-        if self.n_workers == "auto":
+        n_workers = self.n_workers
+        if n_workers == "auto":
             n_workers = min(len(os.sched_getaffinity(0)), env.num_envs)
             if unsplittable is not None and n_workers > 1:
                 warnings.warn(
@@ -223,7 +224,6 @@ class AsyncAlgorithm(BaseAlgorithm):
                 )
                 return 1
             return n_workers
-        n_workers = self.n_workers
         is_valid = isinstance(n_workers, int) and 1 <= n_workers <= env.num_envs
         _check("n_workers", n_workers, is_valid, f'"auto" or from 1 to the number of env lanes ({env.num_envs})')
         assert isinstance(n_workers, int)
@@ -335,7 +335,7 @@ class AsyncAlgorithm(BaseAlgorithm):
             finally:
                 self._pool = None
         # After a failure the lanes may be anywhere: then _last_obs is None and the next learn() resets the env
-        self._last_obs = concatenate_observations([worker.observations for worker in workers])  # type: ignore[assignment]
+        self._last_obs = concatenate_observations([worker.observations for worker in workers])
         if len(groups) > 1:
             rejoin_vec_env(env, parts, groups)
 

@@ -98,7 +98,7 @@ def _empty_like(n_steps: int, observations: Observations) -> Observations:
 def _store(storage: Observations, step: int, observations: Observations) -> None:
     if isinstance(storage, dict):
         for key in storage:
-            storage[key][step] = observations[key]  # type: ignore[call-overload]
+            storage[key][step] = observations[key]
     else:
         storage[step] = observations
 
@@ -126,5 +126,5 @@ def concatenate_observations(parts: list[Observations]) -> Observations:
     :return: those of all lanes
     """
     if isinstance(parts[0], dict):
-        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}  # type: ignore[call-overload]
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     return np.concatenate(parts)  # type: ignore[arg-type]

@@ -93,5 +93,6 @@ class SharedParameters:
         with self._sync_lock:
             polyak_update(online_network.parameters(), target_network.parameters(), tau)
             # Running statistics of batch norm are copied, as in SB3's DQN
-            polyak_update(*(get_parameters_by_name(net, ["running_"]) for net in (online_network, target_network)), 1.0)
+            online_statistics = get_parameters_by_name(online_network, ["running_"])
+            polyak_update(online_statistics, get_parameters_by_name(target_network, ["running_"]), 1.0)
             self.n_target_syncs += n_times

@@ -1,0 +1,1 @@
+"""Hyperparameters for the RL Zoo, one YAML file for each algorithm."""
