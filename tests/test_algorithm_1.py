@@ -144,7 +144,15 @@ def test_serial_mode_equals_algorithm_1(sarsa, n_lanes, n_workers):
         for lanes, seed in zip(group_lanes(n_lanes, n_workers), seeds, strict=True)
     ]
     n_updates = algorithm_1(
-        network, target, threads, total=total, i_update=i_update, i_target=i_target, lr=lr, fraction=fraction, sarsa=sarsa
+        network,
+        target,
+        threads,
+        total=total,
+        i_update=i_update,
+        i_target=i_target,
+        lr=lr,
+        fraction=fraction,
+        sarsa=sarsa,
     )
 
     # The same actions in the same episodes

@@ -1,0 +1,379 @@
+"""Counting, determinism, and the workers' independence of each other."""
+
+import threading
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
+
+from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
+from tests.envs import BlockingEnv, RandomWalkEnv, make_env
+from tests.test_vec_env_split import DictEnv, ImageEnv, UnknownWrapper
+
+BACKENDS = ["threads", "serial"]
+
+
+class Spy(BaseCallback):
+    """Keeps the shared parameters, and what each call of ``on_step`` saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.tape = []
+
+    def _on_step(self):
+        self.shared = self.model._pool.workers[0].shared
+        shapes = [len(self.locals[name]) for name in ("actions", "new_obs", "rewards", "dones", "infos")]
+        self.tape.append((self.num_timesteps, shapes, threading.current_thread()))
+        return True
+
+
+def weights_of(model):
+    return {name: value.clone() for name, value in model.policy.state_dict().items()}
+
+
+def are_equal(one, two):
+    return all(th.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("n_lanes", "n_workers", "total", "made"),
+    [(1, 1, 50, 50), (4, 2, 100, 100), (4, 2, 101, 104), (4, 4, 99, 100), (4, 1, 1, 4), (16, 2, 64, 64)],
+)
+def test_on_step_fires_once_per_num_envs_transitions(backend, n_lanes, n_workers, total, made):
+    spy = Spy()
+    model = AsyncOneStepQ("MlpPolicy", make_env(n_lanes), n_workers=n_workers, backend=backend)
+    model.learn(total, callback=spy)
+    assert spy.tape == [(n, [n_lanes] * 5, threading.current_thread()) for n in range(n_lanes, made + 1, n_lanes)]
+    assert model.num_timesteps == made
+    model.learn(total, callback=spy, reset_num_timesteps=False)
+    assert model.num_timesteps == made + -(-total // n_lanes) * n_lanes
+
+
+@pytest.mark.parametrize("total", [1, 7, 100, 1001])
+def test_groups_of_unequal_size_overshoot_by_less_than_a_vector_step(total):
+    spy = Spy()
+    model = AsyncOneStepQ("MlpPolicy", make_env(5), n_workers=2, seed=0).learn(total, callback=spy)
+    assert total <= model.num_timesteps < total + 5
+    assert [n for n, *_ in spy.tape] == list(range(5, model.num_timesteps + 1, 5))
+    assert sum(len(env.unwrapped.tape) - env.unwrapped.tape.count("reset") for env in model.env.envs) == (
+        model.num_timesteps
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("interval", [3, 37, 1000])
+def test_target_syncs_exactly_once_for_each_multiple(algorithm, backend, interval):
+    spy = Spy()
+    model = algorithm("MlpPolicy", make_env(4), n_workers=4, target_update_interval=interval, backend=backend)
+    model.learn(3000, callback=spy)
+    assert spy.shared.n_target_syncs == 3000 // interval
+    # The phase goes on
+    model.learn(500, callback=spy, reset_num_timesteps=False)
+    assert spy.shared.n_target_syncs == 3500 // interval - 3000 // interval
+
+
+@pytest.mark.parametrize("n_workers", [1, 3])
+def test_the_seed_decides_all_in_serial_mode(algorithm, n_workers):
+    def train(seed):
+        env = make_env(3)
+        return weights_of(algorithm("MlpPolicy", env, seed=seed, n_workers=n_workers, backend="serial").learn(600))
+
+    one, same, other = train(1), train(1), train(2)
+    assert are_equal(one, same)
+    assert not are_equal(one, other)
+
+
+def test_without_a_seed_numpys_global_generator_decides(algorithm):
+    def train():
+        np.random.seed(3)
+        th.manual_seed(3)
+        env = make_env(2)
+        env.seed(0)
+        return weights_of(algorithm("MlpPolicy", env, backend="serial").learn(300))
+
+    assert are_equal(train(), train())
+
+
+def test_two_calls_of_learn_go_on_where_the_first_stopped(algorithm):
+    """Random streams, env states and Sarsa's exploration don't start again."""
+
+    def tape(*totals):
+        env = make_env(2)
+        model = algorithm("MlpPolicy", env, seed=1, backend="serial", n_workers=2, exploration_final_eps=1.0)
+        for i, total in enumerate(totals):
+            model.learn(total, reset_num_timesteps=i == 0)
+        return [e.unwrapped.tape for e in env.envs]
+
+    once, twice = tape(200), tape(100, 100)
+    assert [[entry for entry in lane if entry == "reset"] for lane in twice] == (
+        [[entry for entry in lane if entry == "reset"] for lane in once]
+    )
+    assert [len(lane) for lane in once] == [len(lane) for lane in twice]
+    assert twice[0][60:] != twice[0][:-60]
+
+
+@pytest.mark.parametrize("where", ["step", "reset"])
+def test_a_lane_that_hangs_does_not_hold_up_the_others(algorithm, where):
+    release = threading.Event()
+    env = DummyVecEnv([lambda: BlockingEnv(release, where), RandomWalkEnv, RandomWalkEnv])
+
+    class ReleaseLate(BaseCallback):
+        def _on_step(self):
+            if self.num_timesteps >= 900:
+                self.steps_before_release = [len(e.unwrapped.tape) for e in env.envs]
+                release.set()
+                return False
+            return True
+
+    callback = ReleaseLate()
+    algorithm("MlpPolicy", env, n_workers=3).learn(2000, callback=callback)
+    blocked, *others = callback.steps_before_release
+    assert blocked <= 6
+    assert sum(others) > 890
+    assert min(others) > 100
+
+
+def test_sarsa_executes_the_action_it_bootstrapped_on():
+    """The tape of what was bootstrapped on and what the env executed, across updates and ends of episodes."""
+    bootstrapped = []
+
+    class Recording(AsyncOneStepSarsa):
+        def compute_loss(self, online_network, target_network, rollout):
+            bootstrapped.extend(zip(rollout.next_actions.tolist(), rollout.terminated.tolist(), strict=True))
+            return super().compute_loss(online_network, target_network, rollout)
+
+    env = make_env(1, max_steps=10**9, p_terminate=0.1)
+    Recording("MlpPolicy", env, update_interval=3, target_update_interval=7, seed=0).learn(500)
+    tape = env.envs[0].unwrapped.tape
+    expected = []
+    for entry, following in zip(tape[1:], tape[2:], strict=False):
+        if entry != "reset":
+            expected.append(None if following == "reset" else following)
+    seen = [None if terminated else action for action, terminated in bootstrapped]
+    assert len(seen) >= 490
+    assert seen == expected[: len(seen)]
+    assert None in seen
+
+
+def test_truncation_bootstraps_from_the_terminal_observation_and_termination_does_not(algorithm):
+    """An env whose observations are its step numbers: s' of the last step is no first observation."""
+
+    class CountingEnv(gym.Env):
+        observation_space = gym.spaces.Box(-1, 100, (1,), dtype=np.float32)
+        action_space = gym.spaces.Discrete(2)
+
+        def __init__(self, truncates):
+            self.truncates = truncates
+
+        def reset(self, *, seed=None, options=None):
+            self.n = 0
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            self.n += 1
+            over = self.n == 3
+            return np.full(1, self.n, np.float32), 1.0, over and not self.truncates, over and self.truncates, {}
+
+    seen = []
+
+    class Recording(algorithm):
+        def compute_loss(self, online_network, target_network, rollout):
+            seen.append(rollout)
+            return super().compute_loss(online_network, target_network, rollout)
+
+    env = DummyVecEnv([lambda: CountingEnv(True), lambda: CountingEnv(False)])
+    Recording("MlpPolicy", env, n_workers=1, update_interval=6).learn(12)
+    (rollout,) = seen
+    assert rollout.observations.reshape(6, 2)[:, 0].tolist() == [0, 1, 2, 0, 1, 2]
+    assert rollout.next_observations.reshape(6, 2)[:, 0].tolist() == [1, 2, 3, 1, 2, 3]
+    assert rollout.terminated.reshape(6, 2).tolist() == [[0, 0], [0, 0], [0, 1]] * 2
+
+
+def test_td_targets(algorithm):
+    model = algorithm("MlpPolicy", make_env(1), gamma=0.5, seed=0)
+    from sb3_async1step.common.rollout import Rollout
+
+    rollout = Rollout(
+        th.randn(3, 4), th.tensor([0, 1, 2]), th.tensor([1.0, 2.0, 3.0]), th.randn(3, 4), th.tensor([0.0, 1.0, 0.0]),
+        th.tensor([2, 0, 1]),
+    )  # fmt: skip
+    with th.no_grad():
+        for parameter in model.q_net_target.parameters():
+            parameter.mul_(2.0)
+        q, q_next = model.q_net(rollout.observations), model.q_net_target(rollout.next_observations)
+        values = q_next.max(dim=1).values if algorithm is AsyncOneStepQ else q_next[range(3), [2, 0, 1]]
+        errors = th.stack([1 + 0.5 * values[0], th.tensor(2.0), 3 + 0.5 * values[2]]) - q[range(3), [0, 1, 2]]
+    loss = model.compute_loss(model.q_net, model.q_net_target, rollout)
+    th.testing.assert_close(loss, errors.square().mean())
+    loss.backward()
+    assert all(p.grad is None for p in model.q_net_target.parameters())
+    model.loss = "huber"
+    huber = th.where(errors.abs() < 1, 0.5 * errors.square(), errors.abs() - 0.5).mean()
+    th.testing.assert_close(model.compute_loss(model.q_net, model.q_net_target, rollout), huber)
+
+
+@pytest.mark.parametrize("max_grad_norm", [1e-3, 0.5])
+def test_the_gradient_is_clipped(max_grad_norm):
+    norms = []
+
+    class Recording(th.optim.SGD):
+        def step(self, closure=None):
+            gradients = [p.grad for group in self.param_groups for p in group["params"]]
+            norms.append(float(th.nn.utils.get_total_norm(gradients)))
+            return super().step(closure)
+
+    AsyncOneStepQ(
+        "MlpPolicy", make_env(1), max_grad_norm=max_grad_norm, policy_kwargs={"optimizer_class": Recording}
+    ).learn(200)
+    assert len(norms) >= 40
+    assert max(norms) == pytest.approx(max_grad_norm, rel=1e-2)
+
+
+def test_lanes_of_a_worker_do_not_change_the_size_of_the_gradient():
+    """Eight identical lanes make the same update as one."""
+
+    def train(n_lanes):
+        env = DummyVecEnv([lambda: RandomWalkEnv(max_steps=1000, p_terminate=0.0) for _ in range(n_lanes)])
+        model = AsyncOneStepQ("MlpPolicy", env, n_workers=1, exploration_initial_eps=0.0, exploration_final_eps=0.0)
+        model.policy.load_state_dict(AsyncOneStepQ("MlpPolicy", make_env(1), seed=0).policy.state_dict())
+        env._seeds = [3] * n_lanes
+        model.learning_rate = 0.01
+        return weights_of(model.learn(5 * n_lanes))
+
+    one, eight = train(1), train(8)
+    for name in one:
+        th.testing.assert_close(one[name], eight[name], rtol=1e-4, atol=1e-6)
+
+
+def test_paper_layout_updates_at_the_end_of_an_episode():
+    env = make_env(1, max_steps=3, p_terminate=0.0)
+    model = AsyncOneStepQ("MlpPolicy", env, update_interval=5).learn(30)
+    assert model._n_updates == 10
+    grouped = AsyncOneStepQ("MlpPolicy", make_env(2, max_steps=3), n_workers=1, update_interval=5).learn(60)
+    assert grouped._n_updates == 6
+
+
+@pytest.mark.parametrize("lock_updates", [False, True])
+def test_staleness_is_measured(lock_updates):
+    model = AsyncOneStepQ(
+        "MlpPolicy",
+        make_env(8),
+        n_workers=8,
+        update_interval=1,
+        lock_updates=lock_updates,
+        policy_kwargs={"net_arch": []},
+    )
+    seen = []
+
+    class Collect(BaseCallback):
+        def _on_step(self):
+            seen.extend(update.gradient_staleness for update in self.model._recent_updates)
+            return True
+
+    model.learn(8000, callback=Collect(), log_interval=None)
+    assert min(seen) == 0
+    assert 0 < max(seen) <= 8000
+    serial = AsyncOneStepQ("MlpPolicy", make_env(8), n_workers=8, update_interval=1, backend="serial")
+    serial.learn(800, log_interval=None)
+    assert {update.gradient_staleness for update in serial._recent_updates} == {0}
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+@pytest.mark.parametrize(
+    ("policy", "env_class", "wrapper"),
+    [
+        ("MlpPolicy", RandomWalkEnv, None),
+        ("MlpPolicy", RandomWalkEnv, VecNormalize),
+        ("CnnPolicy", ImageEnv, lambda env: VecFrameStack(env, 4)),
+        ("MultiInputPolicy", DictEnv, lambda env: VecFrameStack(env, 2)),
+    ],
+)
+def test_policies_and_wrappers_train(algorithm, policy, env_class, wrapper, n_workers):
+    env = DummyVecEnv([env_class for _ in range(4)])
+    env = wrapper(env) if wrapper else env
+    model = algorithm(policy, env, n_workers=n_workers, seed=0)
+    before = weights_of(model)
+    model.learn(400)
+    after = weights_of(model)
+    assert model.get_env() is env or model.get_env().venv is env
+    assert not are_equal(before, after)
+    obs = model.get_env().reset()
+    assert model.predict(obs, deterministic=True)[0].shape == (4,)
+
+
+@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
+def test_subprocesses(algorithm, start_method):
+    env = make_vec_env(RandomWalkEnv, 4, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": start_method})
+    model = algorithm("MlpPolicy", env, n_workers=2).learn(400)
+    assert model.num_timesteps == 400
+    model.learn(100, reset_num_timesteps=False)
+    assert env.get_attr("max_steps") == [11] * 4
+    env.close()
+
+
+def test_an_unknown_wrapper_gets_one_worker_and_a_warning(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    with pytest.warns(UserWarning, match="UnknownWrapper can't be split"):
+        model = AsyncOneStepQ("MlpPolicy", UnknownWrapper(make_env(4)))
+    with pytest.warns(UserWarning, match="UnknownWrapper can't be split"):
+        assert model.learn(40).num_timesteps == 40
+
+
+def test_auto_takes_no_more_workers_than_cores_or_lanes(monkeypatch):
+    for cores, n_lanes, n_workers in [(2, 16, 2), (8, 4, 4), (1, 4, 1)]:
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
+        env = make_env(n_lanes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert AsyncOneStepQ("MlpPolicy", env)._count_workers(env) == n_workers
+
+
+def test_actions_of_a_space_that_does_not_start_at_zero(algorithm):
+    class ShiftedEnv(RandomWalkEnv):
+        action_space = gym.spaces.Discrete(3, start=5)
+
+        def step(self, action):
+            assert self.action_space.contains(int(action))
+            return super().step(int(action) - 5)
+
+    env = make_env(2, ShiftedEnv)
+    model = algorithm("MlpPolicy", env, n_workers=2).learn(300)
+    for deterministic in (True, False):
+        actions = {int(model.predict(env.reset(), deterministic=deterministic)[0][0]) for _ in range(20)}
+        assert actions <= {5, 6, 7}
+
+
+def test_predict_is_epsilon_greedy_at_eval_eps():
+    model = AsyncOneStepQ("MlpPolicy", make_env(1), eval_eps=0.3, seed=0)
+    observations = np.zeros((6000, 4), np.float32)
+    greedy = model.predict(observations, deterministic=True)[0]
+    assert len(set(greedy)) == 1
+    mixed = model.predict(observations)[0]
+    assert (mixed != greedy).mean() == pytest.approx(0.3 * 2 / 3, abs=0.03)
+    single, _ = model.predict(observations[0])
+    assert single.shape == ()
+
+
+def test_save_and_load(algorithm, tmp_path):
+    env = make_env(4)
+    model = algorithm("MlpPolicy", env, n_workers=2, seed=0, gamma=0.9).learn(400)
+    model.save(tmp_path / "model")
+    loaded = algorithm.load(tmp_path / "model", env=make_env(2), n_workers=1)
+    assert are_equal(weights_of(model), weights_of(loaded))
+    assert loaded.gamma == 0.9
+    assert loaded.num_timesteps == 400
+    state, loaded_state = (m.policy.optimizer.state_dict()["state"] for m in (model, loaded))
+    assert all(th.equal(state[i]["square_avg"], loaded_state[i]["square_avg"]) for i in state)
+    loaded.learn(100, reset_num_timesteps=False)
+    assert loaded.num_timesteps == 500
+    observations = env.reset()
+    without_env = algorithm.load(tmp_path / "model")
+    np.testing.assert_array_equal(
+        without_env.predict(observations, deterministic=True)[0], model.predict(observations, deterministic=True)[0]
+    )
