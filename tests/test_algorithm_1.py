@@ -60,7 +60,7 @@ def algorithm_1(network, target, threads, *, total, i_update, i_target, lr, frac
     for thread in threads:
         thread.d_theta = [th.zeros_like(p) for p in theta]
 
-    while T < total:
+    while T < total:  # noqa: SIM300 (not a constant)
         # Schedules are evaluated when all lanes have made a step
         progress = min(T / total / fraction, 1.0)
         learning_rate = lr * (1 - T / total)

@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from itertools import pairwise
 
 import gymnasium as gym
 import numpy as np
@@ -152,7 +153,7 @@ def test_sarsa_executes_the_action_it_bootstrapped_on():
     Recording("MlpPolicy", env, update_interval=3, target_update_interval=7, seed=0).learn(500)
     tape = env.envs[0].unwrapped.tape
     expected = []
-    for entry, following in zip(tape[1:], tape[2:], strict=False):
+    for entry, following in pairwise(tape[1:]):
         if entry != "reset":
             expected.append(None if following == "reset" else following)
     seen = [None if terminated else action for action, terminated in bootstrapped]
