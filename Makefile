@@ -1,0 +1,43 @@
+# Everything runs in .venv, which the first target that is called creates.
+ALGO = async_one_step_q
+ENV = PongNoFrameskip-v4
+# Environment steps, by default those of the hyperparameters' file
+STEPS =
+# Further options of `sb3-async1step train` or `enjoy`
+OPTIONS =
+
+PYTHON = python3
+BIN = .venv/bin
+INSTALLED = .venv/installed
+
+.PHONY: train enjoy test test-slow lint type docs bench
+
+train: $(INSTALLED)
+	$(BIN)/sb3-async1step train --algo $(ALGO) --env $(ENV) $(if $(STEPS),--n-timesteps $(STEPS)) --progress $(OPTIONS)
+
+enjoy: $(INSTALLED)
+	$(BIN)/sb3-async1step enjoy --algo $(ALGO) --env $(ENV) --folder logs $(OPTIONS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(INSTALLED)
+	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/sphinx-build -W -b html docs docs/_build/html
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.throughput
+
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --constraint constraints.txt --editable '.[zoo,atari,tests,docs]'
+	touch $@

@@ -1,0 +1,227 @@
+"""SB3's callbacks, unchanged: what they count, what they see, what they save."""
+
+import io
+import sys
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import DQN
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    CheckpointCallback,
+    ConvertCallback,
+    EvalCallback,
+    EveryNTimesteps,
+    ProgressBarCallback,
+    StopTrainingOnMaxEpisodes,
+    StopTrainingOnNoModelImprovement,
+    StopTrainingOnRewardThreshold,
+)
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_async1step import AsyncOneStepQ
+from tests.envs import RandomWalkEnv, make_env
+
+BACKENDS = ["threads", "serial"]
+
+
+class Recorder(BaseCallback):
+    """The tape of all calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.tape = []
+
+    def _on_training_start(self):
+        self.tape.append("training_start")
+
+    def _on_rollout_start(self):
+        self.tape.append("rollout_start")
+
+    def _on_step(self):
+        self.tape.append(self.num_timesteps)
+        return True
+
+    def _on_rollout_end(self):
+        self.tape.append("rollout_end")
+
+    def _on_training_end(self):
+        self.tape.append("training_end")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_order_of_calls(algorithm, backend):
+    recorder = Recorder()
+    model = algorithm("MlpPolicy", make_env(4), n_workers=2, update_interval=3, backend=backend)
+    model.learn(20, callback=recorder)
+    assert recorder.tape == [
+        "training_start", "rollout_start", 4, 8, 12, "rollout_end", "rollout_start", 16, 20, "rollout_end",
+        "training_end",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("n_envs", [1, 4])
+def test_num_timesteps_are_dqns(n_envs):
+    """Callbacks that act every n calls act at the same timesteps as with DQN."""
+
+    def act(algorithm, **kwargs):
+        inner = Recorder()
+        seen = []
+        callback = [EveryNTimesteps(50, inner), ConvertCallback(lambda locals_, globals_: seen.append(1) or True)]
+        model = algorithm("MlpPolicy", make_env(n_envs), **kwargs).learn(301, callback=callback)
+        return [entry for entry in inner.tape if isinstance(entry, int)], len(seen), model.num_timesteps
+
+    assert act(AsyncOneStepQ) == act(DQN, learning_starts=1000, train_freq=1)
+
+
+def test_locals_are_the_transitions_of_this_call(algorithm):
+    """What a callback sees adds up to what the envs did."""
+
+    class Sum(BaseCallback):
+        rewards, n_dones, episodes = 0.0, 0, 0
+
+        def _on_step(self):
+            self.rewards += float(self.locals["rewards"].sum())
+            self.n_dones += int(self.locals["dones"].sum())
+            self.episodes += sum("episode" in info for info in self.locals["infos"])
+            assert self.locals["self"] is self.model
+            assert self.locals["new_obs"].shape == (4, 4)
+            return True
+
+    class SummingEnv(RandomWalkEnv):
+        total = 0.0
+
+        def step(self, action):
+            result = super().step(action)
+            self.total += np.float32(result[1])
+            return result
+
+    env, callback = make_env(4, SummingEnv), Sum()
+    model = algorithm("MlpPolicy", env, n_workers=4).learn(1000, callback=callback)
+    assert callback.rewards == pytest.approx(sum(env.get_attr("total")), rel=1e-5)
+    n_ended = sum(e.unwrapped.tape.count("reset") - 1 for e in env.envs)
+    assert callback.n_dones == callback.episodes == model._episode_num == n_ended
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_eval_callback_saves_the_model_that_it_evaluated(algorithm, backend, tmp_path, monkeypatch):
+    """Also when the workers would go on learning between the evaluation and the save."""
+    evaluated = {}
+
+    def predict(model, *args, **kwargs):
+        evaluated[callback.num_timesteps] = [p.clone() for p in model.q_net.parameters()]
+        return predict_of_algorithm(model, *args, **kwargs)
+
+    predict_of_algorithm = algorithm.predict
+    monkeypatch.setattr(algorithm, "predict", predict)
+    callback = EvalCallback(
+        make_env(1), eval_freq=100, n_eval_episodes=3, best_model_save_path=str(tmp_path), log_path=str(tmp_path),
+        verbose=0,
+    )  # fmt: skip
+    model = algorithm("MlpPolicy", make_env(4), n_workers=4, learning_rate=0.01, seed=0, backend=backend)
+    model.learn(3200, callback=callback)
+    results = np.load(tmp_path / "evaluations.npz")
+    assert results["timesteps"].tolist() == list(evaluated) == list(range(400, 3201, 400))
+    means = results["results"].mean(axis=1)
+    assert callback.best_mean_reward == means.max()
+    best = algorithm.load(tmp_path / "best_model")
+    seen = evaluated[results["timesteps"][means.argmax()]]
+    assert all(th.equal(a, b) for a, b in zip(best.q_net.parameters(), seen, strict=True))
+    assert not all(th.equal(a, b) for a, b in zip(model.q_net.parameters(), evaluated[400], strict=True))
+
+
+def test_weights_stand_still_while_a_callback_predicts(algorithm):
+    class Look(BaseCallback):
+        def _on_step(self):
+            self.model.predict(np.zeros(4, np.float32), deterministic=True)
+            before = [p.clone() for p in self.model.policy.parameters()]
+            for _ in range(3):
+                self.model.predict(np.zeros((500, 4), np.float32), deterministic=True)
+            assert all(th.equal(a, b) for a, b in zip(before, self.model.policy.parameters(), strict=True))
+            return True
+
+    algorithm("MlpPolicy", make_env(4), n_workers=4, update_interval=1).learn(800, callback=Look())
+
+
+def test_checkpoints(algorithm, tmp_path):
+    model = algorithm("MlpPolicy", make_env(2), n_workers=2)
+    model.learn(300, callback=CheckpointCallback(50, str(tmp_path), "model"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "model_100_steps.zip", "model_200_steps.zip", "model_300_steps.zip",
+    ]  # fmt: skip
+    loaded = algorithm.load(tmp_path / "model_200_steps", env=make_env(2))
+    assert loaded.num_timesteps == 200
+    assert loaded.learn(100, reset_num_timesteps=False).num_timesteps == 300
+
+
+def test_checkpoint_of_vec_normalize(tmp_path):
+    env = VecNormalize(make_env(4))
+    AsyncOneStepQ("MlpPolicy", env, n_workers=2).learn(
+        400, callback=CheckpointCallback(50, str(tmp_path), save_vecnormalize=True)
+    )
+    loaded = VecNormalize.load(str(tmp_path / "rl_model_vecnormalize_400_steps.pkl"), make_env(4))
+    # The first observations of each lane count, too
+    assert loaded.obs_rms.count == pytest.approx(env.obs_rms.count) == pytest.approx(404, abs=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stop_on_reward_threshold(algorithm, backend):
+    stop = StopTrainingOnRewardThreshold(reward_threshold=-1000.0)
+    callback = EvalCallback(make_env(1), callback_on_new_best=stop, eval_freq=25, n_eval_episodes=1, verbose=0)
+    model = algorithm("MlpPolicy", make_env(4), n_workers=2, backend=backend).learn(10_000, callback=callback)
+    assert model.num_timesteps == 100
+
+
+def test_stop_on_no_model_improvement():
+    stop = StopTrainingOnNoModelImprovement(max_no_improvement_evals=1, min_evals=1)
+    callback = EvalCallback(make_env(1), callback_after_eval=stop, eval_freq=10, n_eval_episodes=1, verbose=0)
+    model = AsyncOneStepQ("MlpPolicy", make_env(4), n_workers=2, learning_rate=0.0)
+    assert model.learn(100_000, callback=callback).num_timesteps < 100_000
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stop_on_max_episodes(algorithm, backend):
+    callback = StopTrainingOnMaxEpisodes(max_episodes=5)
+    model = algorithm("MlpPolicy", make_env(2), n_workers=2, backend=backend).learn(10_000, callback=callback)
+    # per env, as with any SB3 algorithm
+    assert callback.n_episodes >= 10
+    assert callback.n_episodes - 2 < 10
+    assert model.num_timesteps < 500
+
+
+def test_a_plain_function_stops_the_training(algorithm):
+    def stop_at_80(locals_, globals_):
+        return locals_["self"].num_timesteps < 80
+
+    assert algorithm("MlpPolicy", make_env(4), n_workers=4).learn(10_000, callback=stop_at_80).num_timesteps == 80
+
+
+def test_progress_bar_shows_all_steps(algorithm, monkeypatch):
+    bars = []
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+
+    class Keep(ProgressBarCallback):
+        def _on_training_end(self):
+            bars.append((self.pbar.n, self.pbar.total))
+            super()._on_training_end()
+
+    algorithm("MlpPolicy", make_env(4), n_workers=2).learn(400, callback=CallbackList([Keep()]))
+    assert bars == [(400, 400)]
+
+
+def test_nested_learning_in_a_callback(algorithm):
+    """A callback may train and evaluate another model meanwhile."""
+
+    class TrainAnother(BaseCallback):
+        def _on_step(self):
+            if self.n_calls == 10:
+                other = algorithm("MlpPolicy", make_env(2), n_workers=2).learn(100)
+                self.result = evaluate_policy(other, make_env(1), n_eval_episodes=2)
+            return True
+
+    callback = TrainAnother()
+    assert algorithm("MlpPolicy", make_env(4), n_workers=2).learn(200, callback=callback).num_timesteps == 200
+    assert np.isfinite(callback.result).all()

@@ -1,0 +1,192 @@
+"""However the training ends: the right exception, no thread left, and a model that goes on."""
+
+import os
+import signal
+import threading
+import time
+import traceback
+
+import numpy as np
+import pytest
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecCheckNan
+
+from tests.envs import RaisingEnv, RandomWalkEnv, make_env
+
+WORKERS = [("threads", 3), ("threads", 1), ("serial", 3)]
+
+
+@pytest.fixture(params=WORKERS, ids=lambda param: f"{param[0]}-{param[1]}")
+def workers(request):
+    return dict(zip(("backend", "n_workers"), request.param, strict=True))
+
+
+def assert_goes_on(model, tmp_path):
+    """The model predicts, saves, loads and learns again (that no thread is left, the fixture asserts)."""
+    observation = np.zeros(4, np.float32)
+    action = model.predict(observation, deterministic=True)[0]
+    model.save(tmp_path / "model")
+    assert type(model).load(tmp_path / "model").predict(observation, deterministic=True)[0] == action
+    before = model.num_timesteps
+    model.learn(60, reset_num_timesteps=False)
+    assert model.num_timesteps >= before + 60
+
+
+class NonFiniteRewardEnv(RandomWalkEnv):
+    def __init__(self, reward, at_step=20):
+        super().__init__()
+        self.reward, self.at_step, self.n_steps_in_all = reward, at_step, 0
+
+    def step(self, action):
+        self.n_steps_in_all += 1
+        obs, reward, *rest = super().step(action)
+        return obs, self.reward if self.n_steps_in_all == self.at_step else reward, *rest
+
+
+def with_one(env_class, *args, lane=1):
+    """Three lanes, one of them of another class."""
+    classes = [lambda: RandomWalkEnv() for _ in range(3)]
+    classes[lane] = lambda: env_class(*args)
+    return DummyVecEnv([lambda make=make: Monitor(make()) for make in classes])
+
+
+@pytest.mark.parametrize("lane", [0, 1, 2])
+def test_an_env_that_raises(algorithm, workers, lane, tmp_path):
+    model = algorithm("MlpPolicy", with_one(RaisingEnv, 20, lane=lane), **workers)
+    with pytest.raises(ZeroDivisionError, match="the env is broken") as caught:
+        model.learn(10_000)
+    assert traceback.extract_tb(caught.value.__traceback__)[-1].line == 'raise ZeroDivisionError("the env is broken")'
+    assert caught.value.__notes__ == [f"Raised in env lane {lane}."]
+    assert_goes_on(model, tmp_path)
+
+
+def test_an_env_that_raises_in_its_first_step(algorithm, workers, tmp_path):
+    model = algorithm("MlpPolicy", with_one(RaisingEnv, 1), **workers)
+    with pytest.raises(ZeroDivisionError):
+        model.learn(10_000)
+    assert_goes_on(model, tmp_path)
+
+
+def test_all_envs_raise_at_once(algorithm, workers):
+    env = make_env(3, RaisingEnv, at_step=5)
+    with pytest.raises(ZeroDivisionError) as caught:
+        algorithm("MlpPolicy", env, **workers).learn(10_000)
+    assert len(caught.value.__notes__) == 1
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), -float("inf")])
+def test_a_reward_that_is_not_finite_never_reaches_the_weights(algorithm, workers, reward, tmp_path):
+    model = algorithm("MlpPolicy", with_one(NonFiniteRewardEnv, reward), **workers)
+    with pytest.raises(ValueError, match=r"gradient's norm is (nan|inf)"):
+        model.learn(10_000)
+    assert all(bool(p.isfinite().all()) for p in model.policy.parameters())
+    assert all(bool(s["square_avg"].isfinite().all()) for s in model.policy.optimizer.state.values())
+    assert_goes_on(model, tmp_path)
+
+
+def test_vec_check_nan(algorithm, workers):
+    env = VecCheckNan(with_one(NonFiniteRewardEnv, float("nan")), raise_exception=True)
+    with pytest.raises(ValueError, match="found nan in rewards"):
+        algorithm("MlpPolicy", env, **workers).learn(10_000)
+
+
+def test_a_callback_that_returns_false(algorithm, workers, tmp_path):
+    model = algorithm("MlpPolicy", make_env(3), **workers)
+    ended = []
+
+    class Stop(BaseCallback):
+        def _on_step(self):
+            return self.n_calls < 7
+
+        def _on_training_end(self):
+            ended.append(self.num_timesteps)
+
+    assert model.learn(10_000, callback=Stop()) is model
+    assert ended == [21]
+    assert model.num_timesteps == 21
+    assert_goes_on(model, tmp_path)
+
+
+@pytest.mark.parametrize("when", ["_on_training_start", "_on_rollout_start", "_on_step", "_on_rollout_end"])
+def test_a_callback_that_raises(algorithm, workers, when, tmp_path):
+    class Raise(BaseCallback):
+        def _on_step(self):
+            return True
+
+    def fail(self):
+        raise KeyError("the callback is broken")
+
+    setattr(Raise, when, fail)
+    model = algorithm("MlpPolicy", make_env(3), **workers)
+    with pytest.raises(KeyError, match="the callback is broken") as caught:
+        model.learn(10_000, callback=Raise())
+    assert caught.traceback[-1].name == "fail"
+    assert_goes_on(model, tmp_path)
+
+
+def test_a_progress_bar_is_closed(algorithm, workers):
+    bar = ProgressBarCallback()
+    model = algorithm("MlpPolicy", with_one(RaisingEnv, 20), **workers)
+    with pytest.raises(ZeroDivisionError):
+        model.learn(10_000, callback=CallbackList([bar]))
+    assert bar.pbar.disable
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.5])
+def test_ctrl_c(algorithm, workers, seconds, tmp_path):
+    model = algorithm("MlpPolicy", make_env(3), **workers)
+    sent = []
+
+    def press_ctrl_c():
+        sent.append(time.perf_counter())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    timer = threading.Timer(seconds, press_ctrl_c)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(10**9, log_interval=None)
+    assert time.perf_counter() - sent[0] < 2.0
+    timer.join()
+    assert_goes_on(model, tmp_path)
+
+
+def test_ctrl_c_in_a_callback(algorithm, workers, tmp_path):
+    def press_ctrl_c(locals_, globals_):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+        return True
+
+    model = algorithm("MlpPolicy", make_env(3), **workers)
+    start = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(10**9, callback=press_ctrl_c)
+    assert time.perf_counter() - start < 5.0
+    assert_goes_on(model, tmp_path)
+
+
+def test_learning_on_another_thread_than_the_main_one(algorithm, workers):
+    """Optuna runs trials in threads."""
+    seen = []
+
+    def train():
+        def look(locals_, globals_):
+            seen.append(threading.current_thread())
+            return True
+
+        algorithm("MlpPolicy", make_env(3), **workers).learn(90, callback=look)
+
+    threads = [threading.Thread(target=train) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert sorted(seen, key=id) == sorted(threads * 30, key=id)
+
+
+def test_many_failures_leave_nothing_behind(algorithm):
+    n_threads = threading.active_count()
+    for at_step in range(1, 30):
+        with pytest.raises(ZeroDivisionError):
+            algorithm("MlpPolicy", with_one(RaisingEnv, at_step), n_workers=3).learn(10_000)
+    assert threading.active_count() == n_threads
