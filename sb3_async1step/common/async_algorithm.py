@@ -182,9 +182,11 @@ class AsyncAlgorithm(BaseAlgorithm):
                 "For other action spaces use e.g. PPO (Box, MultiDiscrete, MultiBinary) or SAC (Box)."
             )
         for name in ("update_interval", "target_update_interval"):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+            value = getattr(self, name)
+            _check(name, value, isinstance(value, (int, np.integer)) and value >= 1, "a whole number of at least 1")
         for name in ("gamma", "tau", "exploration_initial_eps", "eval_eps"):
-            _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "in [0, 1]")
+            value = getattr(self, name)
+            _check(name, value, 0 <= value <= 1, "in [0, 1]")
         _check("exploration_fraction", self.exploration_fraction, 0 < self.exploration_fraction <= 1, "in (0, 1]")
         _check("max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "positive")
         _check("loss", self.loss, self.loss in LOSSES, f"one of {sorted(LOSSES)}")
@@ -224,9 +226,9 @@ class AsyncAlgorithm(BaseAlgorithm):
                 )
                 return 1
             return n_workers
-        is_valid = isinstance(n_workers, int) and 1 <= n_workers <= env.num_envs
+        is_valid = n_workers in range(1, env.num_envs + 1)
         _check("n_workers", n_workers, is_valid, f'"auto" or from 1 to the number of env lanes ({env.num_envs})')
-        assert isinstance(n_workers, int)
+        assert not isinstance(n_workers, str)
         if unsplittable is not None and n_workers > 1:
             raise TypeError(
                 f"{unsplittable.__name__} can't be split among n_workers={n_workers}: use n_workers=1, "

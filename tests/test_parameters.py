@@ -1,0 +1,100 @@
+"""Bad input gets an error that says what was wrong, what is allowed and what to do."""
+
+import gymnasium as gym
+import pytest
+from gymnasium import spaces
+
+from tests.envs import RandomWalkEnv, make_env
+from tests.test_vec_env_split import UnknownWrapper
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"n_workers": 0}, r'n_workers must be "auto" or from 1 to the number of env lanes \(4\), got 0'),
+        ({"n_workers": -1}, r'n_workers must be "auto" or from 1 to the number of env lanes \(4\), got -1'),
+        ({"n_workers": 5}, r'n_workers must be "auto" or from 1 to the number of env lanes \(4\), got 5'),
+        ({"n_workers": "all"}, r"n_workers must be \"auto\" or .*, got 'all'"),
+        ({"n_workers": 1.5}, r"n_workers must be \"auto\" or .*, got 1.5"),
+        ({"update_interval": 0}, "update_interval must be a whole number of at least 1, got 0"),
+        ({"update_interval": -5}, "update_interval must be a whole number of at least 1, got -5"),
+        ({"update_interval": 2.5}, "update_interval must be a whole number of at least 1, got 2.5"),
+        ({"target_update_interval": 0}, "target_update_interval must be a whole number of at least 1, got 0"),
+        ({"target_update_interval": -1}, "target_update_interval must be a whole number of at least 1, got -1"),
+        ({"exploration_final_eps": 1.1}, r"exploration_final_eps must be one or more values in \[0, 1\], got 1.1"),
+        ({"exploration_final_eps": -0.1}, r"exploration_final_eps must be one or more values in \[0, 1\], got -0.1"),
+        ({"exploration_final_eps": (0.1, 2, 0.5)}, r"exploration_final_eps must be .* got \(0.1, 2, 0.5\)"),
+        ({"exploration_final_eps": ()}, "exploration_final_eps must be one or more values"),
+        ({"exploration_final_eps": (0.1, 0.5)}, "exploration_final_probs must be 2 proportions that sum up to 1"),
+        ({"exploration_final_probs": (0.4, 0.3, 0.2)}, "exploration_final_probs must be 3 proportions .*sum up to 1"),
+        ({"exploration_final_probs": (1.4, -0.2, -0.2)}, "exploration_final_probs must be 3 proportions"),
+        ({"exploration_final_probs": None}, "exploration_final_probs must be 3 proportions .* got None"),
+        ({"exploration_fraction": 0.0}, r"exploration_fraction must be in \(0, 1\], got 0.0"),
+        ({"exploration_fraction": 1.5}, r"exploration_fraction must be in \(0, 1\], got 1.5"),
+        ({"exploration_initial_eps": 1.5}, r"exploration_initial_eps must be in \[0, 1\], got 1.5"),
+        ({"eval_eps": -1.0}, r"eval_eps must be in \[0, 1\], got -1.0"),
+        ({"gamma": 1.01}, r"gamma must be in \[0, 1\], got 1.01"),
+        ({"tau": float("nan")}, r"tau must be in \[0, 1\], got nan"),
+        ({"max_grad_norm": 0}, "max_grad_norm must be positive, got 0"),
+        ({"loss": "mae"}, r"loss must be one of \['huber', 'mse'\], got 'mae'"),
+        ({"backend": "processes"}, r"backend must be one of \['serial', 'threads'\], got 'processes'"),
+    ],
+)
+def test_parameters_out_of_range(algorithm, parameters, message):
+    with pytest.raises(ValueError, match=message):
+        algorithm("MlpPolicy", make_env(4), **parameters)
+
+
+@pytest.mark.parametrize(
+    "action_space",
+    [
+        spaces.Box(-1, 1, (2,)),
+        spaces.MultiDiscrete([2, 3]),
+        spaces.MultiBinary(3),
+    ],
+)
+def test_action_spaces_that_are_not_discrete(algorithm, action_space):
+    class OtherActions(RandomWalkEnv):
+        pass
+
+    OtherActions.action_space = action_space
+    with pytest.raises(ValueError, match=r"needs a Discrete action space, but the env's is .* use e.g. PPO"):
+        algorithm("MlpPolicy", make_env(1, OtherActions))
+
+
+def test_an_unsplittable_wrapper_with_explicit_workers(algorithm):
+    message = (
+        r"UnknownWrapper can't be split among n_workers=2: use n_workers=1, "
+        r"or register the class with sb3_async1step.split_vec_env.register"
+    )
+    with pytest.raises(TypeError, match=message):
+        algorithm("MlpPolicy", UnknownWrapper(make_env(4)), n_workers=2)
+    assert algorithm("MlpPolicy", UnknownWrapper(make_env(4)), n_workers=1).learn(40).num_timesteps == 40
+
+
+def test_the_env_may_come_later(algorithm, tmp_path):
+    """What depends on the env is checked when it is there."""
+    algorithm("MlpPolicy", make_env(4), n_workers=4).save(tmp_path / "model")
+    model = algorithm.load(tmp_path / "model")
+    with pytest.raises(AssertionError, match="set the environment before"):
+        model.learn(10)
+    model.set_env(make_env(4))
+    assert model.learn(40).num_timesteps == 40
+    fewer_lanes = algorithm.load(tmp_path / "model", env=make_env(4))
+    fewer_lanes.n_workers = 5
+    with pytest.raises(ValueError, match=r"n_workers must be .* \(4\), got 5"):
+        fewer_lanes.learn(10)
+
+
+def test_policies_are_dqns(algorithm):
+    with pytest.raises(ValueError, match="Policy MlpLstmPolicy unknown"):
+        algorithm("MlpLstmPolicy", make_env(1))
+    with pytest.raises(AssertionError, match="You should use NatureCNN only with images"):
+        algorithm("CnnPolicy", make_env(1))
+
+
+def test_env_ids_and_single_envs(algorithm):
+    model = algorithm("MlpPolicy", "CartPole-v1", seed=0).learn(20)
+    assert model.get_env().num_envs == 1
+    model = algorithm("MlpPolicy", gym.make("CartPole-v1")).learn(20)
+    assert model.num_timesteps == 20
