@@ -528,6 +528,6 @@ def close_progress_bars(callback: BaseCallback) -> None:
         callback.on_training_end()
 
 
-def _check(name: str, value: object, is_valid: bool, allowed: str) -> None:
+def _check(name: str, value: object, is_valid: bool | np.bool, allowed: str) -> None:
     if not is_valid:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
