@@ -34,7 +34,7 @@ def test_train_and_enjoy(algo, tmp_path):
     assert {"CartPole-v1.zip", "best_model.zip", "evaluations.npz", "0.monitor.csv"} | checkpoints <= files
     model = ALGORITHMS[algo].load(folder / "CartPole-v1.zip")
     assert type(model) is ALGORITHMS[algo]
-    assert (model.update_interval, model.loss, model.gamma, model.num_timesteps) == (3, "huber", 0.98, 2016)
+    assert (model.update_interval, model.loss, model.gamma, model.num_timesteps) == (3, "huber", 0.99, 2016)
     for which in ("", "--load-best", "--load-last-checkpoint"):
         out = run(f"enjoy --algo {algo} --env CartPole-v1 -f logs -n 300 --no-render {which}", cwd=tmp_path)
         assert "Mean reward" in out
