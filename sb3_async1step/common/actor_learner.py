@@ -56,6 +56,29 @@ class Transitions:
         return len(self.dones)
 
 
+@dataclass
+class WorkerState:
+    """
+    Where a worker is between two updates, to go on from there.
+
+    :param lanes: its lanes
+    :param update_interval: its update interval
+    :param rollout: the transitions since the last gradient, see :meth:`RolloutBuffer.get_state`
+    :param chosen_actions: Sarsa's next actions
+    :param gradients: accumulated since the last update (None for a parameter that has none)
+    :param losses: of the transitions that they are from, with their numbers of time steps
+    :param steps_since_update: vector steps since the last update
+    """
+
+    lanes: range
+    update_interval: int
+    rollout: dict[str, Any]
+    chosen_actions: np.ndarray | None
+    gradients: list[th.Tensor | None]
+    losses: list[tuple[float, int]]
+    steps_since_update: int
+
+
 class ActorLearner:
     """
     A worker: the paper's actor-learner thread (Algorithm 1), for a group of env lanes in one batch.
@@ -118,6 +141,37 @@ class ActorLearner:
         """Take over the shared optimizer's statistics, after they were loaded."""
         self.optimizer = self.shared.view_optimizer(self.learning_network)
 
+    def get_state(self) -> WorkerState:
+        """
+        :return: a copy of all that another worker needs to go on in this one's place
+        """
+        gradients = [None if p.grad is None else p.grad.clone() for p in self.learning_network.parameters()]
+        return WorkerState(
+            self.lanes,
+            self.rollout.n_steps,
+            self.rollout.get_state(),
+            self._chosen_actions,
+            gradients,
+            list(self._losses),
+            self._steps_since_update,
+        )
+
+    def set_state(self, state: WorkerState) -> None:
+        """
+        Go on where another worker stopped. A state of other lanes or with another update interval is ignored: then
+        the transitions since its last update are lost.
+
+        :param state: what :meth:`get_state` returned
+        """
+        if (state.lanes, state.update_interval) != (self.lanes, self.rollout.n_steps):
+            return
+        self.rollout.set_state(state.rollout)
+        self._chosen_actions = state.chosen_actions
+        for parameter, gradient in zip(self.learning_network.parameters(), state.gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.clone()
+        self._losses = list(state.losses)
+        self._steps_since_update = state.steps_since_update
+
     @property
     def n_lanes(self) -> int:
         return len(self.lanes)
@@ -135,6 +189,8 @@ class ActorLearner:
         env_actions = actions + self.first_action
         new_obs, rewards, dones, infos = self.env.step(env_actions)
         assert isinstance(new_obs, (np.ndarray, dict))
+        self._check_finite("reward", rewards)
+        self._check_finite("observation", new_obs)
         self._store_transitions(actions, rewards, new_obs, dones, infos)
         self.observations = new_obs
         self._steps_since_update += 1
@@ -143,6 +199,15 @@ class ActorLearner:
         episode_ended = self.n_lanes == 1 and bool(dones[0])
         updates = [self._update()] if self._rollout_is_over(episode_ended) else []
         return Transitions(env_actions, new_obs, rewards, dones, infos, updates)
+
+    def _check_finite(self, name: str, values: Observations) -> None:
+        for array in values.values() if isinstance(values, dict) else [values]:
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                lane = int(np.flatnonzero(~np.isfinite(array.reshape(self.n_lanes, -1)).all(axis=1))[0])
+                raise ValueError(
+                    f"The {name} of env lane {self.lanes[lane]} is not finite: {array[lane]}. Nothing was learned "
+                    "from it. Repair the env; stable_baselines3.common.vec_env.VecCheckNan helps to find the cause."
+                )
 
     def _rollout_is_over(self, episode_ended: bool) -> bool:
         # A single lane updates at the end of its episode, too, as in the paper
@@ -220,8 +285,8 @@ class ActorLearner:
         norm = th.nn.utils.clip_grad_norm_(self.learning_network.parameters(), self.max_grad_norm)
         if not th.isfinite(norm):
             raise ValueError(
-                f"The gradient's norm is {norm.item()}: a reward or an observation is not finite, or the training "
-                "diverges. The update was not applied. Check the env (VecCheckNan), or lower the learning rate."
+                f"The gradient's norm is {norm.item()}: the training diverges. The update was not applied. "
+                "Lower the learning rate, or normalize rewards and observations (VecNormalize)."
             )
 
 

@@ -22,12 +22,14 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch.nn import functional as F
 
-from sb3_async1step.common.actor_learner import ActorLearner, UpdateStats
+from sb3_async1step.common.actor_learner import ActorLearner, Transitions, UpdateStats, WorkerState
+from sb3_async1step.common.atomic_file import write_atomically
 from sb3_async1step.common.exploration import BehaviourPolicy, ExplorationSchedule, allot_final_epsilons
 from sb3_async1step.common.intra_op_threads import intra_op_threads_for
 from sb3_async1step.common.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_async1step.common.rollout import Observations, Rollout, concatenate_observations, slice_observations
 from sb3_async1step.common.shared_parameters import SharedParameters
+from sb3_async1step.common.vec_env_guard import close_if_broken, guard_vec_env
 from sb3_async1step.common.vec_env_split import find_unsplittable, group_lanes, rejoin_vec_env, split_vec_env
 from sb3_async1step.common.worker_pool import SerialWorkerPool, ThreadWorkerPool, WorkerPool
 
@@ -146,6 +148,8 @@ class AsyncAlgorithm(BaseAlgorithm):
         # Mean epsilon of the lanes
         self.exploration_rate = 0.0
         self._random_generators: list[np.random.Generator] = []
+        # Where the workers stopped, None after a reset of the env
+        self._worker_states: list[WorkerState] | None = None
         self._setup_runtime()
 
         if _init_setup_model:
@@ -162,7 +166,8 @@ class AsyncAlgorithm(BaseAlgorithm):
     def _setup_model(self) -> None:
         self._check_parameters()
         self._setup_lr_schedule()
-        self.set_random_seed(self.seed)
+        # Not ours: a loaded model goes on with its workers' random generators
+        super().set_random_seed(self.seed)
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs
         )
@@ -287,6 +292,11 @@ class AsyncAlgorithm(BaseAlgorithm):
             are stopped by then, and the model can predict, save and learn on
         """
         assert self.env is not None, "You must set the environment before calling learn()"
+        if self._pool is not None:
+            raise RuntimeError("This model's learn() is running already; another thread or a callback called it again.")
+        if reset_num_timesteps or self._last_obs is None:
+            # The env is about to be reset
+            self._worker_states = None
         tb_log_name = tb_log_name or type(self).__name__
         total_timesteps, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
@@ -300,17 +310,18 @@ class AsyncAlgorithm(BaseAlgorithm):
             with self._run_workers(env, schedule, total_timesteps) as pool:
                 callback.on_rollout_start()
                 for n_batches, transitions in enumerate(pool.batches(), start=1):
-                    self.num_timesteps += len(transitions)
                     # The names under which callbacks of SB3 look for them
                     actions, new_obs, rewards = transitions.actions, transitions.new_obs, transitions.rewards
                     dones, infos = transitions.dones, transitions.infos
+                    with pool.changing_the_model():
+                        self._count(transitions)
                     if len(transitions) == env.num_envs:
                         callback.update_locals(locals())
                         if not callback.on_step():
                             break
-                    self._update_info_buffer(infos, dones)
-                    self._update_schedules(schedule)
-                    self._log_transitions(dones, transitions.updates, log_interval)
+                    with pool.changing_the_model():
+                        self._update_schedules(schedule)
+                        self._log_episodes(int(dones.sum()), log_interval)
                     if n_batches % self.update_interval == 0:
                         callback.on_rollout_end()
                         callback.on_rollout_start()
@@ -332,23 +343,35 @@ class AsyncAlgorithm(BaseAlgorithm):
         make_pool = WORKER_POOLS["threads" if on_threads else "serial"]
         with intra_op_threads_for(len(workers) if on_threads else 1):
             try:
-                with make_pool(workers, self.num_timesteps, total_timesteps) as self._pool:
-                    yield self._pool
+                with (
+                    make_pool(workers, self.num_timesteps, total_timesteps) as pool,
+                    guard_vec_env(env, pool.standing_still) if len(parts) > 1 else nullcontext(),
+                ):
+                    self._pool = pool
+                    yield pool
+                self._remember_workers(workers)
+            except BaseException:
+                # The lanes may be anywhere: the next learn() has to reset the env
+                self._last_obs = self._worker_states = None
+                close_if_broken(env)
+                raise
             finally:
                 self._pool = None
-        # After a failure the lanes may be anywhere: then _last_obs is None and the next learn() resets the env
-        self._last_obs = concatenate_observations([worker.observations for worker in workers])
         if len(groups) > 1:
             rejoin_vec_env(env, parts, groups)
+
+    def _remember_workers(self, workers: list[ActorLearner]) -> None:
+        """Keep what the next ``learn()`` needs to go on where the workers are."""
+        self._last_obs = concatenate_observations([worker.observations for worker in workers])
+        self._worker_states = [worker.get_state() for worker in workers]
 
     def _make_workers(
         self, parts: list[VecEnv], groups: list[range], schedule: ExplorationSchedule
     ) -> list[ActorLearner]:
         observations: Observations | None = self._last_obs
-        self._last_obs = None
         assert observations is not None
         shared = SharedParameters(self.policy, self.tau, self.lock_updates)
-        return [
+        workers = [
             ActorLearner(
                 env=part,
                 lanes=lanes,
@@ -369,6 +392,9 @@ class AsyncAlgorithm(BaseAlgorithm):
                 parts, groups, self._get_random_generators(len(groups)), strict=True
             )
         ]
+        for worker, state in zip(workers, self._worker_states or [], strict=False):
+            worker.set_state(state)
+        return workers
 
     def _get_random_generators(self, n_workers: int) -> list[np.random.Generator]:
         """One generator for each worker, from one seed sequence; they go on from one ``learn()`` to the next."""
@@ -403,10 +429,14 @@ class AsyncAlgorithm(BaseAlgorithm):
 
     # ------------------------------------------------------------------ logging
 
-    def _log_transitions(self, dones: np.ndarray, updates: list[UpdateStats], log_interval: int | None) -> None:
-        self._n_updates += len(updates)
-        self._recent_updates.extend(updates)
-        for _ in range(int(dones.sum())):
+    def _count(self, transitions: Transitions) -> None:
+        self.num_timesteps += len(transitions)
+        self._n_updates += len(transitions.updates)
+        self._recent_updates.extend(transitions.updates)
+        self._update_info_buffer(transitions.infos, transitions.dones)
+
+    def _log_episodes(self, n_episodes: int, log_interval: int | None) -> None:
+        for _ in range(n_episodes):
             self._episode_num += 1
             if log_interval and self._episode_num % log_interval == 0:
                 self.dump_logs()
@@ -467,14 +497,23 @@ class AsyncAlgorithm(BaseAlgorithm):
         include: Iterable[str] | None = None,
     ) -> None:
         """
-        Save the model. While it learns, no update is in flight meanwhile.
+        Save the model, from any thread. While it learns, no update is in flight meanwhile.
 
-        :param path: file to write
+        The file appears whole, or not at all: if anything fails, the old one stays.
+
+        :param path: file to write, ".zip" is added to a name without suffix
         :param exclude: names of attributes not to save
         :param include: names of attributes to save, though they would not be by default
         """
         with self._standing_still():
-            super().save(path, exclude, include)
+            if self._pool is not None:
+                self._remember_workers(self._pool.workers)
+            if isinstance(path, (str, pathlib.Path)):
+                # SB3's suffix
+                with write_atomically(pathlib.Path(path), default_suffix=".zip") as file:
+                    super().save(file, exclude, include)
+            else:
+                super().save(path, exclude, include)
 
     def get_parameters(self) -> dict[str, dict]:
         """

@@ -1,6 +1,6 @@
 """The transitions of a worker's lanes between two updates."""
 
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch as th
@@ -35,6 +35,8 @@ class RolloutBuffer:
     :param n_steps: most vector steps that it holds
     :param observations: observations of the worker's lanes, for their shapes and types
     """
+
+    FIELDS: ClassVar = ("observations", "actions", "rewards", "next_observations", "terminated", "next_actions")
 
     def __init__(self, n_steps: int, observations: VecEnvObs) -> None:
         assert isinstance(observations, (np.ndarray, dict))
@@ -88,6 +90,20 @@ class RolloutBuffer:
             th.as_tensor(self.next_actions[:n_filled].reshape(-1), device=device),
         )
 
+    def get_state(self) -> dict[str, Any]:
+        """
+        :return: a copy of what it holds
+        """
+        return {name: _first_steps(getattr(self, name), self.n_filled) for name in self.FIELDS}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """
+        :param state: what :meth:`get_state` returned
+        """
+        for name in self.FIELDS:
+            _store(getattr(self, name), slice(len(state["actions"])), state[name])
+        self.n_filled = len(state["actions"])
+
 
 def _empty_like(n_steps: int, observations: Observations) -> Observations:
     if isinstance(observations, dict):
@@ -95,12 +111,18 @@ def _empty_like(n_steps: int, observations: Observations) -> Observations:
     return np.empty((n_steps, *observations.shape), observations.dtype)
 
 
-def _store(storage: Observations, step: int, observations: Observations) -> None:
+def _store(storage: Observations, step: int | slice, observations: Observations) -> None:
     if isinstance(storage, dict):
         for key in storage:
             storage[key][step] = observations[key]
     else:
         storage[step] = observations
+
+
+def _first_steps(storage: Observations, n_steps: int) -> Observations:
+    if isinstance(storage, dict):
+        return {key: obs[:n_steps].copy() for key, obs in storage.items()}
+    return storage[:n_steps].copy()
 
 
 def _flatten(storage: Observations, n_filled: int) -> Observations:

@@ -9,7 +9,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from types import TracebackType
 
 import numpy as np
@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_async1step.common.actor_learner import ActorLearner, Transitions, UpdateStats
 from sb3_async1step.common.rollout import concatenate_observations, slice_observations
+from sb3_async1step.common.vec_env_guard import describe_dead_process
 
 
 class WorkerPool(ABC):
@@ -33,10 +34,99 @@ class WorkerPool(ABC):
         self.workers = workers
         self.batch_size = sum(worker.n_lanes for worker in workers)
         self.total_timesteps = total_timesteps
-        self._idle_seconds = 0.0
-        self._claimed_timesteps = num_timesteps
         n_vector_steps = -(-(total_timesteps - num_timesteps) // self.batch_size)
         self._last_timestep = num_timesteps + n_vector_steps * self.batch_size
+        # Guards everything below; signals every change that somebody may wait for
+        self._changed = threading.Condition()
+        self._claimed_timesteps = num_timesteps
+        self._n_pauses = 0
+        # Threads that are changing the model or the envs
+        self._busy_threads: list[threading.Thread] = []
+        self._is_stopping = False
+        self._idle_seconds = 0.0
+
+    @abstractmethod
+    def batches(self) -> Iterator[Transitions]:
+        """
+        Run the workers.
+
+        :return: batches of ``num_envs`` transitions; the last may be smaller if the groups of lanes are unequal
+        :raises BaseException: the first exception that a worker met, with its own traceback
+        """
+
+    def take_idle_seconds(self) -> float:
+        """
+        :return: seconds since the last call that a worker waited for other threads, mean over the workers
+        """
+        with self._changed:
+            seconds, self._idle_seconds = self._idle_seconds, 0.0
+        return seconds / len(self.workers)
+
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """
+        :return: a context manager that waits until nobody changes the model or steps an env, and lets nobody begin to
+            inside; for any thread
+        """
+        with self._changed:
+            # Who asks from inside a step (say, an env that plays against the model) can't wait for its end
+            is_busy = threading.current_thread() in self._busy_threads
+            if not is_busy:
+                self._n_pauses += 1
+                self._changed.wait_for(lambda: not self._busy_threads)
+        try:
+            yield
+        finally:
+            if not is_busy:
+                self._resume()
+
+    @contextmanager
+    def changing_the_model(self) -> Iterator[None]:
+        """
+        :return: a context manager for the calling thread's own changes, which waits while others want a still model
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._n_pauses == 0)
+            self._busy_threads.append(threading.current_thread())
+        try:
+            yield
+        finally:
+            self._is_no_longer_busy()
+
+    def __enter__(self) -> "WorkerPool":
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Stop all workers and wait for them."""
+
+    def _step(self, worker: ActorLearner) -> Transitions | None:
+        """
+        Let a worker take a step as soon as nobody wants it to stand still.
+
+        :return: its transitions, None if the training is over
+        """
+        with self._changed:
+            if not self._may_step():
+                waits_since = time.perf_counter()
+                self._changed.wait_for(self._may_step)
+                self._idle_seconds += time.perf_counter() - waits_since
+            num_timesteps = None if self._is_stopping else self._claim(worker.n_lanes)
+            if num_timesteps is None:
+                return None
+            self._busy_threads.append(threading.current_thread())
+        try:
+            return run_step(worker, num_timesteps)
+        finally:
+            self._is_no_longer_busy()
+
+    def _may_step(self) -> bool:
+        return self._is_stopping or self._n_pauses == 0
 
     def _claim(self, n_lanes: int) -> int | None:
         """
@@ -52,57 +142,25 @@ class WorkerPool(ABC):
         self._claimed_timesteps = claimed
         return claimed
 
-    @abstractmethod
-    def batches(self) -> Iterator[Transitions]:
-        """
-        Run the workers.
+    def _is_no_longer_busy(self) -> None:
+        with self._changed:
+            self._busy_threads.remove(threading.current_thread())
+            if self._n_pauses > 0:
+                self._changed.notify_all()
 
-        :return: batches of ``num_envs`` transitions; the last may be smaller if the groups of lanes are unequal
-        :raises BaseException: the first exception that a worker met, with its own traceback
-        """
-
-    def take_idle_seconds(self) -> float:
-        """
-        :return: seconds since the last call that a worker waited for the calling thread, mean over the workers
-        """
-        seconds, self._idle_seconds = self._idle_seconds, 0.0
-        return seconds / len(self.workers)
-
-    @abstractmethod
-    def standing_still(self) -> AbstractContextManager[None]:
-        """
-        :return: a context manager that waits until no update is in flight, and lets none begin inside
-        """
-
-    def __enter__(self) -> "WorkerPool":
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    @abstractmethod
-    def stop(self) -> None:
-        """Stop all workers and wait for them."""
+    def _resume(self) -> None:
+        with self._changed:
+            self._n_pauses -= 1
+            if self._n_pauses == 0:
+                self._changed.notify_all()
 
 
 class SerialWorkerPool(WorkerPool):
     """The workers take turns on the calling thread: reproducible bit for bit."""
 
     def batches(self) -> Iterator[Transitions]:
-        while True:
-            parts = []
-            for worker in self.workers:
-                num_timesteps = self._claim(worker.n_lanes)
-                if num_timesteps is not None:
-                    parts.append(run_step(worker, num_timesteps))
-            if not parts:
-                return
+        while parts := [part for part in map(self._step, self.workers) if part is not None]:
             yield concatenate(parts)
-
-    def standing_still(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def stop(self) -> None:
         pass
@@ -117,14 +175,10 @@ class ThreadWorkerPool(WorkerPool):
 
     def __init__(self, workers: list[ActorLearner], num_timesteps: int, total_timesteps: int) -> None:
         super().__init__(workers, num_timesteps, total_timesteps)
-        # Guards everything below; signals every change that somebody may wait for
-        self._changed = threading.Condition()
         self._unreported: list[Transitions] = []
         self._n_unreported = 0
-        self._n_pauses = 0
+        self._batch_is_out = False
         self._n_alive = 0
-        self._n_stepping = 0
-        self._is_stopping = False
         self._exception: BaseException | None = None
         self._threads = [
             threading.Thread(target=self._run, args=(worker,), name=f"actor-learner-{i}", daemon=True)
@@ -146,25 +200,11 @@ class ThreadWorkerPool(WorkerPool):
                 if not self._unreported:
                     return
                 batch = self._take_batch()
-                self._n_pauses += 1
-            try:
-                yield batch
-            finally:
-                self._resume()
-
-    @contextmanager
-    def standing_still(self) -> Iterator[None]:
-        # A worker that asks (say, an env that plays against the model) can't wait for itself
-        if threading.current_thread() in self._threads:
-            yield
-            return
-        with self._changed:
-            self._n_pauses += 1
-            self._changed.wait_for(lambda: self._n_stepping == 0)
-        try:
-            yield
-        finally:
-            self._resume()
+                self._batch_is_out = True
+            yield batch
+            with self._changed:
+                self._batch_is_out = False
+                self._changed.notify_all()
 
     def stop(self) -> None:
         with self._changed:
@@ -190,20 +230,13 @@ class ThreadWorkerPool(WorkerPool):
         self._n_unreported -= self.batch_size - n_missing
         return concatenate(parts)
 
-    def _resume(self) -> None:
-        with self._changed:
-            self._n_pauses -= 1
-            if self._n_pauses == 0:
-                self._changed.notify_all()
-
     def _run(self, worker: ActorLearner) -> None:
         """A worker's thread."""
         try:
-            while (num_timesteps := self._begin_step(worker.n_lanes)) is not None:
-                self._end_step(run_step(worker, num_timesteps))
+            while (transitions := self._step(worker)) is not None:
+                self._report(transitions)
         except BaseException as exception:
             with self._changed:
-                self._n_stepping -= 1
                 self._exception = self._exception or exception
                 self._is_stopping = True
         finally:
@@ -211,27 +244,16 @@ class ThreadWorkerPool(WorkerPool):
                 self._n_alive -= 1
                 self._changed.notify_all()
 
-    def _begin_step(self, n_lanes: int) -> int | None:
-        with self._changed:
-            if not self._may_go_on():
-                waits_since = time.perf_counter()
-                self._changed.wait_for(self._may_go_on)
-                self._idle_seconds += time.perf_counter() - waits_since
-            num_timesteps = None if self._is_stopping else self._claim(n_lanes)
-            if num_timesteps is not None:
-                self._n_stepping += 1
-            return num_timesteps
+    def _may_step(self) -> bool:
+        # Nobody steps while the calling thread looks at a batch; then, one may wait for it while another one fills
+        is_ahead = self._batch_is_out or self._n_unreported >= 2 * self.batch_size
+        return self._is_stopping or (super()._may_step() and not is_ahead)
 
-    def _may_go_on(self) -> bool:
-        # One batch may wait for the calling thread while another one fills
-        return self._is_stopping or (self._n_pauses == 0 and self._n_unreported < 2 * self.batch_size)
-
-    def _end_step(self, transitions: Transitions) -> None:
+    def _report(self, transitions: Transitions) -> None:
         with self._changed:
-            self._n_stepping -= 1
             self._unreported.append(transitions)
             self._n_unreported += len(transitions)
-            if self._n_unreported >= self.batch_size or self._n_pauses > 0:
+            if self._n_unreported >= self.batch_size:
                 self._changed.notify_all()
 
 
@@ -246,6 +268,12 @@ def run_step(worker: ActorLearner, num_timesteps: int) -> Transitions:
     """
     try:
         return worker.step(num_timesteps)
+    except (EOFError, OSError) as exception:
+        dead_process = describe_dead_process(worker.env, worker.lanes)
+        if dead_process is None:
+            exception.add_note(f"Raised in {describe_lanes(worker, exception)}.")
+            raise
+        raise RuntimeError(f"{dead_process}. If it raised an exception, its traceback was printed.") from exception
     except Exception as exception:
         exception.add_note(f"Raised in {describe_lanes(worker, exception)}.")
         raise
