@@ -23,9 +23,9 @@ from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch.nn import functional as F
 
 from sb3_async1step.common.actor_learner import ActorLearner, Transitions, UpdateStats, WorkerState
-from sb3_async1step.common.atomic_file import write_atomically
 from sb3_async1step.common.exploration import BehaviourPolicy, ExplorationSchedule, allot_final_epsilons
 from sb3_async1step.common.intra_op_threads import intra_op_threads_for
+from sb3_async1step.common.model_file import check_saved_model, write_atomically
 from sb3_async1step.common.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_async1step.common.rollout import Observations, Rollout, concatenate_observations, slice_observations
 from sb3_async1step.common.shared_parameters import SharedParameters
@@ -313,6 +313,7 @@ class AsyncAlgorithm(BaseAlgorithm):
                     # The names under which callbacks of SB3 look for them
                     actions, new_obs, rewards = transitions.actions, transitions.new_obs, transitions.rewards
                     dones, infos = transitions.dones, transitions.infos
+                    n_episodes_before = self._episode_num
                     with pool.changing_the_model():
                         self._count(transitions)
                     if len(transitions) == env.num_envs:
@@ -321,7 +322,8 @@ class AsyncAlgorithm(BaseAlgorithm):
                             break
                     with pool.changing_the_model():
                         self._update_schedules(schedule)
-                        self._log_episodes(int(dones.sum()), log_interval)
+                        if log_interval and self._episode_num // log_interval > n_episodes_before // log_interval:
+                            self.dump_logs()
                     if n_batches % self.update_interval == 0:
                         callback.on_rollout_end()
                         callback.on_rollout_start()
@@ -432,14 +434,9 @@ class AsyncAlgorithm(BaseAlgorithm):
     def _count(self, transitions: Transitions) -> None:
         self.num_timesteps += len(transitions)
         self._n_updates += len(transitions.updates)
+        self._episode_num += int(transitions.dones.sum())
         self._recent_updates.extend(transitions.updates)
         self._update_info_buffer(transitions.infos, transitions.dones)
-
-    def _log_episodes(self, n_episodes: int, log_interval: int | None) -> None:
-        for _ in range(n_episodes):
-            self._episode_num += 1
-            if log_interval and self._episode_num % log_interval == 0:
-                self.dump_logs()
 
     def dump_logs(self) -> None:
         """Write log data: DQN's keys, and the ``async/*`` metrics over the updates since the last log."""
@@ -514,6 +511,22 @@ class AsyncAlgorithm(BaseAlgorithm):
                     super().save(file, exclude, include)
             else:
                 super().save(path, exclude, include)
+
+    @classmethod
+    def load(
+        cls: type[SelfAsyncAlgorithm], path: str | pathlib.Path | io.BufferedIOBase, *args: Any, **kwargs: Any
+    ) -> SelfAsyncAlgorithm:
+        """
+        Load a model; it may go on with another number of lanes or workers.
+
+        :param path: what ``save`` wrote
+        :param args: see :meth:`BaseAlgorithm.load <stable_baselines3.common.base_class.BaseAlgorithm.load>`
+        :param kwargs: likewise
+        :return: the model
+        :raises ValueError: if the file is damaged, or another algorithm's
+        """
+        check_saved_model(path, cls.__name__, expected="n_workers")
+        return super().load(path, *args, **kwargs)
 
     def get_parameters(self) -> dict[str, dict]:
         """

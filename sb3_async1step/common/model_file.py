@@ -1,15 +1,19 @@
-"""Files that are written whole, or not at all."""
+"""Files of saved models: written whole or not at all, and checked before they are loaded."""
 
+import io
+import json
 import os
 import pathlib
 import uuid
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BufferedWriter
+
+from stable_baselines3.common.save_util import open_path
 
 
 @contextmanager
-def write_atomically(path: pathlib.Path, default_suffix: str) -> Iterator[BufferedWriter]:
+def write_atomically(path: pathlib.Path, default_suffix: str) -> Iterator[io.BufferedWriter]:
     """
     Write beside the file, and put the result in its place at the end of the ``with`` block. Whatever happens (an
     exception, a kill, a power cut), either the old file or the new one is there.
@@ -45,3 +49,28 @@ def _fsync_folder(folder: pathlib.Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def check_saved_model(path: str | pathlib.Path | io.BufferedIOBase, algorithm: str, expected: str) -> None:
+    """
+    :param path: a saved model
+    :param algorithm: name of the algorithm that is about to load it
+    :param expected: an attribute that the algorithm's models have, and other algorithms' have not
+    :raises ValueError: if the file is damaged, or another algorithm's
+    """
+    file = open_path(path, "r", suffix="zip")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            attributes = json.loads(archive.read("data"))
+    except (zipfile.BadZipFile, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged, or no saved model: {error}") from error
+    finally:
+        if file is path:
+            file.seek(0)
+        else:
+            file.close()
+    if expected not in attributes:
+        raise ValueError(
+            f"{path} was not saved by {algorithm}: load it with the class that saved it. "
+            "To start from a DQN's weights, use model.policy.load_state_dict(dqn.policy.state_dict())."
+        )

@@ -1,0 +1,293 @@
+"""Files are whole or not there, and a loaded model goes on where the saved one was."""
+
+import copy
+import errno
+import io
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import DQN, PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
+from sb3_async1step.common import model_file
+from tests.envs import RandomWalkEnv, make_env
+
+
+def state_of(model):
+    """Everything that decides about the rest of a training."""
+    return {
+        "policy": model.policy.state_dict(),
+        "optimizer": model.policy.optimizer.state_dict(),
+        "counters": (model.num_timesteps, model._n_updates, model._episode_num, model.exploration_rate),
+        "generators": [generator.bit_generator.state for generator in model._random_generators],
+        "last_obs": model._last_obs,
+        "workers": model._worker_states,
+        "returns": list(model.ep_info_buffer),
+    }
+
+
+def assert_equal(one, other):
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert list(one) == list(other)
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_equal(a, b)
+    elif isinstance(one, (th.Tensor, np.ndarray)):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    elif hasattr(one, "__dataclass_fields__"):
+        assert_equal(vars(one), vars(other))
+    else:
+        assert one == other
+
+
+class SaveAt(BaseCallback):
+    """Saves model and envs at some call, and stops there if it is told to."""
+
+    def __init__(self, at_call, envs, stops=False):
+        super().__init__()
+        self.at_call, self.envs, self.stops = at_call, envs, stops
+        self.file = io.BytesIO()
+
+    def _on_step(self):
+        if self.n_calls == self.at_call:
+            self.model.save(self.file)
+            self.saved_envs = copy.deepcopy(self.envs)
+            return not self.stops
+        return True
+
+
+@pytest.mark.parametrize("how", ["in a callback", "after a callback stopped the training", "after learn()"])
+@pytest.mark.parametrize("at_call", [1, 37, 51])
+@pytest.mark.parametrize(("n_lanes", "n_workers"), [(1, 1), (3, 1), (3, 3), (4, 2)])
+def test_a_resumed_run_equals_an_uninterrupted_one(algorithm, n_lanes, n_workers, at_call, how):
+    parameters = {
+        "backend": "serial", "n_workers": n_workers, "seed": 3, "update_interval": 5, "target_update_interval": 7,
+        "learning_rate": lambda progress: 0.01 * progress, "exploration_fraction": 0.9,
+    }  # fmt: skip
+
+    def make_envs():
+        env = make_env(n_lanes)
+        env.seed(1)
+        return env
+
+    total = 100 * n_lanes
+    whole = algorithm("MlpPolicy", make_envs(), **parameters).learn(total)
+
+    env = make_envs()
+    model = algorithm("MlpPolicy", env, **parameters)
+    if how == "after learn()":
+        # The schedules are those of the whole training
+        stop = SaveAt(at_call, env.envs, stops=True)
+        model.learn(total, callback=stop)
+        file, envs = io.BytesIO(), copy.deepcopy(env.envs)
+        model.save(file)
+    else:
+        save = SaveAt(at_call, env.envs, stops="stopped" in how)
+        model.learn(total, callback=save)
+        file, envs = save.file, save.saved_envs
+    file.seek(0)
+    restored = DummyVecEnv([lambda env=env: env for env in envs])
+    resumed = algorithm.load(file, env=restored, force_reset=False)
+    assert resumed.num_timesteps == at_call * n_lanes
+    resumed.learn(total - at_call * n_lanes, reset_num_timesteps=False)
+    expected, actual = state_of(whole), state_of(resumed)
+    # Wall-clock times of the episodes
+    for state in (expected, actual):
+        state["returns"] = [(info["r"], info["l"]) for info in state["returns"]]
+    assert_equal(expected, actual)
+
+
+def test_two_calls_of_learn_equal_one(algorithm):
+    def train(*totals):
+        env = make_env(3)
+        model = algorithm("MlpPolicy", env, backend="serial", n_workers=3, seed=1, exploration_initial_eps=0.1,
+                          exploration_final_eps=0.1)  # fmt: skip
+        for total in totals:
+            model.learn(total, reset_num_timesteps=total == totals[0])
+        state = state_of(model)
+        state["returns"] = [(info["r"], info["l"]) for info in state["returns"]]
+        return state
+
+    assert_equal(train(600), train(201, 399))
+
+
+def test_a_reset_forgets_what_the_workers_had_begun(algorithm):
+    env = make_env(2)
+    model = algorithm("MlpPolicy", env, n_workers=1, update_interval=100, learning_rate=0.1).learn(20)
+    assert model._worker_states[0].steps_since_update == 10
+    model.learn(20)
+    assert model._worker_states[0].steps_since_update == 10
+    model.set_env(make_env(2))
+    model.learn(20, reset_num_timesteps=False)
+    assert model._worker_states[0].steps_since_update == 10
+
+
+@pytest.mark.parametrize(("n_lanes", "n_workers"), [(1, 1), (8, 2), (4, 4), (5, 1)])
+def test_load_on_another_layout(algorithm, n_lanes, n_workers, tmp_path):
+    algorithm("MlpPolicy", make_env(4), n_workers=2, seed=0).learn(403).save(tmp_path / "model")
+    model = algorithm.load(tmp_path / "model", env=make_env(n_lanes), n_workers=n_workers)
+    assert model.num_timesteps == 404
+    model.learn(100, reset_num_timesteps=False)
+    assert 504 <= model.num_timesteps < 504 + n_lanes
+
+
+def test_what_a_file_holds(algorithm, tmp_path):
+    model = algorithm("MlpPolicy", make_env(2), n_workers=2, seed=0).learn(111)
+    model.save(tmp_path / "model.zip")
+    assert_equal(state_of(algorithm.load(tmp_path / "model")), state_of(model))
+
+
+def test_custom_objects_as_the_zoo_passes_them(algorithm, tmp_path):
+    algorithm("MlpPolicy", make_env(2)).save(tmp_path / "model")
+    custom_objects = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0, "clip_range": lambda _: 0.0}
+    model = algorithm.load(tmp_path / "model", custom_objects=custom_objects, seed=4, buffer_size=1)
+    assert (model.learning_rate, model.seed) == (0.0, 4)
+
+
+def test_suffix_and_folders_are_sb3s(tmp_path):
+    model = AsyncOneStepQ("MlpPolicy", make_env(1))
+    for name in ("a/b/model", "model.zip", "model.v1"):
+        model.save(tmp_path / name)
+        AsyncOneStepQ.load(tmp_path / name)
+    model.save(str(tmp_path / "text"))
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert found == ["a/b/model.zip", "model.v1", "model.zip", "text.zip"]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "link.zip").symlink_to(tmp_path / "real.zip")
+    AsyncOneStepQ("MlpPolicy", make_env(1)).save(tmp_path / "link")
+    assert (tmp_path / "link.zip").is_symlink()
+    AsyncOneStepQ.load(tmp_path / "real.zip")
+
+
+@pytest.mark.parametrize("where", ["write", "fsync", "replace"])
+def test_a_failed_save_leaves_the_old_file(algorithm, where, tmp_path, monkeypatch):
+    model = algorithm("MlpPolicy", make_env(1), seed=0)
+    model.save(tmp_path / "model")
+    before = (tmp_path / "model.zip").read_bytes()
+    model.learn(50)
+
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if where == "write":
+        monkeypatch.setattr(zipfile.ZipFile, "writestr", fail)
+    else:
+        monkeypatch.setattr(model_file.os, where, fail)
+    with pytest.raises(OSError, match="No space left"):
+        model.save(tmp_path / "model")
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.zip"]
+    assert (tmp_path / "model.zip").read_bytes() == before
+    model.learn(50, reset_num_timesteps=False)
+    model.save(tmp_path / "model")
+    assert algorithm.load(tmp_path / "model").num_timesteps == 100
+
+
+@pytest.mark.parametrize(("backend", "n_workers"), [("threads", 4), ("threads", 1), ("serial", 2)])
+def test_saving_from_another_thread(algorithm, backend, n_workers, tmp_path):
+    """Each file holds one moment: online network, statistics and counters of the same number of updates."""
+
+    class CountingOptimizer(th.optim.SGD):
+        """Each update adds one to every weight, in two halves."""
+
+        @th.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for _ in range(2):
+                    for p in group["params"]:
+                        p.add_(0.5)
+
+    model = algorithm(
+        "MlpPolicy", make_env(4), backend=backend, n_workers=n_workers, lock_updates=True, update_interval=1,
+        target_update_interval=10**9, policy_kwargs={"optimizer_class": CountingOptimizer, "net_arch": [4]},
+    )  # fmt: skip
+    start = [p.detach().clone() for p in model.q_net.parameters()]
+    ended = threading.Event()
+    files = []
+
+    def keep_saving():
+        while not ended.is_set() and len(files) < 30:
+            path = tmp_path / str(len(files))
+            model.save(path)
+            files.append(path)
+
+    thread = threading.Thread(target=keep_saving)
+    model.learn(40, log_interval=None)
+    thread.start()
+    model.learn(4_000, log_interval=1, reset_num_timesteps=False)
+    ended.set()
+    thread.join()
+    assert len(files) >= 5
+    counts = []
+    for path in files:
+        weights = algorithm.load(path).q_net.state_dict().values()
+        steps = {round(d, 3) for p, q in zip(weights, start, strict=True) for d in (p - q).flatten().tolist()}
+        assert len(steps) == 1
+        counts.append(steps.pop())
+        assert counts[-1] == int(counts[-1])
+    assert counts == sorted(counts)
+    assert counts[-1] > counts[0]
+
+
+@pytest.mark.parametrize("other", [DQN, PPO])
+def test_files_of_other_algorithms(algorithm, other, tmp_path):
+    env = make_env(1)
+    other("MlpPolicy", env).save(tmp_path / "model")
+    with pytest.raises(ValueError, match=rf"model was not saved by {algorithm.__name__}: load it with the class"):
+        algorithm.load(tmp_path / "model")
+
+
+def test_weights_of_a_dqn():
+    """As the error message advises."""
+    dqn, model = DQN("MlpPolicy", make_env(1), seed=0), AsyncOneStepQ("MlpPolicy", make_env(1), seed=1)
+    model.policy.load_state_dict(dqn.policy.state_dict())
+    obs = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    np.testing.assert_array_equal(model.predict(obs, deterministic=True)[0], dqn.predict(obs, deterministic=True)[0])
+
+
+def test_q_and_sarsa_can_load_each_others_files(tmp_path):
+    AsyncOneStepQ("MlpPolicy", make_env(2)).learn(100).save(tmp_path / "model")
+    model = AsyncOneStepSarsa.load(tmp_path / "model", env=make_env(2))
+    assert model.learn(100, reset_num_timesteps=False).num_timesteps == 200
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.99])
+def test_damaged_files(algorithm, keep, tmp_path):
+    path = tmp_path / "model.zip"
+    algorithm("MlpPolicy", make_env(1)).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content))])
+    with pytest.raises(ValueError, match=r"model.zip is damaged, or no saved model"):
+        algorithm.load(path)
+
+
+def test_file_objects(algorithm):
+    model, file = algorithm("MlpPolicy", make_env(1), seed=0).learn(50), io.BytesIO()
+    model.save(file)
+    file.seek(0)
+    assert_equal(state_of(algorithm.load(file)), state_of(model))
+
+
+def test_an_envs_state_is_not_in_the_file(tmp_path):
+    """No threads, locks or envs are pickled; the workers' states are small."""
+    env = DummyVecEnv([RandomWalkEnv] * 4)
+    AsyncOneStepQ("MlpPolicy", env, n_workers=4, policy_kwargs={"net_arch": [8]}).learn(402).save(tmp_path / "model")
+    with zipfile.ZipFile(tmp_path / "model.zip") as archive:
+        names = archive.namelist()
+        data = archive.read("data").decode()
+    assert "policy.pth" in names
+    assert "policy.optimizer.pth" in names
+    for word in ("_thread", "RandomWalkEnv", "ActorLearner object", "WorkerPool"):
+        assert word not in data
+    assert len(data) < 50_000
