@@ -29,7 +29,7 @@ from sb3_async1step.common.model_file import check_saved_model, write_atomically
 from sb3_async1step.common.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_async1step.common.rollout import Observations, Rollout, concatenate_observations, slice_observations
 from sb3_async1step.common.shared_parameters import SharedParameters
-from sb3_async1step.common.vec_env_guard import close_if_broken, guard_vec_env
+from sb3_async1step.common.vec_env_guard import guard_vec_env, watch_processes
 from sb3_async1step.common.vec_env_split import find_unsplittable, group_lanes, rejoin_vec_env, split_vec_env
 from sb3_async1step.common.worker_pool import SerialWorkerPool, ThreadWorkerPool, WorkerPool
 
@@ -298,9 +298,10 @@ class AsyncAlgorithm(BaseAlgorithm):
             # The env is about to be reset
             self._worker_states = None
         tb_log_name = tb_log_name or type(self).__name__
-        total_timesteps, callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-        )
+        with watch_processes(self.env):
+            total_timesteps, callback = self._setup_learn(
+                total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+            )
         env = self.env
         self._setup_runtime()
         schedule = self._make_exploration_schedule(env.num_envs)
@@ -346,6 +347,7 @@ class AsyncAlgorithm(BaseAlgorithm):
         with intra_op_threads_for(len(workers) if on_threads else 1):
             try:
                 with (
+                    watch_processes(env),
                     make_pool(workers, self.num_timesteps, total_timesteps) as pool,
                     guard_vec_env(env, pool.standing_still) if len(parts) > 1 else nullcontext(),
                 ):
@@ -355,7 +357,6 @@ class AsyncAlgorithm(BaseAlgorithm):
             except BaseException:
                 # The lanes may be anywhere: the next learn() has to reset the env
                 self._last_obs = self._worker_states = None
-                close_if_broken(env)
                 raise
             finally:
                 self._pool = None

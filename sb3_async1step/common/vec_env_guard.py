@@ -3,6 +3,9 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
+from multiprocessing import Pipe
+from multiprocessing.connection import wait
+from threading import Thread
 from typing import Any, NoReturn
 
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
@@ -44,34 +47,60 @@ def guard_vec_env(env: VecEnv, standing_still: Callable[[], AbstractContextManag
             delattr(base, name)
 
 
-def describe_dead_process(env: VecEnv, lanes: range) -> str | None:
+@contextmanager
+def watch_processes(env: VecEnv) -> Iterator[None]:
     """
-    :param env: a worker's VecEnv
-    :param lanes: its lanes
-    :return: which lane's process ended and how, None if all run or there are none
+    Inside the ``with`` block, the death of one of a ``SubprocVecEnv``'s processes ends the others as well: such a
+    VecEnv can't be used (nor closed in SB3's way) any more, and who waits for an answer might wait forever.
+
+    :param env: the VecEnv; one of another class is left alone
+    :raises RuntimeError: if a process died; names its lane
     """
     base = env.unwrapped
-    if isinstance(base, SubprocVecEnv):
-        for lane, process in zip(lanes, base.processes, strict=True):
-            # A pipe may break before the process is seen to have ended
-            process.join(timeout=0.1)
-            if process.exitcode is not None:
-                how = f"was killed by signal {-process.exitcode}" if process.exitcode < 0 else "ended"
-                return f"The process of env lane {lane} {how}"
-    return None
-
-
-def close_if_broken(env: VecEnv) -> None:
-    """
-    End the other processes of a VecEnv when one of them died: it can't be used (nor closed in SB3's way) any more.
-
-    :param env: the VecEnv
-    """
-    base = env.unwrapped
-    if not isinstance(base, SubprocVecEnv) or all(process.is_alive() for process in base.processes):
+    if not isinstance(base, SubprocVecEnv) or base.closed:
+        yield
         return
-    for process, remote in zip(base.processes, base.remotes, strict=True):
-        process.terminate()
+    deaths: list[str] = []
+    stop_reader, stop_writer = Pipe(duplex=False)
+
+    def watch() -> None:
+        ended = wait([process.sentinel for process in base.processes] + [stop_reader])
+        for lane, process in enumerate(base.processes):
+            if process.sentinel in ended:
+                process.join()
+                deaths.append(f"The process of env lane {lane} {describe_exit(process.exitcode)}.")
+        if deaths:
+            end_processes(base)
+
+    watcher = Thread(target=watch, name="process-watcher", daemon=True)
+    watcher.start()
+    try:
+        yield
+    except (EOFError, OSError) as exception:
+        # A pipe may break before the process is seen to have ended
+        watcher.join(timeout=1.0)
+        if not deaths:
+            raise
+        raise RuntimeError(f"{deaths[0]} If it raised an exception, its traceback was printed.") from exception
+    finally:
+        stop_writer.close()
+        watcher.join()
+        stop_reader.close()
+
+
+def describe_exit(exitcode: int | None) -> str:
+    """
+    :param exitcode: a process's exit code, negative for a signal
+    :return: in words
+    """
+    return f"was killed by signal {-exitcode}" if exitcode is not None and exitcode < 0 else "ended"
+
+
+def end_processes(env: SubprocVecEnv) -> None:
+    """
+    :param env: its processes are killed; it is closed from then on
+    """
+    for process in env.processes:
+        process.kill()
         process.join()
-        remote.close()
-    base.closed = True
+    env.closed = True

@@ -17,7 +17,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_async1step.common.actor_learner import ActorLearner, Transitions, UpdateStats
 from sb3_async1step.common.rollout import concatenate_observations, slice_observations
-from sb3_async1step.common.vec_env_guard import describe_dead_process
 
 
 class WorkerPool(ABC):
@@ -268,12 +267,6 @@ def run_step(worker: ActorLearner, num_timesteps: int) -> Transitions:
     """
     try:
         return worker.step(num_timesteps)
-    except (EOFError, OSError) as exception:
-        dead_process = describe_dead_process(worker.env, worker.lanes)
-        if dead_process is None:
-            exception.add_note(f"Raised in {describe_lanes(worker, exception)}.")
-            raise
-        raise RuntimeError(f"{dead_process}. If it raised an exception, its traceback was printed.") from exception
     except Exception as exception:
         exception.add_note(f"Raised in {describe_lanes(worker, exception)}.")
         raise

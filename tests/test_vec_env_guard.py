@@ -1,0 +1,221 @@
+"""Callbacks and the training env while workers step it; processes that die."""
+
+import os
+import signal
+import threading
+import time
+
+import gymnasium as gym
+import numpy as np
+import psutil
+import pytest
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecMonitor, VecNormalize
+
+from tests.envs import RaisingEnv, RandomWalkEnv, make_env
+
+
+class AskableEnv(RandomWalkEnv):
+    """Notices when it is asked while it steps."""
+
+    render_mode = "rgb_array"
+    is_stepping = False
+    difficulty = 0
+
+    def step(self, action):
+        self.is_stepping = True
+        time.sleep(1e-4)
+        result = super().step(action)
+        self.is_stepping = False
+        return result
+
+    def set_difficulty(self, value):
+        assert not self.is_stepping
+        self.difficulty = value
+        return os.getpid()
+
+    def render(self):
+        assert not self.is_stepping
+        return np.full((2, 2, 3), self.difficulty, np.uint8)
+
+
+class AskInEachCall(BaseCallback):
+    def _on_step(self):
+        env = self.training_env
+        assert len(env.env_method("set_difficulty", self.n_calls)) == 4
+        assert env.get_attr("difficulty") == [self.n_calls] * 4
+        env.set_attr("p_terminate", 0.2, indices=[1, 3])
+        assert env.get_attr("p_terminate") == [0.05, 0.2, 0.05, 0.2]
+        assert env.env_is_wrapped(gym.Wrapper) == [False] * 4
+        assert (env.get_images()[3] == self.n_calls).all()
+        assert env.has_attr("difficulty")
+        return True
+
+
+@pytest.mark.parametrize("n_workers", [1, 4])
+@pytest.mark.parametrize("vec_env", [DummyVecEnv, SubprocVecEnv])
+def test_callbacks_may_ask_the_training_env(algorithm, vec_env, n_workers):
+    env = VecFrameStack(VecMonitor(vec_env([AskableEnv] * 4)), 2)
+    env.set_attr("p_terminate", 0.05)
+    model = algorithm("MlpPolicy", env, n_workers=n_workers).learn(200, callback=AskInEachCall())
+    assert model.num_timesteps == 200
+    # Nothing of the guard is left
+    assert not {"get_attr", "env_method", "reset", "step_async"} & set(vars(env.unwrapped))
+    env.reset()
+    env.step(np.zeros(4, dtype=int))
+    env.close()
+
+
+@pytest.mark.parametrize("what", ["step", "reset"])
+def test_callbacks_may_not_step_the_training_env(algorithm, what):
+    def interfere(locals_, globals_):
+        env = locals_["self"].get_env()
+        env.reset() if what == "reset" else env.step(np.zeros(4, dtype=int))
+
+    with pytest.raises(RuntimeError, match="nobody else may step or reset it until learn"):
+        algorithm("MlpPolicy", make_env(4), n_workers=2).learn(100, callback=interfere)
+
+
+def test_learning_twice_at_once(algorithm):
+    def learn_again(locals_, globals_):
+        locals_["self"].learn(10)
+
+    with pytest.raises(RuntimeError, match="is running already"):
+        algorithm("MlpPolicy", make_env(4), n_workers=2).learn(100, callback=learn_again)
+
+
+def test_the_eval_env_is_kept_in_sync(algorithm):
+    env, eval_env = VecNormalize(make_env(4)), VecNormalize(make_env(1), training=False)
+    callback = EvalCallback(eval_env, eval_freq=20, n_eval_episodes=1, verbose=0)
+    algorithm("MlpPolicy", env, n_workers=2).learn(400, callback=callback)
+    assert eval_env.obs_rms.count > 300
+    assert eval_env.obs_rms.count <= env.obs_rms.count
+
+
+def processes_of(env):
+    return [psutil.Process(process.pid) for process in env.unwrapped.processes]
+
+
+@pytest.mark.parametrize(("backend", "n_workers"), [("threads", 3), ("threads", 1), ("serial", 3), ("threads", 2)])
+@pytest.mark.parametrize("lane", [0, 2])
+def test_a_killed_process(algorithm, backend, n_workers, lane, tmp_path):
+    env = VecFrameStack(SubprocVecEnv([RandomWalkEnv] * 3), 2)
+    processes = processes_of(env)
+    model = algorithm("MlpPolicy", env, n_workers=n_workers, backend=backend)
+    timer = threading.Timer(0.3, lambda: processes[lane].send_signal(signal.SIGKILL))
+    timer.start()
+    with pytest.raises(RuntimeError, match=f"The process of env lane {lane} was killed by signal 9") as caught:
+        model.learn(10**9, log_interval=None)
+    assert isinstance(caught.value.__cause__, (EOFError, OSError))
+    timer.join()
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    assert alive == []
+    env.close()
+    # With a new env, it goes on
+    obs = np.zeros(8, np.float32)
+    action = model.predict(obs, deterministic=True)[0]
+    model.save(tmp_path / "model")
+    assert algorithm.load(tmp_path / "model").predict(obs, deterministic=True)[0] == action
+    model.set_env(VecFrameStack(make_env(3), 2))
+    before = model.num_timesteps
+    model.learn(30, reset_num_timesteps=False)
+    assert before + 30 <= model.num_timesteps < before + 33
+
+
+def test_an_exception_in_a_process(algorithm, capfd):
+    env = SubprocVecEnv([RandomWalkEnv, lambda: RaisingEnv(at_step=9), RandomWalkEnv], start_method="fork")
+    processes = processes_of(env)
+    with pytest.raises(
+        RuntimeError, match=r"The process of env lane 1 ended\. If it raised an exception, its traceback"
+    ):
+        algorithm("MlpPolicy", env, n_workers=3).learn(10_000)
+    assert psutil.wait_procs(processes, timeout=5)[1] == []
+    assert "the env is broken" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["reset", "render"])
+@pytest.mark.parametrize("n_workers", [1, 3])
+def test_an_env_that_raises_elsewhere(algorithm, where, n_workers):
+    class Breaking(AskableEnv):
+        def __init__(self, is_broken):
+            super().__init__()
+            self.is_broken = is_broken
+            self.n_resets = 0
+
+        def render(self):
+            raise ZeroDivisionError("no picture")
+
+        def reset(self, **kwargs):
+            self.n_resets += 1
+            if self.is_broken and where == "reset" and self.n_resets > 1:
+                raise ZeroDivisionError("no picture")
+            return super().reset(**kwargs)
+
+    def look(locals_, globals_):
+        if where == "render":
+            locals_["self"].get_env().get_images()
+        return True
+
+    env = DummyVecEnv([lambda is_broken=is_broken: Breaking(is_broken) for is_broken in (False, False, True)])
+    model = algorithm("MlpPolicy", env, n_workers=n_workers)
+    with pytest.raises(ZeroDivisionError, match="no picture") as caught:
+        model.learn(1000, callback=look)
+    if where == "reset":
+        assert caught.value.__notes__ == ["Raised in env lane 2."]
+    model.set_env(make_env(3))
+    model.learn(30)
+
+
+@pytest.mark.parametrize("n_workers", [1, 3])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_observations_that_are_not_finite(algorithm, n_workers, value):
+    class Broken(RandomWalkEnv):
+        def step(self, action):
+            obs, *rest = super().step(action)
+            obs[2] = value if self.n_steps == 5 else obs[2]
+            return obs, *rest
+
+    model = algorithm("MlpPolicy", DummyVecEnv([RandomWalkEnv, Broken, RandomWalkEnv]), n_workers=n_workers)
+    with pytest.raises(ValueError, match="The observation of env lane 1 is not finite"):
+        model.learn(1000)
+    assert all(bool(p.isfinite().all()) for p in model.policy.parameters())
+
+
+def test_a_training_that_diverges_stops_before_the_weights_are_touched(algorithm):
+    class Diverging(algorithm):
+        def compute_loss(self, *args):
+            loss = super().compute_loss(*args)
+            return loss * (float("nan") if self.num_timesteps > 100 else 1.0)
+
+    model = Diverging("MlpPolicy", make_env(4), n_workers=2)
+    with pytest.raises(ValueError, match="gradient's norm is nan: the training diverges"):
+        model.learn(1000)
+    assert all(bool(p.isfinite().all()) for p in model.policy.parameters())
+
+
+def test_two_models_learn_at_the_same_time(algorithm):
+    """Neither disturbs the other: in serial mode, each gets the weights that it gets alone."""
+
+    def train(seed, results):
+        env = make_env(2)
+        env.seed(seed)
+        model = algorithm("MlpPolicy", env, n_workers=2, backend="serial", policy_kwargs={"net_arch": [8]})
+        model.policy.load_state_dict(initial[seed])
+        model.set_random_seed(seed)
+        model.learn(1000)
+        results[seed] = [p.tolist() for p in model.policy.parameters()]
+
+    initial = {
+        seed: algorithm("MlpPolicy", make_env(2), seed=seed, policy_kwargs={"net_arch": [8]}).policy.state_dict()
+        for seed in (1, 2)
+    }
+    alone, together = {}, {}
+    for seed in (1, 2):
+        train(seed, alone)
+    threads = [threading.Thread(target=train, args=(seed, together)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert alone == together
+    assert alone[1] != alone[2]
