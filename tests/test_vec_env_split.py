@@ -149,6 +149,23 @@ def test_parts_share_the_running_statistics():
     assert all(part.returns.shape == (2,) for part in parts)
     rejoin_vec_env(env, parts, group_lanes(4, 2))
     np.testing.assert_array_equal(env.returns, np.concatenate([part.returns for part in parts]))
+    assert env.get_original_obs().shape == (4, 4)
+    np.testing.assert_array_equal(env.get_original_reward(), np.concatenate([part.old_reward for part in parts]))
+
+
+def test_parts_follow_the_settings_of_the_whole():
+    env = make(RandomWalkEnv, [VecNormalize], DummyVecEnv, 4)
+    env.reset()
+    parts = split_vec_env(env, group_lanes(4, 2))
+    count = env.obs_rms.count
+    env.training = env.norm_obs = env.norm_reward = False
+    obs, rewards, *_ = parts[1].step(np.zeros(2, dtype=int))
+    assert env.obs_rms.count == count
+    np.testing.assert_array_equal(obs, parts[1].get_original_obs())
+    np.testing.assert_array_equal(rewards, parts[1].get_original_reward())
+    env.training = env.norm_obs = True
+    parts[0].step(np.zeros(2, dtype=int))
+    assert env.obs_rms.count == count + 2
 
 
 def test_vec_monitor_file_and_counts(tmp_path):

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import TypeVar
 
 import gymnasium as gym
+import numpy as np
 from stable_baselines3.common.vec_env import (
     DummyVecEnv,
     SubprocVecEnv,
@@ -28,6 +29,8 @@ from stable_baselines3.common.vec_env import (
 )
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
+
+from sb3_async1step.common.rollout import concatenate_observations, slice_observations
 
 AnyVecEnv = TypeVar("AnyVecEnv", bound=VecEnv)
 
@@ -163,25 +166,32 @@ class _HeldStep(VecEnvWrapper):
 
 
 class _VecNormalizePart(VecNormalize):
-    """Part of a VecNormalize: the running statistics are the whole's, one part updates them at a time."""
+    """Part of a VecNormalize: settings and running statistics are the whole's, one part updates them at a time."""
 
     venv: _HeldStep
+    whole: VecNormalize
     statistics_lock: threading.Lock
 
     def step_wait(self) -> VecEnvStepReturn:
         # The lock is not held while the envs step
         self.venv.take_step()
         with self.statistics_lock:
+            # Callbacks may have changed them
+            for name in ("training", "norm_obs", "norm_reward", "clip_obs", "clip_reward", "obs_rms", "ret_rms"):
+                if name in self.whole.__dict__:
+                    setattr(self, name, getattr(self.whole, name))
             return super().step_wait()
 
 
 @split_vec_env.register
 def _(env: VecNormalize, groups: Sequence[range]) -> list[VecEnv]:
-    parts = _split_wrapper(env, groups, "returns")
+    parts = _split_wrapper(env, groups, "returns", "old_reward")
     lock = threading.Lock()
-    for part in parts:
+    for part, lanes in zip(parts, groups, strict=True):
+        part.old_obs = slice_observations(env.old_obs, lanes)
         part.__class__ = _VecNormalizePart
         part.venv = _HeldStep(part.venv)
+        part.whole = env
         part.statistics_lock = lock
     return parts
 
@@ -190,6 +200,8 @@ def _(env: VecNormalize, groups: Sequence[range]) -> list[VecEnv]:
 def _(env: VecNormalize, parts: Sequence[_VecNormalizePart], groups: Sequence[range]) -> None:
     for part, lanes in zip(parts, groups, strict=True):
         env.returns[lanes.start : lanes.stop] = part.returns
+    env.old_obs = concatenate_observations([part.old_obs for part in parts])
+    env.old_reward = np.concatenate([part.old_reward for part in parts])
     rejoin_vec_env(env.venv, [part.venv.venv for part in parts], groups)
 
 

@@ -1,0 +1,396 @@
+"""What an SB3 user does with DQN: spaces, wrappers, networks, loggers, and the getters and setters of BaseAlgorithm."""
+
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import DQN
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import FakeImageEnv
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    SubprocVecEnv,
+    VecCheckNan,
+    VecExtractDictObs,
+    VecFrameStack,
+    VecMonitor,
+    VecNormalize,
+    VecTransposeImage,
+)
+
+from tests.envs import RandomWalkEnv, make_env
+
+
+class SampleEnv(gym.Env):
+    """Samples its observations; the reward counts steps."""
+
+    action_space = spaces.Discrete(3)
+
+    def __init__(self, observation_space, max_steps=7):
+        self.observation_space = observation_space
+        self.max_steps = max_steps
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.n_steps = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.n_steps += 1
+        info = {"is_success": self.n_steps % 2 == 1}
+        return self.observation_space.sample(), float(self.n_steps), False, self.n_steps == self.max_steps, info
+
+
+def box(*shape):
+    return spaces.Box(-1, 1, shape, dtype=np.float32)
+
+
+def image(*shape, high=255):
+    return spaces.Box(0, high, shape, dtype=np.uint8)
+
+
+OBSERVATION_SPACES = {
+    "vector": ("MlpPolicy", box(4), {}),
+    "float64": ("MlpPolicy", spaces.Box(-1, 1, (2, 3), dtype=np.float64), {}),
+    "channels last": ("CnnPolicy", image(36, 40, 3), {}),
+    "channels first": ("CnnPolicy", image(3, 36, 40), {}),
+    "image between 0 and 1": ("CnnPolicy", box(1, 36, 36), {"normalize_images": False}),
+    "image to an mlp": ("MlpPolicy", image(8, 8, 1), {}),
+    "discrete": ("MlpPolicy", spaces.Discrete(5), {}),
+    "multi-discrete": ("MlpPolicy", spaces.MultiDiscrete([3, 4]), {}),
+    "multi-binary": ("MlpPolicy", spaces.MultiBinary(6), {}),
+    "dict": ("MultiInputPolicy", spaces.Dict({"pixels": image(36, 36, 1), "speed": box(2)}), {}),
+    "goal": (
+        "MultiInputPolicy",
+        spaces.Dict({"observation": box(4), "achieved_goal": box(2), "desired_goal": box(2)}),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+@pytest.mark.parametrize("name", OBSERVATION_SPACES)
+def test_observation_spaces(algorithm, name, n_workers, tmp_path):
+    policy, space, policy_kwargs = OBSERVATION_SPACES[name]
+    env = DummyVecEnv([lambda: SampleEnv(space)] * 4)
+    small = {"net_arch": [8], **policy_kwargs}
+    model = algorithm(policy, env, n_workers=n_workers, policy_kwargs=small, update_interval=2, seed=0)
+    before = [p.clone() for p in model.q_net.parameters()]
+    model.learn(80)
+    assert any(not th.equal(p, q) for p, q in zip(before, model.q_net.parameters(), strict=True))
+    single, batch = space.sample(), model.get_env().reset()
+    action, _ = model.predict(single, deterministic=True)
+    actions, _ = model.predict(batch, deterministic=True)
+    assert action.shape == () and actions.shape == (4,)
+    model.save(tmp_path / "model")
+    loaded = algorithm.load(tmp_path / "model", env=DummyVecEnv([lambda: SampleEnv(space)] * 2), n_workers=n_workers)
+    np.testing.assert_array_equal(loaded.predict(batch, deterministic=True)[0], actions)
+    loaded.learn(20, reset_num_timesteps=False)
+
+
+@pytest.mark.parametrize(
+    ("policy", "space", "message"),
+    [
+        ("MlpPolicy", spaces.Dict({"speed": box(2)}), "You must use `MultiInputPolicy`"),
+        ("CnnPolicy", box(4), "You should use NatureCNN only with images"),
+        ("LstmPolicy", box(4), "Policy LstmPolicy unknown"),
+    ],
+)
+def test_policies_that_do_not_fit(algorithm, policy, space, message):
+    with pytest.raises((ValueError, AssertionError), match=message):
+        algorithm(policy, SampleEnv(space))
+
+
+def test_replay_buffer_arguments_are_refused(algorithm):
+    with pytest.raises(TypeError, match="buffer_size"):
+        algorithm("MlpPolicy", make_env(1), buffer_size=1000)
+
+
+# ---------------------------------------------------------------------- wrappers
+
+
+def with_statistics(env):
+    return VecNormalize(env, clip_obs=5.0, gamma=0.9)
+
+
+WRAPPED = {
+    "monitor, normalize, stack": (box(4), [VecMonitor, with_statistics, lambda env: VecFrameStack(env, 2)]),
+    "stack, normalize, check": (box(4), [lambda env: VecFrameStack(env, 2), with_statistics, VecCheckNan]),
+    "normalize, monitor": (box(4), [with_statistics, VecMonitor]),
+    "stack, transpose, monitor": (image(36, 36, 1), [lambda env: VecFrameStack(env, 3), VecTransposeImage, VecMonitor]),
+    "transpose, stack": (image(36, 36, 1), [VecTransposeImage, lambda env: VecFrameStack(env, 2)]),
+    "extract, normalize": (
+        spaces.Dict({"speed": box(2), "other": box(3)}),
+        [lambda env: VecExtractDictObs(env, "speed"), with_statistics],
+    ),
+    "dict: normalize some keys": (
+        spaces.Dict({"speed": box(2), "place": spaces.Discrete(3)}),
+        [lambda env: VecNormalize(env, norm_obs_keys=["speed"])],
+    ),
+}
+
+
+@pytest.mark.parametrize("n_workers", [1, 3])
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrappers_in_any_order(algorithm, name, n_workers):
+    space, wrappers = WRAPPED[name]
+    has_vec_monitor = VecMonitor in wrappers
+    env = DummyVecEnv([lambda: SampleEnv(space) if has_vec_monitor else Monitor(SampleEnv(space))] * 6)
+    for wrapper in wrappers:
+        env = wrapper(env)
+    policy = {spaces.Dict: "MultiInputPolicy"}.get(type(env.observation_space), "MlpPolicy")
+    if env.observation_space.dtype == np.uint8:
+        policy = "CnnPolicy"
+    model = algorithm(policy, env, n_workers=n_workers, policy_kwargs={"net_arch": [8]}).learn(300)
+    assert model.get_env() is env
+    # 1 + 2 + ... + 7, however rewards are normalized, unless the monitor looks at normalized ones
+    returns = {float(episode["r"]) for episode in model.ep_info_buffer}
+    assert (returns == {28.0}) == (name != "normalize, monitor")
+    normalizer = model.get_vec_normalize_env()
+    if normalizer is not None:
+        rms = normalizer.obs_rms["speed"] if isinstance(normalizer.obs_rms, dict) else normalizer.obs_rms
+        # Every observation that the lanes saw, the first ones included
+        assert rms.count == pytest.approx(6 + 300, abs=0.01)
+    env.step(np.zeros(6, dtype=int))
+
+
+def statistics_of(env):
+    return env.obs_rms.mean.tolist(), env.obs_rms.var.tolist(), env.ret_rms.mean.tolist(), env.ret_rms.var.tolist()
+
+
+@pytest.mark.parametrize("n_workers", [1, 3])
+def test_saved_statistics_equal_those_trained_with(algorithm, n_workers, tmp_path):
+    env = VecNormalize(make_env(3))
+    model = algorithm("MlpPolicy", env, n_workers=n_workers).learn(300)
+    seen = []
+
+    def save(locals_, globals_):
+        normalizer = model.get_vec_normalize_env()
+        normalizer.save(tmp_path / "statistics.pkl")
+        seen.append(statistics_of(normalizer))
+        return len(seen) < 30
+
+    model.learn(300, callback=save)
+    loaded = VecNormalize.load(tmp_path / "statistics.pkl", make_env(1))
+    assert statistics_of(loaded) == seen[-1]
+
+
+@pytest.mark.parametrize("start_method", ["spawn"])
+def test_spawned_processes(algorithm, start_method):
+    env = make_vec_env(RandomWalkEnv, 2, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": start_method})
+    assert algorithm("MlpPolicy", env, n_workers=2).learn(60).num_timesteps == 60
+    env.close()
+
+
+# ---------------------------------------------------------------------- networks
+
+
+class Extractor(BaseFeaturesExtractor):
+    """Has all that behaves differently while training."""
+
+    def __init__(self, observation_space, layers=("batch", "layer", "dropout")):
+        super().__init__(observation_space, features_dim=16)
+        kinds = {"batch": th.nn.BatchNorm1d(16), "layer": th.nn.LayerNorm(16), "dropout": th.nn.Dropout(0.5)}
+        self.layers = th.nn.Sequential(
+            th.nn.Linear(observation_space.shape[0], 16), *(kinds[name] for name in layers), th.nn.ReLU()
+        )
+
+    def forward(self, observations):
+        return self.layers(observations)
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+@pytest.mark.parametrize("layers", [("batch",), ("layer",), ("dropout",), ("batch", "layer", "dropout")])
+def test_networks_with_training_modes(algorithm, layers, n_workers, tmp_path):
+    env = make_env(4)
+    policy_kwargs = {
+        "features_extractor_class": Extractor, "features_extractor_kwargs": {"layers": layers}, "net_arch": [8],
+    }  # fmt: skip
+    model = algorithm("MlpPolicy", env, n_workers=n_workers, policy_kwargs=policy_kwargs, target_update_interval=100)
+    model.learn(400)
+    if "batch" in layers:
+        online, target = (net.features_extractor.layers[1] for net in (model.q_net, model.q_net_target))
+        # The views share them. For each update there is one batch, or two where the target changes in between
+        assert model._n_updates // 2 < online.num_batches_tracked <= model._n_updates + 2 * 4
+        # As DQN does, the target gets the running statistics, but not their count
+        assert not th.equal(online.running_mean, th.zeros(16))
+        assert not th.equal(target.running_mean, th.zeros(16))
+    # Predictions are made in evaluation mode
+    observations = env.reset()
+    assert all(model.predict(observations, deterministic=True)[0] == model.predict(observations, deterministic=True)[0])
+    model.save(tmp_path / "model")
+    loaded = algorithm.load(tmp_path / "model")
+    for name, value in model.policy.state_dict().items():
+        assert th.equal(loaded.policy.state_dict()[name], value), name
+
+
+def test_acting_is_done_in_evaluation_mode_and_learning_in_training_mode(algorithm):
+    modes = {"acting": set(), "learning": set()}
+
+    class Spying(Extractor):
+        def forward(self, observations):
+            modes["learning" if th.is_grad_enabled() else "acting"].add(self.training)
+            return super().forward(observations)
+
+    model = algorithm("MlpPolicy", make_env(4), policy_kwargs={"features_extractor_class": Spying})
+    model.learn(100)
+    assert modes == {"acting": {False}, "learning": {True}}
+
+
+@pytest.mark.parametrize(
+    "policy_kwargs",
+    [
+        {"net_arch": []},
+        {"net_arch": [4, 4], "activation_fn": th.nn.Tanh},
+        {"optimizer_class": th.optim.Adam, "optimizer_kwargs": {"eps": 1e-5, "weight_decay": 1e-4}},
+        {"optimizer_class": th.optim.SGD, "optimizer_kwargs": {"momentum": 0.9}},
+    ],
+)
+def test_policy_kwargs_of_dqn(algorithm, policy_kwargs):
+    model = algorithm("MlpPolicy", make_env(4), n_workers=2, policy_kwargs=policy_kwargs).learn(200)
+    dqn = DQN("MlpPolicy", make_env(1), policy_kwargs=policy_kwargs, buffer_size=10)
+    assert {n: p.shape for n, p in model.policy.state_dict().items()} == (
+        {n: p.shape for n, p in dqn.policy.state_dict().items()}
+    )
+
+
+def test_frozen_layers_stay_as_they_are(algorithm):
+    model = algorithm("MlpPolicy", make_env(4), n_workers=2, policy_kwargs={"net_arch": [8, 8]})
+    first, last = model.q_net.q_net[0].weight, model.q_net.q_net[-1].weight
+    first.requires_grad_(False)
+    before = first.clone(), last.clone()
+    model.learn(200)
+    assert th.equal(first, before[0])
+    assert not th.equal(last, before[1])
+
+
+# ---------------------------------------------------------------------- logging
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_loggers_and_keys(algorithm, n_workers, tmp_path, capsys):
+    env = DummyVecEnv([lambda: Monitor(SampleEnv(box(4)))] * 2)
+    model = algorithm("MlpPolicy", env, n_workers=n_workers)
+    model.set_logger(configure(str(tmp_path), ["stdout", "csv", "json", "tensorboard"]))
+    model.learn(200, log_interval=4)
+    rows = [json.loads(line) for line in (tmp_path / "progress.json").read_text().splitlines()]
+
+    dqn = DQN("MlpPolicy", Monitor(SampleEnv(box(4))), learning_starts=5)
+    dqn.set_logger(configure(str(tmp_path / "dqn"), ["json"]))
+    dqn.learn(100)
+    keys_of_dqn = set(json.loads((tmp_path / "dqn" / "progress.json").read_text().splitlines()[-1]))
+    ours = {"async/gradient_staleness", "async/updates_per_second", "async/worker_idle_fraction"}
+    assert set(rows[-1]) == keys_of_dqn | ours
+    assert "rollout/success_rate" in keys_of_dqn
+
+    # Episodes of 7 steps, a log for every 4; with two workers, one lane may be ahead of the other
+    assert [row["time/episodes"] for row in rows] == [4, 8, 12, 16, 20, 24, 28][: len(rows)]
+    assert len(rows) >= 6
+    assert rows[-1]["rollout/ep_len_mean"] == 7
+    assert rows[-1]["rollout/ep_rew_mean"] == 28
+    assert rows[-1]["rollout/success_rate"] == 1.0
+    assert 4 * 7 * len(rows) <= rows[-1]["time/total_timesteps"] <= 4 * 7 * len(rows) + 2 * 7
+    assert 0 <= rows[-1]["async/worker_idle_fraction"] <= 1
+    assert "gradient_staleness" in capsys.readouterr().out
+    assert len((tmp_path / "progress.csv").read_text().splitlines()) == 1 + len(rows)
+    assert list(tmp_path.glob("events.out.tfevents*"))
+
+
+def test_tensorboard_folder_and_no_logs(algorithm, tmp_path):
+    model = algorithm("MlpPolicy", make_env(2), tensorboard_log=str(tmp_path))
+    model.learn(100, tb_log_name="mine")
+    model.learn(100, tb_log_name="mine")
+    model.learn(100, log_interval=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{algorithm.__name__}_1", "mine_1", "mine_2"]
+
+
+def test_window_of_the_statistics(algorithm):
+    model = algorithm("MlpPolicy", DummyVecEnv([lambda: Monitor(SampleEnv(box(4)))] * 2), stats_window_size=5)
+    model.learn(200)
+    assert len(model.ep_info_buffer) == 5
+
+
+def test_dump_logs_in_a_callback(algorithm, tmp_path):
+    model = algorithm("MlpPolicy", make_env(2), n_workers=2)
+    model.set_logger(configure(str(tmp_path), ["json"]))
+
+    def dump(locals_, globals_):
+        model.logger.record("mine", model.num_timesteps)
+        model.dump_logs()
+        return True
+
+    model.learn(20, callback=dump, log_interval=None)
+    rows = [json.loads(line) for line in (tmp_path / "progress.json").read_text().splitlines()]
+    assert [row["mine"] for row in rows] == list(range(2, 21, 2))
+
+
+# ---------------------------------------------------------------------- getters and setters
+
+
+def test_learning_rate_schedule(algorithm):
+    seen = []
+
+    def keep(locals_, globals_):
+        seen.append(model.policy.optimizer.param_groups[0]["lr"])
+        return True
+
+    model = algorithm("MlpPolicy", make_env(2), learning_rate=lambda progress: 0.1 * progress)
+    model.learn(20, callback=keep)
+    # The rate of a call is that of the steps before it, as in SB3
+    np.testing.assert_allclose(seen, [0.1 * (1 - n / 20) for n in range(0, 20, 2)])
+
+
+def test_set_env(algorithm):
+    model = algorithm("MlpPolicy", make_env(4), n_workers=2).learn(40)
+    other = make_env(4)
+    model.set_env(other)
+    model.learn(40, reset_num_timesteps=False)
+    assert model.get_env() is other
+    assert model.num_timesteps == 80
+    assert all(len(env.unwrapped.tape) > 5 for env in other.envs)
+    with pytest.raises(ValueError, match="spaces do not match"):
+        model.set_env(DummyVecEnv([lambda: gym.make("CartPole-v1")] * 4))
+
+
+def test_set_env_with_another_number_of_lanes(algorithm):
+    """SB3's answer, as DQN gives it: load the model with the new env instead."""
+    model = algorithm("MlpPolicy", make_env(4), n_workers=2)
+    with pytest.raises(AssertionError, match="number of environments to be set is different"):
+        model.set_env(make_env(2))
+
+
+def test_parameters_go_round(algorithm, tmp_path):
+    one = algorithm("MlpPolicy", make_env(2), seed=1).learn(100)
+    two = algorithm("MlpPolicy", make_env(2), seed=2)
+    two.set_parameters(one.get_parameters())
+    for name, value in one.policy.state_dict().items():
+        assert th.equal(two.policy.state_dict()[name], value)
+    one.save(tmp_path / "one")
+    three = algorithm("MlpPolicy", make_env(2), seed=3)
+    three.set_parameters(tmp_path / "one")
+    assert th.equal(three.q_net.q_net[0].weight, one.q_net.q_net[0].weight)
+    three.learn(100)
+
+
+def test_random_seed(algorithm):
+    def train():
+        model = algorithm("MlpPolicy", make_env(2), backend="serial", seed=1)
+        model.set_random_seed(7)
+        model.learn(100)
+        return model.q_net.q_net[0].weight.clone()
+
+    assert th.equal(train(), train())
+
+
+def test_fake_image_env_as_sb3_tests_it(algorithm):
+    env = DummyVecEnv([lambda: FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=True)] * 2)
+    model = algorithm("CnnPolicy", env, n_workers=2, policy_kwargs={"features_extractor_kwargs": {"features_dim": 32}})
+    model.learn(40)
