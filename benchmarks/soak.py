@@ -1,0 +1,120 @@
+"""
+Memory, threads and file handles over a long training, and peak memory next to the Zoo's DQN.
+
+``python -m benchmarks.soak``. Pong with 16 lanes, 2 workers and our Zoo hyperparameters' network, in a process that is
+measured from outside. DQN is made with the Zoo's hyperparameters and trained for a moment; then its replay buffer is
+filled with copies of the transitions that it has, since playing 100 000 steps would take long.
+"""
+
+import argparse
+import multiprocessing
+import platform
+import time
+from datetime import date
+from multiprocessing.context import SpawnProcess
+
+import ale_py
+import gymnasium as gym
+import psutil
+import torch as th
+from stable_baselines3 import DQN
+from stable_baselines3.common.env_util import make_atari_env
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
+
+from sb3_async1step import AsyncOneStepQ, NipsCNN
+
+MEGABYTE = 2**20
+N_STEPS_OF_DQN = 2_000
+
+
+def make_env(n_envs: int) -> VecEnv:
+    """
+    :param n_envs: number of envs
+    :return: Pong with ``AtariWrapper`` and four stacked frames
+    """
+    gym.register_envs(ale_py)
+    return VecFrameStack(make_atari_env("PongNoFrameskip-v4", n_envs=n_envs, seed=0), n_stack=4)
+
+
+def train(seconds: float) -> None:
+    """
+    :param seconds: length of the training
+    """
+    end = time.monotonic() + seconds
+    policy_kwargs = {"features_extractor_class": NipsCNN, "optimizer_class": th.optim.Adam}
+    model = AsyncOneStepQ("CnnPolicy", make_env(16), n_workers=2, policy_kwargs=policy_kwargs, verbose=1, seed=0)
+    model.learn(10**9, callback=lambda locals_, globals_: time.monotonic() < end, log_interval=100)
+
+
+def fill_a_replay_buffer() -> None:
+    """DQN as the Zoo trains it on Atari games (its hyperparams/dqn.yml), with a full buffer."""
+    model = DQN(
+        "CnnPolicy", make_env(1), buffer_size=100_000, learning_rate=1e-4, batch_size=32, learning_starts=1_000,
+        target_update_interval=1_000, train_freq=4, gradient_steps=1, exploration_fraction=0.1,
+        exploration_final_eps=0.01, optimize_memory_usage=False,
+    )  # fmt: skip
+    model.learn(N_STEPS_OF_DQN)
+    buffer = model.replay_buffer
+    assert buffer is not None
+    n_filled = buffer.pos
+    while not buffer.full:
+        i = buffer.pos % n_filled
+        buffer.add(
+            buffer.observations[i], buffer.next_observations[i],
+            buffer.actions[i], buffer.rewards[i], buffer.dones[i], [{}],
+        )  # fmt: skip
+    model.learn(500, reset_num_timesteps=False)
+
+
+def sample(process: SpawnProcess, interval: float) -> list[tuple[float, float, int, int]]:
+    """
+    :param process: runs until it ends
+    :param interval: seconds between two samples
+    :return: for each sample seconds since the start, resident megabytes, threads, file handles
+    """
+    start, samples = time.monotonic(), []
+    observed = psutil.Process(process.pid)
+    while process.is_alive():
+        try:
+            with observed.oneshot():
+                memory, n_threads, n_handles = observed.memory_info().rss, observed.num_threads(), observed.num_fds()
+        except psutil.Error:
+            break
+        samples.append((time.monotonic() - start, memory / MEGABYTE, n_threads, n_handles))
+        process.join(interval)
+    process.join()
+    assert process.exitcode == 0, f"the process ended with {process.exitcode}"
+    return samples
+
+
+def main() -> None:
+    """Print a table over time, the drift after the warm-up, and the ratio of the peaks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30.0, help="length of the training")
+    parser.add_argument("--warm-up", type=float, default=5.0, help="minutes that don't count for the drift")
+    arguments = parser.parse_args()
+
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=train, args=(60 * arguments.minutes,))
+    process.start()
+    ours = sample(process, interval=5.0)
+    process = context.Process(target=fill_a_replay_buffer)
+    process.start()
+    dqns = sample(process, interval=0.1)
+
+    print(f"\n{date.today()}, {platform.machine()}, torch {th.__version__}; Pong, 16 lanes, 2 workers\n")
+    print(f"{'minutes':>8} {'MiB':>8} {'threads':>8} {'handles':>8}")
+    steady = [row for row in ours if row[0] > 60 * arguments.warm_up][:-1]
+    for seconds, memory, n_threads, n_handles in steady[:: max(1, len(steady) // 12)]:
+        print(f"{seconds / 60:8.1f} {memory:8.1f} {n_threads:8} {n_handles:8}")
+    drift = max(abs(row[1] / steady[0][1] - 1) for row in steady)
+    thread_counts, handle_counts = {row[2] for row in steady}, {row[3] for row in steady}
+    print(f"\nafter {arguments.warm_up:g} minutes, memory stays within {100 * drift:.2f} %")
+    print(f"threads: {sorted(thread_counts)}, file handles: {sorted(handle_counts)}")
+    peak, peak_of_dqn = (max(row[1] for row in rows) for rows in (ours, dqns))
+    print(f"peak: {peak:.0f} MiB; DQN with a full buffer of 100 000 transitions: {peak_of_dqn:.0f} MiB")
+    print(f"ratio: 1 / {peak_of_dqn / peak:.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Whatever an SB3 user combines, it trains: no error, no hang, no thread left, weights that are finite and moved."""
+
+import threading
+
+import pytest
+import torch as th
+from gymnasium import spaces
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    SubprocVecEnv,
+    VecCheckNan,
+    VecFrameStack,
+    VecMonitor,
+    VecNormalize,
+)
+
+from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
+from tests.test_contract import SampleEnv, box, image
+
+SPACES = {
+    "vector": box(3),
+    "image": image(36, 36, 1),
+    "discrete": spaces.Discrete(4),
+    "multi-binary": spaces.MultiBinary(3),
+    "dict": spaces.Dict({"pixels": image(36, 36, 1), "speed": box(2)}),
+}
+WRAPPERS = {
+    "stack": lambda env: VecFrameStack(env, 2),
+    "monitor": VecMonitor,
+    "normalize": lambda env: VecNormalize(env, norm_obs=False),
+    "check": VecCheckNan,
+}
+# Stacking needs a Box or a Dict of them
+UNSTACKABLE = ("discrete", "multi-binary")
+
+
+@st.composite
+def configurations(draw):
+    name = draw(st.sampled_from(sorted(SPACES)))
+    n_lanes = draw(st.integers(1, 6))
+    wrappers = draw(st.lists(st.sampled_from(sorted(WRAPPERS)), unique=True, max_size=3))
+    return {
+        "space": name,
+        "n_lanes": n_lanes,
+        # Starting processes takes seconds
+        "vec_env": draw(st.sampled_from([DummyVecEnv] * 19 + [SubprocVecEnv])),
+        "max_steps": draw(st.integers(1, 9)),
+        "wrappers": [wrapper for wrapper in wrappers if not (wrapper == "stack" and name in UNSTACKABLE)],
+        "algorithm": draw(st.sampled_from([AsyncOneStepQ, AsyncOneStepSarsa])),
+        "n_steps": draw(st.integers(1, 200)),
+        "log_interval": draw(st.sampled_from([None, 1, 4])),
+        "parameters": {
+            "n_workers": draw(st.one_of(st.just("auto"), st.integers(1, n_lanes))),
+            "backend": draw(st.sampled_from(["threads", "threads", "serial"])),
+            "update_interval": draw(st.integers(1, 7)),
+            "target_update_interval": draw(st.sampled_from([1, 3, 16, 100, 10_000])),
+            "tau": draw(st.sampled_from([1.0, 0.5, 0.01])),
+            "gamma": draw(st.sampled_from([0.0, 0.9, 1.0])),
+            "exploration_fraction": draw(st.sampled_from([0.1, 1.0])),
+            "exploration_final_eps": draw(st.sampled_from([(0.1, 0.01, 0.5), 0.0, 0.2])),
+            "max_grad_norm": draw(st.sampled_from([0.1, 40.0])),
+            "loss": draw(st.sampled_from(["mse", "huber"])),
+            "lock_updates": draw(st.booleans()),
+            "seed": draw(st.sampled_from([None, 0])),
+        },
+        "policy_kwargs": draw(st.sampled_from([{}, {"optimizer_class": th.optim.Adam}])),
+    }
+
+
+def make_env(configuration):
+    def make_lane():
+        return SampleEnv(SPACES[configuration["space"]], configuration["max_steps"])
+
+    make = configuration["vec_env"]
+    env = make([make_lane] * configuration["n_lanes"])
+    for wrapper in configuration["wrappers"]:
+        env = WRAPPERS[wrapper](env)
+    return env
+
+
+@pytest.mark.timeout(500)
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(configurations())
+def test_any_configuration_trains(configuration):
+    policy = {"image": "CnnPolicy", "dict": "MultiInputPolicy"}.get(configuration["space"], "MlpPolicy")
+    policy_kwargs = {"net_arch": [8], **configuration["policy_kwargs"]}
+    env = make_env(configuration)
+    n_steps, n_lanes = configuration["n_steps"], configuration["n_lanes"]
+    model = configuration["algorithm"](policy, env, policy_kwargs=policy_kwargs, **configuration["parameters"])
+    threads_before = threading.active_count()
+
+    model.learn(n_steps, log_interval=configuration["log_interval"])
+    assert n_steps <= model.num_timesteps < n_steps + n_lanes
+    before = model.num_timesteps
+    model.learn(100, log_interval=configuration["log_interval"], reset_num_timesteps=False)
+    assert before + 100 <= model.num_timesteps < before + 100 + n_lanes
+
+    assert threading.active_count() == threads_before
+    assert model._n_updates > 0
+    assert all(bool(parameter.isfinite().all()) for parameter in model.policy.parameters())
+    action, _ = model.predict(env.observation_space.sample())
+    assert model.action_space.contains(int(action))
+    env.close()
