@@ -8,7 +8,7 @@ import traceback
 
 import numpy as np
 import pytest
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback, ProgressBarCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecCheckNan
 
@@ -162,6 +162,26 @@ def test_ctrl_c_in_a_callback(algorithm, workers, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         model.learn(10**9, callback=press_ctrl_c)
     assert time.perf_counter() - start < 5.0
+    assert_goes_on(model, tmp_path)
+
+
+def test_ctrl_c_while_evaluating(algorithm, workers, tmp_path):
+    class PressCtrlC(RandomWalkEnv):
+        def step(self, action):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+            return super().step(action)
+
+    callback = EvalCallback(
+        make_env(1, PressCtrlC), eval_freq=20, best_model_save_path=str(tmp_path / "best"), verbose=0
+    )
+    model = algorithm("MlpPolicy", make_env(3), **workers)
+    start = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(10**9, callback=callback)
+    assert time.perf_counter() - start < 5.0
+    assert model.num_timesteps == 60
+    assert list((tmp_path / "best").iterdir()) == []
     assert_goes_on(model, tmp_path)
 
 
