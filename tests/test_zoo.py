@@ -29,12 +29,12 @@ def test_train_and_enjoy(algo, tmp_path):
     )
     folder = tmp_path / "logs" / algo / "CartPole-v1_1"
     files = {path.name for path in folder.iterdir()}
-    # The Zoo divides its frequencies by the number of envs: 32
-    checkpoints = {"rl_model_992_steps.zip", "rl_model_1984_steps.zip"}
+    # The Zoo divides its frequencies by the number of envs: 64
+    checkpoints = {"rl_model_960_steps.zip", "rl_model_1920_steps.zip"}
     assert {"CartPole-v1.zip", "best_model.zip", "evaluations.npz", "0.monitor.csv"} | checkpoints <= files
     model = ALGORITHMS[algo].load(folder / "CartPole-v1.zip")
     assert type(model) is ALGORITHMS[algo]
-    assert (model.update_interval, model.loss, model.gamma, model.num_timesteps) == (3, "huber", 0.99, 2016)
+    assert (model.update_interval, model.loss, model.gamma, model.num_timesteps) == (3, "huber", 0.99, 2048)
     for which in ("", "--load-best", "--load-last-checkpoint"):
         out = run(f"enjoy --algo {algo} --env CartPole-v1 -f logs -n 300 --no-render {which}", cwd=tmp_path)
         assert "Mean reward" in out
