@@ -1,6 +1,7 @@
 """What an SB3 user does with DQN: spaces, wrappers, networks, loggers, and the getters and setters of BaseAlgorithm."""
 
 import json
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -394,3 +395,77 @@ def test_fake_image_env_as_sb3_tests_it(algorithm):
     env = DummyVecEnv([lambda: FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=True)] * 2)
     model = algorithm("CnnPolicy", env, n_workers=2, policy_kwargs={"features_extractor_kwargs": {"features_dim": 32}})
     model.learn(40)
+
+
+class Normalizer(BaseFeaturesExtractor):
+    """Replaces its buffer instead of changing it in place."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space, features_dim=4)
+        self.register_buffer("mean", th.zeros(4))
+
+    def forward(self, observations):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * observations.mean(dim=0)
+        return observations - self.mean
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_buffers_that_are_replaced(algorithm, n_workers):
+    model = algorithm(
+        "MlpPolicy", make_env(4), n_workers=n_workers, policy_kwargs={"features_extractor_class": Normalizer}
+    )
+    model.learn(200)
+    assert not th.equal(model.q_net.features_extractor.mean, th.zeros(4))
+
+
+def test_batch_norm_with_a_single_lane(algorithm):
+    policy_kwargs = {"features_extractor_class": Extractor}
+    model = algorithm("MlpPolicy", make_env(1), policy_kwargs=policy_kwargs, target_update_interval=3).learn(200)
+    assert model.q_net.features_extractor.layers[1].num_batches_tracked > 0
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_settings_of_the_optimizer_that_a_callback_changes(algorithm, n_workers):
+    optimizer = {"optimizer_class": th.optim.Adam}
+
+    def decay(locals_, globals_):
+        model.policy.optimizer.param_groups[0]["weight_decay"] = 1e3
+        return True
+
+    model = algorithm("MlpPolicy", make_env(4), n_workers=n_workers, policy_kwargs=optimizer, learning_rate=1e-2)
+    norm = sum(float(p.detach().norm()) for p in model.q_net.parameters())
+    model.learn(4000, callback=decay)
+    assert sum(float(p.detach().norm()) for p in model.q_net.parameters()) < 0.2 * norm
+
+
+def test_an_optimizer_in_the_policys_place(algorithm):
+    model = algorithm("MlpPolicy", make_env(4), n_workers=2)
+    model.policy.optimizer = th.optim.SGD(model.q_net.parameters(), lr=1e-3, momentum=0.9)
+    before = model.q_net.q_net[0].weight.clone()
+    model.learn(200)
+    assert not th.equal(before, model.q_net.q_net[0].weight)
+    assert model.policy.optimizer.state[model.q_net.q_net[0].weight]["momentum_buffer"].abs().sum() > 0
+
+
+def test_idle_time_is_a_share(algorithm, tmp_path):
+    model = algorithm("MlpPolicy", make_env(4), n_workers=2)
+    model.set_logger(configure(str(tmp_path), ["json"]))
+
+    def sleep(locals_, globals_):
+        if model.num_timesteps % 200 == 0:
+            time.sleep(0.2)
+        return True
+
+    model.learn(800, callback=sleep, log_interval=1)
+    rows = [json.loads(line) for line in (tmp_path / "progress.json").read_text().splitlines()]
+    idle = [row["async/worker_idle_fraction"] for row in rows]
+    assert min(idle) >= 0 and max(idle) <= 1.0
+    assert max(idle) > 0.5
+
+
+def test_no_updates_are_kept_without_logs(algorithm):
+    model = algorithm("MlpPolicy", make_env(2), n_workers=2)
+    model.learn(2000, log_interval=None)
+    assert model._recent_updates.shape == (3,)
+    assert model._recent_updates[0] == model._n_updates

@@ -8,6 +8,7 @@ import traceback
 
 import numpy as np
 import pytest
+import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback, ProgressBarCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecCheckNan
@@ -210,3 +211,118 @@ def test_many_failures_leave_nothing_behind(algorithm):
         with pytest.raises(ZeroDivisionError):
             algorithm("MlpPolicy", with_one(RaisingEnv, at_step), n_workers=3).learn(10_000)
     assert threading.active_count() == n_threads
+
+
+def test_stop_iteration_is_no_end_of_the_training(algorithm, workers, tmp_path):
+    class RunsOut(RandomWalkEnv):
+        def step(self, action):
+            if self.n_steps == 2:
+                next(iter([]))
+            return super().step(action)
+
+    model = algorithm("MlpPolicy", make_env(3, RunsOut), **workers)
+    with pytest.raises(RuntimeError, match="StopIteration was raised in env lane") as caught:
+        model.learn(10_000)
+    assert isinstance(caught.value.__cause__, StopIteration)
+
+
+def test_a_thread_that_does_not_start(algorithm, monkeypatch):
+    def start(thread):
+        if thread.name == "actor-learner-2":
+            raise RuntimeError("can't start new thread")
+        start_thread(thread)
+
+    start_thread = threading.Thread.start
+    model = algorithm("MlpPolicy", make_env(4), n_workers=4)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        model.learn(100)
+    monkeypatch.undo()
+    model.learn(100)
+
+
+def test_a_second_ctrl_c_leaves_no_worker_behind(algorithm):
+    class SlowEnv(RandomWalkEnv):
+        def step(self, action):
+            time.sleep(0.5)
+            return super().step(action)
+
+    model = algorithm("MlpPolicy", make_env(2, SlowEnv), n_workers=2)
+    timers = [threading.Timer(t, lambda: os.kill(os.getpid(), signal.SIGINT)) for t in (0.2, 0.3, 0.4)]
+    for timer in timers:
+        timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(1000)
+    assert model._pool is None
+    for timer in timers:
+        timer.join()
+
+
+def test_ctrl_c_in_predict_does_not_freeze_the_training(algorithm):
+    class SlowEnv(RandomWalkEnv):
+        def step(self, action):
+            time.sleep(0.3)
+            return super().step(action)
+
+    model = algorithm("MlpPolicy", DummyVecEnv([RandomWalkEnv, SlowEnv]), n_workers=2)
+    learning = threading.Thread(target=model.learn, args=(12,))
+    learning.start()
+    time.sleep(0.1)
+    timer = threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        while True:
+            model.predict(np.zeros(4, np.float32))
+    learning.join(timeout=20)
+    assert not learning.is_alive()
+    assert model.num_timesteps == 12
+
+
+def test_terminal_observations_that_are_not_finite(algorithm, workers):
+    class Broken(RandomWalkEnv):
+        def step(self, action):
+            obs, reward, _, truncated, info = super().step(action)
+            return obs * (np.nan if truncated else 1), reward, False, truncated, info
+
+    with pytest.raises(ValueError, match="The terminal observation of env lane 1 is not finite"):
+        algorithm("MlpPolicy", with_one(Broken), **workers).learn(1000)
+
+
+def test_a_learning_rate_that_is_not_finite(algorithm, workers):
+    def schedule(progress):
+        return 1e-3 if progress > 0.5 else float("nan")
+
+    model = algorithm("MlpPolicy", make_env(3), learning_rate=schedule, **workers)
+    with pytest.raises(ValueError, match="learning_rate must be a finite number at all times, got nan"):
+        model.learn(1000)
+
+
+def test_overlapping_trainings_restore_torchs_threads(algorithm):
+    """The one that ends first restores its own thread's number."""
+    n_threads = th.get_num_threads()
+    goes_on = threading.Event()
+    has_begun = threading.Event()
+    seen = []
+
+    def train():
+        def wait(locals_, globals_):
+            has_begun.set()
+            return goes_on.wait(20)
+
+        before = th.get_num_threads()
+        algorithm("MlpPolicy", make_env(2), n_workers=2).learn(20, callback=wait)
+        seen.append((before, th.get_num_threads()))
+
+    other = threading.Thread(target=train)
+
+    def start_the_other(locals_, globals_):
+        if not other.is_alive() and not has_begun.is_set():
+            other.start()
+            has_begun.wait(20)
+        return True
+
+    algorithm("MlpPolicy", make_env(2), n_workers=2).learn(20, callback=start_the_other)
+    assert th.get_num_threads() == n_threads
+    goes_on.set()
+    other.join()
+    assert seen[0][1] == n_threads

@@ -274,15 +274,16 @@ def test_staleness_is_measured(lock_updates):
 
     class Collect(BaseCallback):
         def _on_step(self):
-            seen.extend(update.gradient_staleness for update in self.model._recent_updates)
+            seen.extend(update.gradient_staleness for update in self.locals["transitions"].updates)
             return True
 
     model.learn(8000, callback=Collect(), log_interval=None)
     assert min(seen) == 0
     assert 0 < max(seen) <= 8000
     serial = AsyncOneStepQ("MlpPolicy", make_env(8), n_workers=8, update_interval=1, backend="serial")
-    serial.learn(800, log_interval=None)
-    assert {update.gradient_staleness for update in serial._recent_updates} == {0}
+    seen.clear()
+    serial.learn(800, callback=Collect(), log_interval=None)
+    assert set(seen) == {0}
 
 
 @pytest.mark.parametrize("n_workers", [1, 2])

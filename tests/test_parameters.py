@@ -11,10 +11,21 @@ from tests.test_vec_env_split import UnknownWrapper
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"n_workers": 0}, r'n_workers must be "auto" or from 1 to the number of env lanes \(4\), got 0'),
-        ({"n_workers": -1}, r'n_workers must be "auto" or from 1 to the number of env lanes \(4\), got -1'),
+        ({"n_workers": 0}, r'n_workers must be "auto" or from 1 to the number of env lanes, got 0'),
+        ({"n_workers": -1}, r'n_workers must be "auto" or from 1 to the number of env lanes, got -1'),
         ({"n_workers": 5}, r'n_workers must be "auto" or from 1 to the number of env lanes \(4\), got 5'),
         ({"n_workers": "all"}, r"n_workers must be \"auto\" or .*, got 'all'"),
+        ({"n_workers": True}, r"n_workers must be .*, got True"),
+        ({"n_workers": 2.0}, r"n_workers must be .*, got 2.0"),
+        ({"update_interval": True}, "update_interval must be a whole number of at least 1, got True"),
+        ({"gamma": "0.99"}, r"gamma must be in \[0, 1\], got '0.99'"),
+        ({"eval_eps": None}, r"eval_eps must be in \[0, 1\], got None"),
+        ({"max_grad_norm": None}, "max_grad_norm must be positive, got None"),
+        ({"exploration_fraction": "0.1"}, r"exploration_fraction must be in \(0, 1\], got '0.1'"),
+        ({"exploration_final_eps": None}, "exploration_final_eps must be one or more values"),
+        ({"exploration_final_probs": 0.5}, "exploration_final_probs must be 3 proportions .* got 0.5"),
+        ({"loss": ["mse"]}, r"loss must be one of .* got \['mse'\]"),
+        ({"backend": ["threads"]}, r"backend must be one of .* got \['threads'\]"),
         ({"n_workers": 1.5}, r"n_workers must be \"auto\" or .*, got 1.5"),
         ({"update_interval": 0}, "update_interval must be a whole number of at least 1, got 0"),
         ({"update_interval": -5}, "update_interval must be a whole number of at least 1, got -5"),
@@ -80,10 +91,15 @@ def test_the_env_may_come_later(algorithm, tmp_path):
         model.learn(10)
     model.set_env(make_env(4))
     assert model.learn(40).num_timesteps == 40
-    fewer_lanes = algorithm.load(tmp_path / "model", env=make_env(4))
-    fewer_lanes.n_workers = 5
-    with pytest.raises(ValueError, match=r"n_workers must be .* \(4\), got 5"):
-        fewer_lanes.learn(10)
+
+
+def test_fewer_lanes_than_workers_after_loading(algorithm, tmp_path):
+    algorithm("MlpPolicy", make_env(4), n_workers=4).save(tmp_path / "model")
+    model = algorithm.load(tmp_path / "model", env=make_env(2))
+    with pytest.warns(UserWarning, match="n_workers=4, but there are only 2 env lanes"):
+        assert model.learn(40).num_timesteps == 40
+    # Nothing is shared where nobody learns
+    algorithm.load(tmp_path / "model", env=UnknownWrapper(make_env(1))).predict(model.env.reset())
 
 
 def test_policies_are_dqns(algorithm):

@@ -1,5 +1,6 @@
 """Callbacks and the training env while workers step it; processes that die."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -219,3 +220,58 @@ def test_two_models_learn_at_the_same_time(algorithm):
         thread.join()
     assert alone == together
     assert alone[1] != alone[2]
+
+
+@pytest.mark.parametrize(("backend", "n_workers"), [("threads", 1), ("serial", 3), ("threads", 3)])
+def test_learning_on_after_ctrl_c(algorithm, backend, n_workers):
+    """The answers to the interrupted step are not mistaken for those to later ones."""
+
+    class Slow(RandomWalkEnv):
+        def step(self, action):
+            time.sleep(0.02)
+            return super().step(action)
+
+    env = SubprocVecEnv([Slow] * 3, start_method="fork")
+    model = algorithm("MlpPolicy", env, n_workers=n_workers, backend=backend)
+    for _ in range(3):
+        timer = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            model.learn(10**9)
+        timer.join()
+    assert model.learn(30).num_timesteps == 30
+    env.close()
+
+
+def test_learn_ends_though_a_process_was_forked_meanwhile(algorithm):
+    env = SubprocVecEnv([RandomWalkEnv] * 2)
+    children = []
+
+    def fork(locals_, globals_):
+        if not children:
+            children.append(multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,)))
+            children[0].start()
+        return True
+
+    start = time.perf_counter()
+    algorithm("MlpPolicy", env, n_workers=2).learn(40, callback=fork)
+    assert time.perf_counter() - start < 15
+    children[0].kill()
+    env.close()
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_callbacks_see_what_wrappers_keep(algorithm, n_workers):
+    env = VecNormalize(VecMonitor(make_env(4)))
+    rewards, lengths = [], []
+
+    def look(locals_, globals_):
+        rewards.append(env.get_original_reward().sum())
+        lengths.append(env.venv.episode_lengths.max())
+        assert env.get_original_obs().shape == (4, 4)
+        return True
+
+    model = algorithm("MlpPolicy", env, n_workers=n_workers).learn(200, callback=look)
+    assert len(set(rewards)) > 20
+    assert max(lengths) > 3
+    assert model.num_timesteps == 200

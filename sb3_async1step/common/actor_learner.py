@@ -228,6 +228,8 @@ class ActorLearner:
     ) -> None:
         truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos], dtype=bool) & dones
         next_observations = _with_terminal_observations(new_obs, np.flatnonzero(truncated), infos)
+        if next_observations is not new_obs:
+            self._check_finite("terminal observation", next_observations)
         next_actions: np.ndarray | int = -1
         if self.on_policy:
             next_actions = self._choose_next_actions(next_observations, new_obs, np.flatnonzero(truncated))
@@ -266,7 +268,11 @@ class ActorLearner:
             return
         if not self._losses:
             self._n_updates_when_read = self.shared.n_updates
-        loss = self.loss_function(self.learning_network, self.shared.target_network, self.rollout.take(self.device))
+        rollout = self.rollout.take(self.device)
+        # BatchNorm can't learn from a single transition
+        self.learning_network.set_training_mode(len(rollout.rewards) > 1)
+        loss = self.loss_function(self.learning_network, self.shared.target_network, rollout)
+        self.shared.share_buffers(self.learning_network)
         # Mean over the lanes, sum over the time steps
         (loss * n_steps).backward()
         self._losses.append((loss.item(), n_steps))

@@ -1,7 +1,7 @@
 """What makes an asynchronous value-based method an SB3 algorithm: constructor, learn, predict, save and load."""
 
 import io
-import os
+import numbers
 import pathlib
 import time
 import warnings
@@ -22,14 +22,14 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch.nn import functional as F
 
-from sb3_async1step.common.actor_learner import ActorLearner, Transitions, UpdateStats, WorkerState
+from sb3_async1step.common.actor_learner import ActorLearner, Transitions, WorkerState
 from sb3_async1step.common.exploration import BehaviourPolicy, ExplorationSchedule, allot_final_epsilons
-from sb3_async1step.common.intra_op_threads import intra_op_threads_for
+from sb3_async1step.common.intra_op_threads import count_usable_cores, intra_op_threads_for
 from sb3_async1step.common.model_file import check_saved_model, write_atomically
 from sb3_async1step.common.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_async1step.common.rollout import Observations, Rollout, concatenate_observations, slice_observations
 from sb3_async1step.common.shared_parameters import SharedParameters
-from sb3_async1step.common.vec_env_guard import guard_vec_env, watch_processes
+from sb3_async1step.common.vec_env_guard import discard_replies, guard_vec_env, watch_processes
 from sb3_async1step.common.vec_env_split import find_unsplittable, group_lanes, rejoin_vec_env, split_vec_env
 from sb3_async1step.common.worker_pool import SerialWorkerPool, ThreadWorkerPool, WorkerPool
 
@@ -154,13 +154,15 @@ class AsyncAlgorithm(BaseAlgorithm):
 
         if _init_setup_model:
             self._setup_model()
+            if self.env is not None:
+                self._check_n_workers(self.env)
 
     def _setup_runtime(self) -> None:
         """What is never saved."""
         # The workers, while learn() runs
         self._pool: WorkerPool | None = None
-        # Updates since the last log, and its time
-        self._recent_updates: list[UpdateStats] = []
+        # Since the last log, and its time: number of updates, sums of their losses and of their gradients' staleness
+        self._recent_updates = np.zeros(3)
         self._last_dump = time.perf_counter()
 
     def _setup_model(self) -> None:
@@ -188,31 +190,41 @@ class AsyncAlgorithm(BaseAlgorithm):
             )
         for name in ("update_interval", "target_update_interval"):
             value = getattr(self, name)
-            _check(name, value, isinstance(value, (int, np.integer)) and value >= 1, "a whole number of at least 1")
+            _check(name, value, _is_whole(value) and value >= 1, "a whole number of at least 1")
         for name in ("gamma", "tau", "exploration_initial_eps", "eval_eps"):
             value = getattr(self, name)
-            _check(name, value, 0 <= value <= 1, "in [0, 1]")
-        _check("exploration_fraction", self.exploration_fraction, 0 < self.exploration_fraction <= 1, "in (0, 1]")
-        _check("max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "positive")
-        _check("loss", self.loss, self.loss in LOSSES, f"one of {sorted(LOSSES)}")
-        _check("backend", self.backend, self.backend in WORKER_POOLS, f"one of {sorted(WORKER_POOLS)}")
+            _check(name, value, _is_number(value) and 0 <= value <= 1, "in [0, 1]")
+        fraction, norm = self.exploration_fraction, self.max_grad_norm
+        _check("exploration_fraction", fraction, _is_number(fraction) and 0 < fraction <= 1, "in (0, 1]")
+        _check("max_grad_norm", norm, _is_number(norm) and norm > 0, "positive")
+        _check("loss", self.loss, self.loss in list(LOSSES), f"one of {sorted(LOSSES)}")
+        _check("backend", self.backend, self.backend in list(WORKER_POOLS), f"one of {sorted(WORKER_POOLS)}")
+        n_workers = self.n_workers
+        is_valid = n_workers == "auto" or (_is_whole(n_workers) and int(n_workers) >= 1)
+        _check("n_workers", n_workers, is_valid, '"auto" or from 1 to the number of env lanes')
         self._check_final_epsilons()
-        if self.env is not None:
-            self._count_workers(self.env)
 
     def _check_final_epsilons(self) -> None:
         eps, probs = self.exploration_final_eps, self.exploration_final_probs
-        values = [eps] if isinstance(eps, (int, float)) else list(eps)
-        are_valid = len(values) > 0 and all(0 <= value <= 1 for value in values)
+        values = list(eps) if isinstance(eps, Iterable) else [eps]
+        are_valid = len(values) > 0 and all(_is_number(value) and 0 <= value <= 1 for value in values)
         _check("exploration_final_eps", eps, are_valid, "one or more values in [0, 1]")
-        if isinstance(eps, (int, float)):
+        if not isinstance(eps, Iterable):
             return
+        shares = list(probs) if isinstance(probs, Iterable) else []
+        are_shares = len(shares) == len(values) and all(_is_number(share) and share >= 0 for share in shares)
         _check(
             "exploration_final_probs",
             probs,
-            probs is not None and len(probs) == len(values) and min(probs) >= 0 and abs(sum(probs) - 1) < 1e-6,
+            are_shares and abs(sum(shares) - 1) < 1e-6,
             f"{len(values)} proportions that sum up to 1, one for each value of exploration_final_eps ({eps})",
         )
+
+    def _check_n_workers(self, env: VecEnv) -> None:
+        n_workers = self.n_workers
+        is_valid = n_workers == "auto" or int(n_workers) <= env.num_envs
+        _check("n_workers", n_workers, is_valid, f'"auto" or from 1 to the number of env lanes ({env.num_envs})')
+        self._count_workers(env)
 
     def _count_workers(self, env: VecEnv) -> int:
         """
@@ -220,9 +232,8 @@ class AsyncAlgorithm(BaseAlgorithm):
         :return: the number of workers for it
         """
         unsplittable = find_unsplittable(env)
-        n_workers = self.n_workers
-        if n_workers == "auto":
-            n_workers = min(len(os.sched_getaffinity(0)), env.num_envs)
+        if self.n_workers == "auto":
+            n_workers = min(count_usable_cores(), env.num_envs)
             if unsplittable is not None and n_workers > 1:
                 warnings.warn(
                     f"{unsplittable.__name__} can't be split among several workers, so there will be only one. "
@@ -231,15 +242,16 @@ class AsyncAlgorithm(BaseAlgorithm):
                 )
                 return 1
             return n_workers
-        is_valid = n_workers in range(1, env.num_envs + 1)
-        _check("n_workers", n_workers, is_valid, f'"auto" or from 1 to the number of env lanes ({env.num_envs})')
-        assert not isinstance(n_workers, str)
+        n_workers = int(self.n_workers)
         if unsplittable is not None and n_workers > 1:
             raise TypeError(
                 f"{unsplittable.__name__} can't be split among n_workers={n_workers}: use n_workers=1, "
                 "or register the class with sb3_async1step.split_vec_env.register."
             )
-        return n_workers
+        if n_workers > env.num_envs:
+            # The model was loaded with another env than it was made for
+            warnings.warn(f"n_workers={n_workers}, but there are only {env.num_envs} env lanes to share.", stacklevel=4)
+        return min(n_workers, env.num_envs)
 
     # ------------------------------------------------------------------ algorithm
 
@@ -357,6 +369,7 @@ class AsyncAlgorithm(BaseAlgorithm):
             except BaseException:
                 # The lanes may be anywhere: the next learn() has to reset the env
                 self._last_obs = self._worker_states = None
+                discard_replies(env)
                 raise
             finally:
                 self._pool = None
@@ -426,6 +439,8 @@ class AsyncAlgorithm(BaseAlgorithm):
         """Set the learning rate and the epsilons that the workers read."""
         self._update_current_progress_remaining(self.num_timesteps, max(self._total_timesteps, 1))
         self._update_learning_rate(self.policy.optimizer)
+        learning_rate = self.policy.optimizer.param_groups[0]["lr"]
+        _check("learning_rate", learning_rate, np.isfinite(learning_rate), "a finite number at all times")
         schedule.update(self._current_progress_remaining)
         self.exploration_rate = float(schedule.epsilons.mean())
         self.logger.record("rollout/exploration_rate", self.exploration_rate)
@@ -436,21 +451,22 @@ class AsyncAlgorithm(BaseAlgorithm):
         self.num_timesteps += len(transitions)
         self._n_updates += len(transitions.updates)
         self._episode_num += int(transitions.dones.sum())
-        self._recent_updates.extend(transitions.updates)
+        for update in transitions.updates:
+            self._recent_updates += (1, update.loss, update.gradient_staleness)
         self._update_info_buffer(transitions.infos, transitions.dones)
 
     def dump_logs(self) -> None:
         """Write log data: DQN's keys, and the ``async/*`` metrics over the updates since the last log."""
         now = time.perf_counter()
         seconds, self._last_dump = now - self._last_dump, now
-        updates, self._recent_updates = self._recent_updates, []
-        if updates:
-            self.logger.record("train/loss", float(np.mean([update.loss for update in updates])))
+        n_updates, losses, staleness = self._recent_updates.tolist()
+        self._recent_updates[:] = 0
+        if n_updates > 0:
+            self.logger.record("train/loss", losses / n_updates)
             self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-            staleness = float(np.mean([update.gradient_staleness for update in updates]))
-            self.logger.record("async/gradient_staleness", staleness)
+            self.logger.record("async/gradient_staleness", staleness / n_updates)
         if self._pool is not None:
-            self.logger.record("async/updates_per_second", len(updates) / seconds)
+            self.logger.record("async/updates_per_second", n_updates / seconds)
             self.logger.record("async/worker_idle_fraction", self._pool.take_idle_seconds() / seconds)
         # SB3's own: reads only what BaseAlgorithm has
         OffPolicyAlgorithm.dump_logs(self)  # type: ignore[arg-type]
@@ -579,6 +595,14 @@ def close_progress_bars(callback: BaseCallback) -> None:
             close_progress_bars(child)
     elif isinstance(callback, ProgressBarCallback) and hasattr(callback, "pbar"):
         callback.on_training_end()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _check(name: str, value: object, is_valid: bool | np.bool, allowed: str) -> None:

@@ -20,9 +20,9 @@ def allot_final_epsilons(
     :param n_lanes: number of env lanes
     :return: final epsilon of each lane, shape ``(n_lanes,)``
     """
-    if isinstance(final_eps, (int, float)):
-        return np.full(n_lanes, float(final_eps))
-    assert final_probs is not None
+    if np.ndim(final_eps) == 0:
+        return np.full(n_lanes, final_eps, dtype=float)
+    assert final_probs is not None and isinstance(final_eps, Sequence)
     quotas = np.asarray(final_probs, dtype=float) * n_lanes
     counts = np.floor(quotas).astype(int)
     # Ties go to the likelier value; rounding keeps float noise from deciding them

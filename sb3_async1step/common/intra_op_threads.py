@@ -1,15 +1,24 @@
 """Divide torch's intra-op threads among the workers."""
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch as th
 
-# torch's setting belongs to the process, and several models may learn at the same time
+# Several models may learn at the same time: what torch had before the first of them began
 _lock = threading.Lock()
-_requests: list[int] = []
+_n_blocks = 0
 _original = 1
+
+
+def count_usable_cores() -> int:
+    """
+    :return: number of cores that this process may use
+    """
+    # Linux alone can tell
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
@@ -17,20 +26,18 @@ def intra_op_threads_for(n_workers: int) -> Iterator[None]:
     """
     Give each worker an equal share of torch's intra-op threads inside the ``with`` block, at least one.
 
-    When blocks overlap, the smallest share counts; the last block to end restores the original number.
-
     :param n_workers: number of workers that compute at the same time
     """
-    global _original
+    global _original, _n_blocks
     with _lock:
-        if not _requests:
+        if _n_blocks == 0:
             _original = th.get_num_threads()
-        share = max(1, _original // n_workers)
-        _requests.append(share)
-        th.set_num_threads(min(_requests))
+        _n_blocks += 1
+    # Each thread has a number of its own; those that it starts inherit it
+    th.set_num_threads(max(1, _original // n_workers))
     try:
         yield
     finally:
+        th.set_num_threads(_original)
         with _lock:
-            _requests.remove(share)
-            th.set_num_threads(min(_requests, default=_original))
+            _n_blocks -= 1

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import uuid
 import zipfile
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ def write_atomically(path: pathlib.Path, default_suffix: str) -> Iterator[io.Buf
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

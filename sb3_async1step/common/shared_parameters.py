@@ -49,6 +49,17 @@ class SharedParameters:
         view.set_training_mode(training)
         return view
 
+    def share_buffers(self, view: QNetwork) -> None:
+        """
+        Share the buffers that a forward pass replaced, instead of changing them in place.
+
+        :param view: a view of the online network
+        """
+        for my_buffer, shared_buffer in zip(view.buffers(), self.policy.q_net.buffers(), strict=True):
+            if my_buffer.data_ptr() != shared_buffer.data_ptr():
+                shared_buffer.copy_(my_buffer)
+                my_buffer.data = shared_buffer.data
+
     def view_optimizer(self, network: QNetwork) -> th.optim.Optimizer:
         """
         :param network: a view of the online network
@@ -57,7 +68,9 @@ class SharedParameters:
         shared = self.policy.optimizer
         view_of = dict(zip(self.policy.q_net.parameters(), network.parameters(), strict=True))
         groups = [{**group, "params": [view_of[p] for p in group["params"]]} for group in shared.param_groups]
-        optimizer = type(shared)(groups, **self.policy.optimizer_kwargs)
+        # The groups hold all settings; the policy's arguments may be wrong for an optimizer that replaced its own
+        is_the_policys = type(shared) is self.policy.optimizer_class
+        optimizer = type(shared)(groups, **(self.policy.optimizer_kwargs if is_the_policys else {}))
         for group in shared.param_groups:
             for parameter in group["params"]:
                 # The very same dict: what one worker's optimizer keeps in it, all see
@@ -72,7 +85,8 @@ class SharedParameters:
         :return: how many updates all workers had applied before this one
         """
         for group, shared_group in zip(optimizer.param_groups, self.policy.optimizer.param_groups, strict=True):
-            group["lr"] = shared_group["lr"]
+            # The schedule's learning rate, and whatever else a callback changed
+            group.update({name: value for name, value in shared_group.items() if name != "params"})
         # The first update creates the statistics: nobody else may create them at the same time
         exclusive = self.lock_updates or not self._optimizer_has_state
         with self._update_lock if exclusive else nullcontext():

@@ -2,11 +2,12 @@
 
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.torch_layers import NatureCNN
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
 
-class NipsCNN(NatureCNN):
+class NipsCNN(BaseFeaturesExtractor):
     """
     The smaller CNN of Mnih et al. (2013), which the paper's value-based methods use on Atari (section 5.1):
     16 filters of 8x8 with stride 4, 32 of 4x4 with stride 2, 256 hidden units.
@@ -14,11 +15,13 @@ class NipsCNN(NatureCNN):
     :param observation_space: images, channels first, shape ``(n_channels, height, width)``
     :param features_dim: number of hidden units
     :param normalized_image: whether the images are normalized already, see SB3's ``NatureCNN``
+    :raises ValueError: if the observations are not images
     """
 
     def __init__(self, observation_space: spaces.Box, features_dim: int = 256, normalized_image: bool = False) -> None:
-        # NatureCNN checks the space; its layers are replaced
-        super().__init__(observation_space, features_dim, normalized_image)
+        super().__init__(observation_space, features_dim)
+        if not is_image_space(observation_space, check_channels=False, normalized_image=normalized_image):
+            raise ValueError(f"NipsCNN needs images (uint8, or normalized_image=True), got {observation_space}")
         self.cnn = nn.Sequential(
             nn.Conv2d(observation_space.shape[0], 16, kernel_size=8, stride=4),
             nn.ReLU(),
@@ -29,3 +32,10 @@ class NipsCNN(NatureCNN):
         with th.no_grad():
             n_flatten = self.cnn(th.as_tensor(observation_space.sample()[None]).float()).shape[1]
         self.linear = nn.Sequential(nn.Linear(n_flatten, features_dim), nn.ReLU())
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        """
+        :param observations: shape ``(n, n_channels, height, width)``
+        :return: features, shape ``(n, features_dim)``
+        """
+        return self.linear(self.cnn(observations))

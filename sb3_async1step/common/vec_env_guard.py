@@ -8,6 +8,7 @@ from multiprocessing.connection import wait
 from threading import Thread
 from typing import Any, NoReturn
 
+from gymnasium import spaces
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 # What callbacks may call on the training env. It would talk to envs (or to pipes) that workers use
@@ -83,8 +84,10 @@ def watch_processes(env: VecEnv) -> Iterator[None]:
             raise
         raise RuntimeError(f"{deaths[0]} If it raised an exception, its traceback was printed.") from exception
     finally:
-        stop_writer.close()
+        # Not just closed: a process that was forked meanwhile holds this end of the pipe, too
+        stop_writer.send(None)
         watcher.join()
+        stop_writer.close()
         stop_reader.close()
 
 
@@ -104,3 +107,21 @@ def end_processes(env: SubprocVecEnv) -> None:
         process.kill()
         process.join()
     env.closed = True
+
+
+def discard_replies(env: VecEnv) -> None:
+    """
+    Throw away what the processes of a ``SubprocVecEnv`` still answer to an interrupted step.
+
+    :param env: the VecEnv; one of another class, or that is closed, is left alone
+    """
+    base = env.unwrapped
+    if not isinstance(base, SubprocVecEnv) or base.closed:
+        return
+    for remote in base.remotes:
+        # They answer in order, and only this answer is a pair of spaces
+        remote.send(("get_spaces", None))
+        reply = None
+        while not (isinstance(reply, tuple) and isinstance(reply[0], spaces.Space)):
+            reply = remote.recv()
+    base.waiting = False

@@ -8,13 +8,14 @@ the user's env stays consistent.
 
 import threading
 from collections.abc import Callable, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from functools import singledispatch
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.vector.utils import create_empty_array
 from stable_baselines3.common.vec_env import (
     DummyVecEnv,
     SubprocVecEnv,
@@ -29,8 +30,6 @@ from stable_baselines3.common.vec_env import (
 )
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
-
-from sb3_async1step.common.rollout import concatenate_observations, slice_observations
 
 AnyVecEnv = TypeVar("AnyVecEnv", bound=VecEnv)
 
@@ -91,7 +90,12 @@ def rejoin_vec_env(env: VecEnv, parts: Sequence[VecEnv], groups: Sequence[range]
 
 @split_vec_env.register
 def _(env: DummyVecEnv, groups: Sequence[range]) -> list[VecEnv]:
-    return [DummyVecEnv([_returns(env.envs[lane]) for lane in lanes]) for lanes in groups]
+    parts: list[VecEnv] = []
+    for lanes in groups:
+        part = DummyVecEnv([_returns(env.envs[lane]) for lane in lanes])
+        part.reset_infos = env.reset_infos[lanes.start : lanes.stop]
+        parts.append(part)
+    return parts
 
 
 @split_vec_env.register
@@ -136,7 +140,11 @@ class _LockedWriter:
 
 @split_vec_env.register
 def _(env: VecMonitor, groups: Sequence[range]) -> list[VecEnv]:
-    parts = _split_wrapper(env, groups, "episode_returns", "episode_lengths")
+    parts = _split_wrapper(env, groups)
+    for part, lanes in zip(parts, groups, strict=True):
+        # Views: changed in place, by the part
+        part.episode_returns = env.episode_returns[lanes.start : lanes.stop]
+        part.episode_lengths = env.episode_lengths[lanes.start : lanes.stop]
     writer = _LockedWriter(env) if env.results_writer is not None else None
     for part in parts:
         part.results_writer, part.episode_count = writer, 0
@@ -145,10 +153,7 @@ def _(env: VecMonitor, groups: Sequence[range]) -> list[VecEnv]:
 
 @rejoin_vec_env.register
 def _(env: VecMonitor, parts: Sequence[VecMonitor], groups: Sequence[range]) -> None:
-    for part, lanes in zip(parts, groups, strict=True):
-        env.episode_returns[lanes.start : lanes.stop] = part.episode_returns
-        env.episode_lengths[lanes.start : lanes.stop] = part.episode_lengths
-        env.episode_count += part.episode_count
+    env.episode_count += sum(part.episode_count for part in parts)
     rejoin_vec_env(env.venv, [part.venv for part in parts], groups)
 
 
@@ -166,10 +171,15 @@ class _HeldStep(VecEnvWrapper):
 
 
 class _VecNormalizePart(VecNormalize):
-    """Part of a VecNormalize: settings and running statistics are the whole's, one part updates them at a time."""
+    """
+    Part of a VecNormalize: settings and running statistics are the whole's, one part updates them at a time.
+
+    What it keeps for each lane, it gives to the whole at once: callbacks ask for it.
+    """
 
     venv: _HeldStep
     whole: VecNormalize
+    lanes: range
     statistics_lock: threading.Lock
 
     def step_wait(self) -> VecEnvStepReturn:
@@ -180,15 +190,32 @@ class _VecNormalizePart(VecNormalize):
             for name in ("training", "norm_obs", "norm_reward", "clip_obs", "clip_reward", "obs_rms", "ret_rms"):
                 if name in self.whole.__dict__:
                     setattr(self, name, getattr(self.whole, name))
-            return super().step_wait()
+            result = super().step_wait()
+            self._give_back()
+        return result
+
+    def _give_back(self) -> None:
+        whole, lanes = self.whole, slice(self.lanes.start, self.lanes.stop)
+        whole.returns[lanes] = self.returns
+        whole.old_reward[lanes] = self.old_reward
+        if isinstance(self.old_obs, dict) and isinstance(whole.old_obs, dict):
+            for key, obs in self.old_obs.items():
+                whole.old_obs[key][lanes] = obs
+        elif isinstance(whole.old_obs, np.ndarray):
+            whole.old_obs[lanes] = self.old_obs
 
 
 @split_vec_env.register
 def _(env: VecNormalize, groups: Sequence[range]) -> list[VecEnv]:
-    parts = _split_wrapper(env, groups, "returns", "old_reward")
+    if len(env.old_reward) != env.num_envs:
+        env.old_reward = np.zeros(env.num_envs)
+    # A copy: the first observations may be a buffer of the wrapped VecEnv
+    first_observations: Any = getattr(env, "old_obs", create_empty_array(env.observation_space, env.num_envs))
+    env.old_obs = deepcopy(first_observations)
+    parts = _split_wrapper(env, groups, "returns")
     lock = threading.Lock()
     for part, lanes in zip(parts, groups, strict=True):
-        part.old_obs = slice_observations(env.old_obs, lanes)
+        part.lanes = lanes
         part.__class__ = _VecNormalizePart
         part.venv = _HeldStep(part.venv)
         part.whole = env
@@ -198,10 +225,6 @@ def _(env: VecNormalize, groups: Sequence[range]) -> list[VecEnv]:
 
 @rejoin_vec_env.register
 def _(env: VecNormalize, parts: Sequence[_VecNormalizePart], groups: Sequence[range]) -> None:
-    for part, lanes in zip(parts, groups, strict=True):
-        env.returns[lanes.start : lanes.stop] = part.returns
-    env.old_obs = concatenate_observations([part.old_obs for part in parts])
-    env.old_reward = np.concatenate([part.old_reward for part in parts])
     rejoin_vec_env(env.venv, [part.venv.venv for part in parts], groups)
 
 

@@ -42,7 +42,9 @@ class WorkerPool(ABC):
         # Threads that are changing the model or the envs
         self._busy_threads: list[threading.Thread] = []
         self._is_stopping = False
+        # Idle time of the waits that are over, and since when the others last
         self._idle_seconds = 0.0
+        self._waiting_since: dict[threading.Thread, float] = {}
 
     @abstractmethod
     def batches(self) -> Iterator[Transitions]:
@@ -58,8 +60,14 @@ class WorkerPool(ABC):
         :return: seconds since the last call that a worker waited for other threads, mean over the workers
         """
         with self._changed:
+            for thread in list(self._waiting_since):
+                self._end_wait(thread)
+                self._waiting_since[thread] = time.perf_counter()
             seconds, self._idle_seconds = self._idle_seconds, 0.0
         return seconds / len(self.workers)
+
+    def _end_wait(self, thread: threading.Thread) -> None:
+        self._idle_seconds += time.perf_counter() - self._waiting_since.pop(thread)
 
     @contextmanager
     def standing_still(self) -> Iterator[None]:
@@ -67,17 +75,18 @@ class WorkerPool(ABC):
         :return: a context manager that waits until nobody changes the model or steps an env, and lets nobody begin to
             inside; for any thread
         """
+        # Who asks from inside a step (say, an env that plays against the model) can't wait for its end
+        if threading.current_thread() in self._busy_threads:
+            yield
+            return
         with self._changed:
-            # Who asks from inside a step (say, an env that plays against the model) can't wait for its end
-            is_busy = threading.current_thread() in self._busy_threads
-            if not is_busy:
-                self._n_pauses += 1
-                self._changed.wait_for(lambda: not self._busy_threads)
+            self._n_pauses += 1
         try:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._busy_threads)
             yield
         finally:
-            if not is_busy:
-                self._resume()
+            self._resume()
 
     @contextmanager
     def changing_the_model(self) -> Iterator[None]:
@@ -112,9 +121,12 @@ class WorkerPool(ABC):
         """
         with self._changed:
             if not self._may_step():
-                waits_since = time.perf_counter()
-                self._changed.wait_for(self._may_step)
-                self._idle_seconds += time.perf_counter() - waits_since
+                thread = threading.current_thread()
+                self._waiting_since[thread] = time.perf_counter()
+                try:
+                    self._changed.wait_for(self._may_step)
+                finally:
+                    self._end_wait(thread)
             num_timesteps = None if self._is_stopping else self._claim(worker.n_lanes)
             if num_timesteps is None:
                 return None
@@ -185,9 +197,14 @@ class ThreadWorkerPool(WorkerPool):
         ]
 
     def __enter__(self) -> "ThreadWorkerPool":
-        self._n_alive = len(self._threads)
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+                with self._changed:
+                    self._n_alive += 1
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def batches(self) -> Iterator[Transitions]:
@@ -209,8 +226,20 @@ class ThreadWorkerPool(WorkerPool):
         with self._changed:
             self._is_stopping = True
             self._changed.notify_all()
+        try:
+            self._wait_for_the_end()
+        except KeyboardInterrupt:
+            # An impatient second Ctrl-C: a worker left alive would step envs that the next learn() resets
+            self.stop()
+            raise
+
+    def _wait_for_the_end(self) -> None:
+        # Not Thread.join() alone: when interrupted, it takes the thread for dead
+        with self._changed:
+            self._changed.wait_for(lambda: self._n_alive == 0)
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
 
     def _has_news(self) -> bool:
         return self._n_unreported >= self.batch_size or self._n_alive == 0 or self._exception is not None
@@ -267,6 +296,9 @@ def run_step(worker: ActorLearner, num_timesteps: int) -> Transitions:
     """
     try:
         return worker.step(num_timesteps)
+    except StopIteration as exception:
+        # As it is, it would end the loop over the batches as if the training were over
+        raise RuntimeError(f"StopIteration was raised in {describe_lanes(worker, exception)}.") from exception
     except Exception as exception:
         exception.add_note(f"Raised in {describe_lanes(worker, exception)}.")
         raise
