@@ -107,7 +107,16 @@ class RolloutBuffer:
 
 def _empty_like(n_steps: int, observations: Observations) -> Observations:
     if isinstance(observations, dict):
-        return {key: np.empty((n_steps, *obs.shape), obs.dtype) for key, obs in observations.items()}
+        return {key: _empty_array(n_steps, obs) for key, obs in observations.items()}
+    return _empty_array(n_steps, observations)
+
+
+def _empty_array(n_steps: int, observations: np.ndarray) -> np.ndarray:
+    if observations.ndim == 4:
+        # Images: channels come first in the shape, and last in memory, where convolutions are faster
+        n_lanes, n_channels, height, width = observations.shape
+        storage = np.empty((n_steps, n_lanes, height, width, n_channels), observations.dtype)
+        return storage.transpose(0, 1, 4, 2, 3)
     return np.empty((n_steps, *observations.shape), observations.dtype)
 
 
