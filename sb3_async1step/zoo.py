@@ -7,20 +7,35 @@ The RL Zoo, with our algorithms registered::
 The sub-commands are the Zoo's own, with every one of their options.
 """
 
+import functools
+import runpy
+import subprocess
 import sys
+from importlib import import_module
 from importlib.resources import files
-from typing import Any
+from typing import Any, NoReturn
+from unittest.mock import patch
 
+import optuna
 import rl_zoo3.enjoy
 import rl_zoo3.train
 from rl_zoo3 import ALGOS
 from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER, convert_offpolicy_params
+from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
 
 ALGORITHMS = {"async_one_step_q": AsyncOneStepQ, "async_one_step_sarsa": AsyncOneStepSarsa}
 
-COMMANDS = {"train": rl_zoo3.train.train, "enjoy": rl_zoo3.enjoy.enjoy}
+# Modules of rl_zoo3 that are scripts
+SCRIPTS = ("benchmark", "record_video", "record_training", "push_to_hub", "load_from_hub")
+# Functions of rl_zoo3.plots
+PLOTS = ("plot_train", "plot_from_file", "all_plots")
+COMMANDS = ("train", "enjoy", *SCRIPTS, *PLOTS)
+
+# What the Zoo says of things that the user named wrongly
+USER_ERRORS = ("not found in gym registry", "No model found", "Hyperparameters not found")
 
 
 class AsyncExperimentManager(ExperimentManager):
@@ -38,6 +53,49 @@ class AsyncExperimentManager(ExperimentManager):
             kwargs["config"] = hyperparams_path(algo)
         super().__init__(args, algo, *positional, **kwargs)
 
+    def learn(self, model: BaseAlgorithm) -> None:
+        """
+        Train. A model that was given by ``-i`` goes on where it stopped: the Zoo would count from zero, and so
+        explore again as at the start, which ruins the policy.
+
+        :param model: the model
+        """
+        if not (self.continue_training and self.algo in ALGORITHMS):
+            super().learn(model)
+            return
+        algorithm = type(model)
+        # On the class: what the instance has, its checkpoints would have, too
+        going_on = functools.partialmethod(algorithm.learn, reset_num_timesteps=False)
+        with patch.object(algorithm, "learn", going_on):
+            super().learn(model)
+
+
+def sample_hyperparams(
+    trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]
+) -> dict[str, Any]:
+    """
+    Sample hyperparameters of our algorithms for ``train -optimize``.
+
+    :param trial: the Optuna trial
+    :param n_actions: not used
+    :param n_envs: not used
+    :param additional_args: not used
+    :return: arguments of the constructor
+    """
+    return convert_offpolicy_params(
+        {
+            "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True),
+            "learning_rate": trial.suggest_float("learning_rate", 1e-5, 0.01, log=True),
+            "update_interval": trial.suggest_int("update_interval", 1, 16, log=True),
+            "target_update_interval": trial.suggest_int("target_update_interval", 100, 20_000, log=True),
+            "exploration_fraction": trial.suggest_float("exploration_fraction", 0.02, 0.8),
+            "exploration_final_eps": trial.suggest_float("exploration_final_eps", 0.01, 0.2),
+            "max_grad_norm": trial.suggest_float("max_grad_norm", 0.3, 40.0, log=True),
+            "loss": trial.suggest_categorical("loss", ["mse", "huber"]),
+            "net_arch": trial.suggest_categorical("net_arch", ["small", "medium", "big"]),
+        }
+    )
+
 
 def hyperparams_path(algo: str) -> str:
     """
@@ -50,25 +108,72 @@ def hyperparams_path(algo: str) -> str:
 def register() -> None:
     """Make our algorithms known to the Zoo."""
     ALGOS.update(ALGORITHMS)
+    HYPERPARAMS_SAMPLER.update(dict.fromkeys(ALGORITHMS, sample_hyperparams))
+    HYPERPARAMS_CONVERTER.update(dict.fromkeys(ALGORITHMS, convert_offpolicy_params))
     rl_zoo3.train.ExperimentManager = AsyncExperimentManager  # type: ignore[misc]
+
+
+def call_with_our_algorithms(command: list[str], *args: Any, **kwargs: Any) -> int:
+    """
+    What the Zoo's scripts call in place of ``subprocess.call``, to start ``enjoy`` and ``record_video``: a fresh
+    process would not know our algorithms.
+
+    :param command: the Zoo's command: Python, a script (or ``-m`` and a module) and its options
+    :param args: see ``subprocess.call``
+    :param kwargs: likewise
+    :return: exit code
+    """
+    _, script, *options = [word for word in command if word != "-m"]
+    name = script.removesuffix(".py").removeprefix("rl_zoo3.")
+    with subprocess.Popen([sys.executable, "-m", "sb3_async1step.zoo", name, *options], *args, **kwargs) as process:
+        return process.wait()
+
+
+def run(command: str) -> None:
+    """
+    :param command: one of ``COMMANDS``; its options are in ``sys.argv``
+    """
+    if command == "train":
+        rl_zoo3.train.train()
+    elif command == "enjoy":
+        rl_zoo3.enjoy.enjoy()
+    elif command in PLOTS:
+        # Slow to import
+        getattr(import_module("rl_zoo3.plots"), command)()
+    else:
+        with patch("subprocess.call", call_with_our_algorithms):
+            runpy.run_module(f"rl_zoo3.{command}", run_name="__main__")
+
+
+def fail(problem: str) -> NoReturn:
+    """
+    :param problem: what is wrong with the command line
+    """
+    print(f"sb3-async1step: error: {problem}", file=sys.stderr)
+    sys.exit(2)
 
 
 def main() -> None:
     """Entry point of ``sb3-async1step``."""
     register()
     names = ", ".join(COMMANDS)
-    usage = f"usage: sb3-async1step {{{names}}} [options]   (sb3-async1step COMMAND --help lists the options)"
+    usage = "usage: sb3-async1step COMMAND [options]   (sb3-async1step COMMAND --help lists the options)"
     command = sys.argv[1] if len(sys.argv) > 1 else None
     if command in ("-h", "--help"):
-        print(f"{usage}\n\nalgorithms: {', '.join(ALGOS)}")
+        print(f"{usage}\n\ncommands: {names}\n\nalgorithms: {', '.join(ALGOS)}")
         return
+    if command is None:
+        fail(f"a command is missing, choose from: {names}\n{usage}")
     if command not in COMMANDS:
-        problem = "a command is missing" if command is None else f"unknown command '{command}'"
-        print(f"{usage}\nsb3-async1step: error: {problem}, choose from: {names}", file=sys.stderr)
-        sys.exit(2)
+        fail(f"unknown command '{command}', choose from: {names}\n{usage}")
     # The Zoo parses sys.argv
     sys.argv = [f"{sys.argv[0]} {command}", *sys.argv[2:]]
-    COMMANDS[command]()
+    try:
+        run(command)
+    except ValueError as error:
+        if not any(message in str(error) for message in USER_ERRORS):
+            raise
+        fail(str(error))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optuna
 import pytest
 import torch as th
 import yaml
 
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
-from sb3_async1step.zoo import ALGORITHMS, hyperparams_path
+from sb3_async1step.zoo import ALGORITHMS, hyperparams_path, sample_hyperparams
 
 
 def run(arguments, cwd, code=0):
@@ -40,7 +41,24 @@ def test_train_and_enjoy(algo, tmp_path):
         assert "Mean reward" in out
 
 
-def test_continue_training(tmp_path):
+def test_continued_training_goes_on_where_it_was(tmp_path):
+    """Exploration and learning rate follow the steps of both runs; the Zoo alone would start both again."""
+    train = "train --algo async_one_step_q --env CartPole-v1 --eval-freq -1 -params n_envs:4 exploration_fraction:1.0"
+    logs = tmp_path / "logs" / "async_one_step_q"
+    run(f"{train} -n 400", cwd=tmp_path)
+    model = AsyncOneStepQ.load(logs / "CartPole-v1_1" / "CartPole-v1.zip")
+    assert (model.num_timesteps, model.exploration_rate) == (400, pytest.approx(0.1))
+    run(f"{train} -n 1200 --save-freq 400 -i {logs}/CartPole-v1_1/CartPole-v1.zip", cwd=tmp_path)
+    for steps, progress in [(800, 0.5), (1200, 0.75), (1600, 1.0)]:
+        model = AsyncOneStepQ.load(logs / "CartPole-v1_2" / f"rl_model_{steps}_steps.zip")
+        assert model.num_timesteps == steps
+        # What is saved in a callback follows from the steps before this call
+        assert model.exploration_rate == pytest.approx(1.0 - 0.9 * progress, abs=0.01)
+        assert model.policy.optimizer.param_groups[0]["lr"] == pytest.approx(2e-3 * (1 - progress), abs=2e-5)
+    assert "learn" not in vars(model)
+
+
+def test_weights_of_a_continued_training(tmp_path):
     train = "train --algo async_one_step_q --env CartPole-v1 --eval-freq -1 -n 400"
     logs = tmp_path / "logs" / "async_one_step_q"
     run(train, cwd=tmp_path)
@@ -65,15 +83,68 @@ def test_a_config_file_of_the_users(tmp_path):
     assert (model.num_timesteps, model.gamma) == (40, 0.5)
 
 
-@pytest.mark.parametrize(("arguments", "problem"), [("", "a command is missing"), ("tain", "unknown command 'tain'")])
+def test_optimize(tmp_path):
+    """Trials in two threads, pruning, a study in a database."""
+    optimize = (
+        "train --algo async_one_step_sarsa --env CartPole-v1 -n 600 -optimize --n-trials 4 --n-jobs 2 "
+        "--n-startup-trials 1 --n-evaluations 2 --sampler tpe --pruner median "
+        "--study-name study --storage sqlite:///study.db"
+    )
+    assert "Number of finished trials:  4" in run(optimize, cwd=tmp_path)
+    study = optuna.load_study(study_name="study", storage=f"sqlite:///{tmp_path}/study.db")
+    assert len(study.trials) == 4
+    assert {trial.state.name for trial in study.trials} <= {"COMPLETE", "PRUNED"}
+    assert study.best_value > 0
+    assert set(study.best_params) == {
+        "one_minus_gamma", "learning_rate", "update_interval", "target_update_interval", "exploration_fraction",
+        "exploration_final_eps", "max_grad_norm", "loss", "net_arch",
+    }  # fmt: skip
+
+
+def test_samples_are_arguments_of_the_constructor():
+    trial = optuna.trial.FixedTrial(
+        {
+            "one_minus_gamma": 0.02, "learning_rate": 1e-3, "update_interval": 4, "target_update_interval": 500,
+            "exploration_fraction": 0.2, "exploration_final_eps": 0.1, "max_grad_norm": 1.0, "loss": "huber",
+            "net_arch": "medium",
+        }
+    )  # fmt: skip
+    hyperparams = sample_hyperparams(trial, n_actions=2, n_envs=4, additional_args={})
+    model = AsyncOneStepQ("MlpPolicy", "CartPole-v1", **hyperparams)
+    assert (model.gamma, model.loss, model.policy.net_arch) == (0.98, "huber", [256, 256])
+
+
+def test_benchmark_and_plots(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    algo = "async_one_step_q"
+    run(f"train --algo {algo} --env CartPole-v1 -n 1000 --eval-freq 500 --n-eval-envs 1", cwd=tmp_path)
+    out = run("benchmark --log-dir logs --no-hub -n 300 --benchmark-dir scores --test-mode", cwd=tmp_path)
+    assert f"{algo}|CartPole-v1" in (tmp_path / "scores" / "benchmark.md").read_text(), out
+    assert algo.upper() in run(f"all_plots -a {algo} -e CartPole-v1 -f logs --no-display -o scores/all", cwd=tmp_path)
+    run(f"plot_train -a {algo} -e CartPole-v1 -f logs", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ("", "a command is missing, choose from: train, enjoy"),
+        ("tain", "unknown command 'tain', choose from: train, enjoy"),
+        ("train --algo async_one_step_r", "invalid choice: 'async_one_step_r'"),
+        ("train --algo async_one_step_q --env CartPole-v9", "you maybe meant CartPole-v1"),
+        ("train --algo async_one_step_q --env Blackjack-v1", "Hyperparameters not found for async_one_step_q"),
+    ],
+)
 def test_wrong_commands(arguments, problem, tmp_path):
     out = run(arguments, cwd=tmp_path, code=2)
-    assert f"error: {problem}, choose from: train, enjoy" in out
+    assert problem in out
+    assert "Traceback" not in out
 
 
 def test_help(tmp_path):
     assert "async_one_step_sarsa" in run("--help", cwd=tmp_path)
     assert "--optimize-hyperparameters" in run("train --help", cwd=tmp_path)
+    # A script of the Zoo's knows our algorithms
+    assert "async_one_step_q" in run("record_video --help", cwd=tmp_path)
     module = subprocess.run(
         [sys.executable, "-m", "sb3_async1step.zoo", "enjoy", "--help"], capture_output=True, text=True, check=True
     )
