@@ -9,31 +9,20 @@ filled with copies of the transitions that it has, since playing 100 000 steps w
 import argparse
 import multiprocessing
 import platform
+import statistics
 import time
 from datetime import date
 from multiprocessing.context import SpawnProcess
 
-import ale_py
-import gymnasium as gym
 import psutil
 import torch as th
 from stable_baselines3 import DQN
-from stable_baselines3.common.env_util import make_atari_env
-from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
+from benchmarks.throughput import make_env
 from sb3_async1step import AsyncOneStepQ, NipsCNN
 
 MEGABYTE = 2**20
 N_STEPS_OF_DQN = 2_000
-
-
-def make_env(n_envs: int) -> VecEnv:
-    """
-    :param n_envs: number of envs
-    :return: Pong with ``AtariWrapper`` and four stacked frames
-    """
-    gym.register_envs(ale_py)
-    return VecFrameStack(make_atari_env("PongNoFrameskip-v4", n_envs=n_envs, seed=0), n_stack=4)
 
 
 def train(seconds: float) -> None:
@@ -88,10 +77,10 @@ def sample(process: SpawnProcess, interval: float) -> list[tuple[float, float, i
 
 
 def main() -> None:
-    """Print a table over time, the drift after the warm-up, and the ratio of the peaks."""
+    """Print a table over time, how far memory strays after the warm-up, and the ratio of the peaks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0, help="length of the training")
-    parser.add_argument("--warm-up", type=float, default=5.0, help="minutes that don't count for the drift")
+    parser.add_argument("--warm-up", type=float, default=5.0, help="minutes that don't count")
     arguments = parser.parse_args()
 
     context = multiprocessing.get_context("spawn")
@@ -107,9 +96,10 @@ def main() -> None:
     steady = [row for row in ours if row[0] > 60 * arguments.warm_up][:-1]
     for seconds, memory, n_threads, n_handles in steady[:: max(1, len(steady) // 12)]:
         print(f"{seconds / 60:8.1f} {memory:8.1f} {n_threads:8} {n_handles:8}")
-    drift = max(abs(row[1] / steady[0][1] - 1) for row in steady)
+    median = statistics.median(row[1] for row in steady)
+    deviation = max(abs(row[1] / median - 1) for row in steady)
     thread_counts, handle_counts = {row[2] for row in steady}, {row[3] for row in steady}
-    print(f"\nafter {arguments.warm_up:g} minutes, memory stays within {100 * drift:.2f} %")
+    print(f"\nafter {arguments.warm_up:g} minutes, memory stays within {100 * deviation:.2f} % of its median")
     print(f"threads: {sorted(thread_counts)}, file handles: {sorted(handle_counts)}")
     peak, peak_of_dqn = (max(row[1] for row in rows) for rows in (ours, dqns))
     print(f"peak: {peak:.0f} MiB; DQN with a full buffer of 100 000 transitions: {peak_of_dqn:.0f} MiB")

@@ -6,7 +6,6 @@ that a slow phase of the machine hits all of them; what counts are the medians a
 """
 
 import argparse
-import os
 import platform
 import statistics
 import time
@@ -22,6 +21,7 @@ from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
+from sb3_async1step.common.intra_op_threads import count_usable_cores
 
 ENV_ID = "PongNoFrameskip-v4"
 
@@ -31,6 +31,7 @@ def make_env(n_envs: int) -> VecEnv:
     :param n_envs: number of envs
     :return: Pong as SB3's users make it: ``AtariWrapper``, four stacked frames
     """
+    gym.register_envs(ale_py)
     return VecFrameStack(make_atari_env(ENV_ID, n_envs=n_envs, seed=0), n_stack=4)
 
 
@@ -71,7 +72,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each contender")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of a measurement")
     arguments = parser.parse_args()
-    gym.register_envs(ale_py)
 
     models = {name: make() for name, make in CONTENDERS.items()}
     for model in models.values():
@@ -82,7 +82,7 @@ def main() -> None:
         for name, model in models.items():
             speeds[name].append(measure(model, arguments.seconds))
 
-    cores = len(os.sched_getaffinity(0))
+    cores = count_usable_cores()
     print(f"{ENV_ID}, AtariWrapper, Nature CNN, learning; {arguments.repeats} x {arguments.seconds:g} s each")
     print(f"{date.today()}, {platform.machine()}, {cores} cores, torch {th.__version__}\n")
     print(f"{'':28} {'steps/s':>8} {'min':>6} {'max':>6} {'x DQN':>6}")
