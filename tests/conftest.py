@@ -1,8 +1,12 @@
+import signal
 import threading
 from collections.abc import Iterator
 
 import pytest
 import torch as th
+
+# Shells start background jobs with Ctrl-C ignored, and tests press it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=["q", "sarsa"])
