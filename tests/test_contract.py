@@ -460,7 +460,7 @@ def test_idle_time_is_a_share(algorithm, tmp_path):
     model.learn(800, callback=sleep, log_interval=1)
     rows = [json.loads(line) for line in (tmp_path / "progress.json").read_text().splitlines()]
     idle = [row["async/worker_idle_fraction"] for row in rows]
-    assert min(idle) >= 0 and max(idle) <= 1.0
+    assert min(idle) >= 0 and max(idle) <= 1.0 + 1e-9
     assert max(idle) > 0.5
 
 

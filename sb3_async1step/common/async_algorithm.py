@@ -467,7 +467,7 @@ class AsyncAlgorithm(BaseAlgorithm):
             self.logger.record("async/gradient_staleness", staleness / n_updates)
         if self._pool is not None:
             self.logger.record("async/updates_per_second", n_updates / seconds)
-            self.logger.record("async/worker_idle_fraction", self._pool.take_idle_seconds() / seconds)
+            self.logger.record("async/worker_idle_fraction", self._pool.take_idle_fraction())
         # SB3's own: reads only what BaseAlgorithm has
         OffPolicyAlgorithm.dump_logs(self)  # type: ignore[arg-type]
 

@@ -44,6 +44,7 @@ class WorkerPool(ABC):
         self._is_stopping = False
         # Idle time of the waits that are over, and since when the others last
         self._idle_seconds = 0.0
+        self._idle_counted_since = time.perf_counter()
         self._waiting_since: dict[threading.Thread, float] = {}
 
     @abstractmethod
@@ -55,19 +56,21 @@ class WorkerPool(ABC):
         :raises BaseException: the first exception that a worker met, with its own traceback
         """
 
-    def take_idle_seconds(self) -> float:
+    def take_idle_fraction(self) -> float:
         """
-        :return: seconds since the last call that a worker waited for other threads, mean over the workers
+        :return: share of the time since the last call in which a worker waited for other threads, mean over the workers
         """
         with self._changed:
+            now = time.perf_counter()
             for thread in list(self._waiting_since):
-                self._end_wait(thread)
-                self._waiting_since[thread] = time.perf_counter()
-            seconds, self._idle_seconds = self._idle_seconds, 0.0
-        return seconds / len(self.workers)
+                self._end_wait(thread, now)
+                self._waiting_since[thread] = now
+            fraction = self._idle_seconds / max(now - self._idle_counted_since, 1e-9) / len(self.workers)
+            self._idle_seconds, self._idle_counted_since = 0.0, now
+        return fraction
 
-    def _end_wait(self, thread: threading.Thread) -> None:
-        self._idle_seconds += time.perf_counter() - self._waiting_since.pop(thread)
+    def _end_wait(self, thread: threading.Thread, now: float) -> None:
+        self._idle_seconds += now - self._waiting_since.pop(thread)
 
     @contextmanager
     def standing_still(self) -> Iterator[None]:
@@ -126,7 +129,7 @@ class WorkerPool(ABC):
                 try:
                     self._changed.wait_for(self._may_step)
                 finally:
-                    self._end_wait(thread)
+                    self._end_wait(thread, time.perf_counter())
             num_timesteps = None if self._is_stopping else self._claim(worker.n_lanes)
             if num_timesteps is None:
                 return None
