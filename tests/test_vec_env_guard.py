@@ -13,7 +13,20 @@ import pytest
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecMonitor, VecNormalize
 
+from sb3_async1step import split_vec_env
 from tests.envs import RaisingEnv, RandomWalkEnv, make_env
+
+
+class ForkedVecEnv(SubprocVecEnv):
+    """Starts fast, and its processes inherit each other's pipes."""
+
+    def __init__(self, env_fns):
+        super().__init__(env_fns, start_method="fork")
+
+
+@split_vec_env.register
+def _(env: ForkedVecEnv, groups):
+    return split_vec_env.dispatch(SubprocVecEnv)(env, groups)
 
 
 class AskableEnv(RandomWalkEnv):
@@ -54,7 +67,7 @@ class AskInEachCall(BaseCallback):
 
 
 @pytest.mark.parametrize("n_workers", [1, 4])
-@pytest.mark.parametrize("vec_env", [DummyVecEnv, SubprocVecEnv])
+@pytest.mark.parametrize("vec_env", [DummyVecEnv, ForkedVecEnv])
 def test_callbacks_may_ask_the_training_env(algorithm, vec_env, n_workers):
     env = VecFrameStack(VecMonitor(vec_env([AskableEnv] * 4)), 2)
     env.set_attr("p_terminate", 0.05)
@@ -100,7 +113,9 @@ def processes_of(env):
 @pytest.mark.parametrize(("backend", "n_workers"), [("threads", 3), ("threads", 1), ("serial", 3), ("threads", 2)])
 @pytest.mark.parametrize("lane", [0, 2])
 def test_a_killed_process(algorithm, backend, n_workers, lane, tmp_path):
-    env = VecFrameStack(SubprocVecEnv([RandomWalkEnv] * 3), 2)
+    # The default start method, too, where pipes are not inherited
+    make = SubprocVecEnv if (lane, n_workers) == (0, 3) else ForkedVecEnv
+    env = VecFrameStack(make([RandomWalkEnv] * 3), 2)
     processes = processes_of(env)
     model = algorithm("MlpPolicy", env, n_workers=n_workers, backend=backend)
     timer = threading.Timer(0.3, lambda: processes[lane].send_signal(signal.SIGKILL))
