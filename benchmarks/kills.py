@@ -72,7 +72,7 @@ def main() -> None:
             process.kill()
             process.join()
             n_unfinished += len(list(folder.glob(".*")))
-            for path in folder.glob("*"):
+            for path in folder.glob("*.zip"):
                 n_files += 1
                 try:
                     AsyncOneStepQ.load(path).predict(np.zeros(4, np.float32))
