@@ -241,6 +241,23 @@ def test_a_thread_that_does_not_start(algorithm, monkeypatch):
     model.learn(100)
 
 
+def test_ctrl_c_while_a_thread_starts(algorithm, monkeypatch):
+    def start(thread):
+        start_thread(thread)
+        if thread.name == "actor-learner-1":
+            raise KeyboardInterrupt
+
+    start_thread = threading.Thread.start
+    model = algorithm("MlpPolicy", make_env(3), n_workers=3)
+    for _ in range(20):
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", start)
+            with pytest.raises(KeyboardInterrupt):
+                model.learn(100)
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("actor-learner")]
+    model.learn(100)
+
+
 def test_a_second_ctrl_c_leaves_no_worker_behind(algorithm):
     class SlowEnv(RandomWalkEnv):
         def step(self, action):

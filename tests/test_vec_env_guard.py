@@ -258,6 +258,30 @@ def test_learning_on_after_ctrl_c(algorithm, backend, n_workers):
     env.close()
 
 
+@pytest.mark.parametrize("n_taken", [1, 4, 100])
+def test_learning_on_after_a_broken_message(algorithm, monkeypatch, n_taken):
+    """Ctrl-C may come when a part of an answer was read, and is lost."""
+    env = SubprocVecEnv([RandomWalkEnv] * 2, start_method="fork")
+    model = algorithm("MlpPolicy", env, n_workers=1)
+
+    def interrupted_recv():
+        os.read(env.remotes[1].fileno(), n_taken)
+        raise KeyboardInterrupt
+
+    def interrupt_later(locals_, globals_):
+        patched.setattr(env.remotes[1], "recv", interrupted_recv)
+        return True
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        model.learn(100, callback=interrupt_later)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(env.remotes[1], "recv", interrupted_recv)
+        # In its reset
+        model.learn(100)
+    assert model.learn(30).num_timesteps == 30
+    env.close()
+
+
 def test_learn_ends_though_a_process_was_forked_meanwhile(algorithm):
     env = SubprocVecEnv([RandomWalkEnv] * 2)
     children = []

@@ -29,7 +29,7 @@ from sb3_async1step.common.model_file import check_saved_model, write_atomically
 from sb3_async1step.common.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_async1step.common.rollout import Observations, Rollout, concatenate_observations, slice_observations
 from sb3_async1step.common.shared_parameters import SharedParameters
-from sb3_async1step.common.vec_env_guard import discard_replies, guard_vec_env, watch_processes
+from sb3_async1step.common.vec_env_guard import guard_vec_env, watch_processes
 from sb3_async1step.common.vec_env_split import find_unsplittable, group_lanes, rejoin_vec_env, split_vec_env
 from sb3_async1step.common.worker_pool import SerialWorkerPool, ThreadWorkerPool, WorkerPool
 
@@ -369,7 +369,6 @@ class AsyncAlgorithm(BaseAlgorithm):
             except BaseException:
                 # The lanes may be anywhere: the next learn() has to reset the env
                 self._last_obs = self._worker_states = None
-                discard_replies(env)
                 raise
             finally:
                 self._pool = None

@@ -1,14 +1,14 @@
 """Keep a VecEnv whole while workers step its parts, and say what happened when one of its processes died."""
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import wraps
 from multiprocessing import Pipe
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from threading import Thread
 from typing import Any, NoReturn
 
-from gymnasium import spaces
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 # What callbacks may call on the training env. It would talk to envs (or to pipes) that workers use
@@ -52,7 +52,8 @@ def guard_vec_env(env: VecEnv, standing_still: Callable[[], AbstractContextManag
 def watch_processes(env: VecEnv) -> Iterator[None]:
     """
     Inside the ``with`` block, the death of one of a ``SubprocVecEnv``'s processes ends the others as well: such a
-    VecEnv can't be used (nor closed in SB3's way) any more, and who waits for an answer might wait forever.
+    VecEnv can't be used (nor closed in SB3's way) any more, and who waits for an answer might wait forever. After
+    any other exception, no answers to earlier calls are on their way.
 
     :param env: the VecEnv; one of another class is left alone
     :raises RuntimeError: if a process died; names its lane
@@ -77,12 +78,16 @@ def watch_processes(env: VecEnv) -> Iterator[None]:
     watcher.start()
     try:
         yield
-    except (EOFError, OSError) as exception:
-        # A pipe may break before the process is seen to have ended
-        watcher.join(timeout=1.0)
-        if not deaths:
-            raise
-        raise RuntimeError(f"{deaths[0]} If it raised an exception, its traceback was printed.") from exception
+    except BaseException as exception:
+        if isinstance(exception, (EOFError, OSError)):
+            # A pipe may break before the process is seen to have ended
+            watcher.join(timeout=1.0)
+            if deaths:
+                raise RuntimeError(f"{deaths[0]} If it raised an exception, its traceback was printed.") from exception
+        with suppress(EOFError, OSError):
+            # Unless Ctrl-C ended them, too
+            discard_replies(base)
+        raise
     finally:
         # Not just closed: a process that was forked meanwhile holds this end of the pipe, too
         stop_writer.send(None)
@@ -109,19 +114,43 @@ def end_processes(env: SubprocVecEnv) -> None:
     env.closed = True
 
 
-def discard_replies(env: VecEnv) -> None:
+def discard_replies(env: SubprocVecEnv) -> None:
     """
-    Throw away what the processes of a ``SubprocVecEnv`` still answer to an interrupted step.
+    Throw away what the processes still answer to an interrupted step or reset.
 
-    :param env: the VecEnv; one of another class, or that is closed, is left alone
+    :param env: the VecEnv
+    :raises EOFError: if a process ended
+    :raises OSError: likewise
     """
-    base = env.unwrapped
-    if not isinstance(base, SubprocVecEnv) or base.closed:
-        return
-    for remote in base.remotes:
-        # They answer in order, and only this answer is a pair of spaces
-        remote.send(("get_spaces", None))
-        reply = None
-        while not (isinstance(reply, tuple) and isinstance(reply[0], spaces.Space)):
-            reply = remote.recv()
-    base.waiting = False
+    for remote in env.remotes:
+        # They answer in order, and no env is an instance of this class
+        remote.send(("is_wrapped", type(None)))
+        read_until(remote, encode_message(False))
+    env.waiting = False
+
+
+def encode_message(message: Any) -> bytes:
+    """
+    :param message: something small
+    :return: the bytes by which a pipe carries it
+    """
+    reader, writer = Pipe(duplex=False)
+    with reader, writer:
+        writer.send(message)
+        return os.read(reader.fileno(), 2**16)
+
+
+def read_until(remote: Connection, end: bytes) -> None:
+    """
+    Read bytes, not messages: who was interrupted while receiving a message may have taken its beginning.
+
+    :param remote: end of a pipe
+    :param end: the last bytes on the way
+    :raises EOFError: if the pipe was closed before
+    """
+    received = b""
+    while received != end:
+        chunk = os.read(remote.fileno(), 2**16)
+        if not chunk:
+            raise EOFError
+        received = (received + chunk)[-len(end) :]

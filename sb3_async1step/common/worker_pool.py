@@ -192,7 +192,9 @@ class ThreadWorkerPool(WorkerPool):
         self._unreported: list[Transitions] = []
         self._n_unreported = 0
         self._batch_is_out = False
-        self._n_alive = 0
+        # Threads inside _run(), and those that left it. Counted there: start() may be interrupted half-way
+        self._n_running = 0
+        self._n_ended = 0
         self._exception: BaseException | None = None
         self._threads = [
             threading.Thread(target=self._run, args=(worker,), name=f"actor-learner-{i}", daemon=True)
@@ -203,8 +205,6 @@ class ThreadWorkerPool(WorkerPool):
         try:
             for thread in self._threads:
                 thread.start()
-                with self._changed:
-                    self._n_alive += 1
         except BaseException:
             self.stop()
             raise
@@ -237,15 +237,17 @@ class ThreadWorkerPool(WorkerPool):
             raise
 
     def _wait_for_the_end(self) -> None:
-        # Not Thread.join() alone: when interrupted, it takes the thread for dead
+        # Not Thread.join() alone: when interrupted, it takes the thread for dead. Who does not run yet won't step again
         with self._changed:
-            self._changed.wait_for(lambda: self._n_alive == 0)
+            self._changed.wait_for(lambda: self._n_running == 0)
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
 
     def _has_news(self) -> bool:
-        return self._n_unreported >= self.batch_size or self._n_alive == 0 or self._exception is not None
+        return (
+            self._n_unreported >= self.batch_size or self._n_ended == len(self.workers) or self._exception is not None
+        )
 
     def _take_batch(self) -> Transitions:
         """Take ``num_envs`` transitions, or the last ones, in the order in which they were made."""
@@ -263,6 +265,8 @@ class ThreadWorkerPool(WorkerPool):
 
     def _run(self, worker: ActorLearner) -> None:
         """A worker's thread."""
+        with self._changed:
+            self._n_running += 1
         try:
             while (transitions := self._step(worker)) is not None:
                 self._report(transitions)
@@ -272,7 +276,8 @@ class ThreadWorkerPool(WorkerPool):
                 self._is_stopping = True
         finally:
             with self._changed:
-                self._n_alive -= 1
+                self._n_running -= 1
+                self._n_ended += 1
                 self._changed.notify_all()
 
     def _may_step(self) -> bool:
