@@ -10,7 +10,7 @@ PYTHON = python3
 BIN = .venv/bin
 INSTALLED = .venv/installed
 
-.PHONY: train enjoy test test-slow lint type docs bench
+.PHONY: train enjoy test test-slow lint type docs bench report
 
 train: $(INSTALLED)
 	$(BIN)/sb3-async1step train --algo $(ALGO) --env $(ENV) $(if $(STEPS),--n-timesteps $(STEPS)) --progress $(OPTIONS)
@@ -37,7 +37,10 @@ docs: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.throughput
 
+report: $(INSTALLED)
+	$(BIN)/python -m benchmarks.report
+
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --constraint constraints.txt --editable '.[zoo,atari,tests,docs]'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[zoo,atari,box2d,minatar,tests,docs]'
 	touch $@

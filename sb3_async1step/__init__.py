@@ -5,7 +5,7 @@ from importlib.resources import files
 from sb3_async1step.async_one_step_q import AsyncOneStepQ
 from sb3_async1step.async_one_step_sarsa import AsyncOneStepSarsa
 from sb3_async1step.common.optimizers import SharedRMSprop
-from sb3_async1step.common.torch_layers import NipsCNN
+from sb3_async1step.common.torch_layers import MinAtarCNN, NipsCNN
 from sb3_async1step.common.vec_env_split import rejoin_vec_env, split_vec_env
 
 __version__ = (files(__name__) / "version.txt").read_text().strip()
@@ -13,6 +13,7 @@ __version__ = (files(__name__) / "version.txt").read_text().strip()
 __all__ = [
     "AsyncOneStepQ",
     "AsyncOneStepSarsa",
+    "MinAtarCNN",
     "NipsCNN",
     "SharedRMSprop",
     "__version__",

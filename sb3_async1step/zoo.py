@@ -115,18 +115,27 @@ def register() -> None:
 
 def call_with_our_algorithms(command: list[str], *args: Any, **kwargs: Any) -> int:
     """
-    What the Zoo's scripts call in place of ``subprocess.call``, to start ``enjoy`` and ``record_video``: a fresh
+    What the Zoo's scripts call in place of ``subprocess.call``: when they start ``enjoy`` or ``record_video``, a fresh
     process would not know our algorithms.
 
-    :param command: the Zoo's command: Python, a script (or ``-m`` and a module) and its options
+    :param command: Python, a script (or ``-m`` and a module) and its options; or any other, which is called as it is
     :param args: see ``subprocess.call``
     :param kwargs: likewise
     :return: exit code
     """
-    _, script, *options = [word for word in command if word != "-m"]
-    name = script.removesuffix(".py").removeprefix("rl_zoo3.")
-    with subprocess.Popen([sys.executable, "-m", "sb3_async1step.zoo", name, *options], *args, **kwargs) as process:
+    if command[0] == "python":
+        _, script, *options = [word for word in command if word != "-m"]
+        name = script.removesuffix(".py").removeprefix("rl_zoo3.")
+        command = [sys.executable, "-m", "sb3_async1step.zoo", name, *options]
+    with subprocess.Popen(command, *args, **kwargs) as process:
         return process.wait()
+
+
+def repair_push_to_hub() -> None:
+    """Give ``rl_zoo3.push_to_hub`` a function that it imports, and that huggingface_sb3 3.2 has under another name."""
+    module: Any = import_module("huggingface_sb3.push_to_hub")
+    if not hasattr(module, "generate_metadata"):
+        module.generate_metadata = lambda *args: module._generate_metadata(*args).to_dict()
 
 
 def run(command: str) -> None:
@@ -141,6 +150,8 @@ def run(command: str) -> None:
         # Slow to import
         getattr(import_module("rl_zoo3.plots"), command)()
     else:
+        if command == "push_to_hub":
+            repair_push_to_hub()
         with patch("subprocess.call", call_with_our_algorithms):
             runpy.run_module(f"rl_zoo3.{command}", run_name="__main__")
 

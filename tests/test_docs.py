@@ -1,22 +1,73 @@
-"""The examples in README and docs run as printed, but for the number of steps."""
+"""What README and docs print runs as printed, but for the numbers of steps and trials."""
 
 import inspect
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.report import PAGES, insert_table, make_tables, read_runs
 from sb3_async1step import AsyncOneStepQ
 
 ROOT = Path(__file__).parent.parent
+DOCUMENTS = (ROOT / "README.md", *(path for path in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in str(path)))
 
 
 def python_examples():
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+    for path in DOCUMENTS:
         for i, code in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL), start=1):
             yield pytest.param(code, id=f"{path.relative_to(ROOT)}-{i}")
+
+
+def read_commands(path):
+    """The commands in a page's blocks of shell code, in order, each as a list of words."""
+    blocks = re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+def shorten(words):
+    """The same command with small budgets."""
+    replaced = {"-n": "400", "--n-trials": "2", "--steps": "400", "--seeds": "1", "--save-freq": "200"}
+    words = [replaced.get(before, word) for before, word in zip(["", *words], words, strict=False)]
+    if words[:2] == ["sb3-async1step", "train"]:
+        # No steps without these; the evaluations would take longer than the training
+        words += ["--eval-freq", "-1"] + ([] if "-n" in words else ["-n", "400"])
+    if words[:2] == ["sb3-async1step", "enjoy"]:
+        words += ["--no-render"] + ([] if "-n" in words else ["-n", "100"])
+    if words[:3] == ["python", "-m", "benchmarks.learning"]:
+        words += ["--results", "results", "--checkpoints", "2", "--episodes", "1"]
+        words += [] if "--steps" in words else ["--steps", "400"]
+    return words
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=str(path.relative_to(ROOT))) for path in DOCUMENTS])
+def test_commands(path, tmp_path):
+    programs = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "MPLBACKEND": "agg",
+        "PYTHONPATH": str(ROOT),
+    }
+    for words in read_commands(path):
+        # What make's targets do is seen where they are used; here, that they exist
+        command = ["make", "--dry-run", "-C", str(ROOT), *words[1:]] if words[0] == "make" else shorten(words)
+        result = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100, check=False
+        )
+        assert result.returncode == 0, f"{shlex.join(words)}\n{result.stdout}{result.stderr}"
+
+
+def test_tables_are_those_of_the_results():
+    tables = make_tables(read_runs())
+    for page in PAGES:
+        text = page.read_text()
+        for name, lines in tables.items():
+            assert insert_table(text, name, lines) == text, f"{page.name}: `make report` was not run"
 
 
 @pytest.mark.parametrize("code", python_examples())

@@ -1,5 +1,6 @@
 """The command line: the Zoo's own, with our algorithms and hyperparameters."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch as th
 import yaml
 
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
-from sb3_async1step.zoo import ALGORITHMS, hyperparams_path, sample_hyperparams
+from sb3_async1step.zoo import ALGORITHMS, hyperparams_path, main, sample_hyperparams
 
 
 def run(arguments, cwd, code=0):
@@ -99,6 +100,67 @@ def test_optimize(tmp_path):
         "one_minus_gamma", "learning_rate", "update_interval", "target_update_interval", "exploration_fraction",
         "exploration_final_eps", "max_grad_norm", "loss", "net_arch",
     }  # fmt: skip
+
+
+def test_more_options_of_train(tmp_path):
+    run(
+        "train --algo async_one_step_sarsa --env CartPole-v1 -n 100 --eval-freq -1 --vec-env subproc -uuid "
+        "--env-kwargs sutton_barto_reward:True -params n_envs:2 n_workers:2",
+        cwd=tmp_path,
+    )
+    (folder,) = (tmp_path / "logs" / "async_one_step_sarsa").glob("CartPole-v1_1_*-*")
+    assert AsyncOneStepSarsa.load(folder / "CartPole-v1.zip").num_timesteps == 100
+    rewards = [line.split(",")[0] for line in (folder / "0.monitor.csv").read_text().splitlines()[2:]]
+    assert set(rewards) == {"-1.0"}
+    assert "install W&B" in run("train --algo async_one_step_q --env CartPole-v1 --track", cwd=tmp_path, code=1)
+
+
+def test_videos(tmp_path):
+    run("train --algo async_one_step_q --env CartPole-v1 -n 100 --eval-freq -1", cwd=tmp_path)
+    run("record_video --algo async_one_step_q --env CartPole-v1 -f logs -n 20", cwd=tmp_path)
+    (video,) = tmp_path.glob("logs/async_one_step_q/CartPole-v1_1/videos/*.mp4")
+    assert video.stat().st_size > 1000
+
+
+class FakeHub:
+    """A hub in a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def create_repo(self, repo_id, **kwargs):
+        return f"hub/{repo_id}"
+
+    def snapshot_download(self, repo_id, local_dir):
+        local_dir.mkdir(parents=True)
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        shutil.copytree(folder_path, self.folder / repo_id)
+
+    def download(self, repo_id, filename, **kwargs):
+        return str(self.folder / repo_id / filename)
+
+
+def test_to_the_hub_and_back(tmp_path, monkeypatch):
+    hub = FakeHub(tmp_path / "hub_of_others")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub.download)
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "True")
+    names = "--algo async_one_step_q --env CartPole-v1 -orga us"
+    run("train --algo async_one_step_q --env CartPole-v1 -n 100 --eval-freq -1", cwd=tmp_path)
+    monkeypatch.setattr("sys.argv", f"sb3-async1step push_to_hub {names} -f logs --no-render".split())
+    main()
+    card = (hub.folder / "us" / "async_one_step_q-CartPole-v1" / "README.md").read_text()
+    assert "**AsyncOneStepQ** Agent playing **CartPole-v1**" in card
+    assert "type: mean_reward" in card
+    monkeypatch.setattr("sys.argv", f"sb3-async1step load_from_hub {names} -f downloaded".split())
+    main()
+    pushed, loaded = (
+        AsyncOneStepQ.load(f"{folder}/async_one_step_q/CartPole-v1_1/CartPole-v1.zip")
+        for folder in ("logs", "downloaded")
+    )
+    assert all(th.equal(a, b) for a, b in zip(pushed.q_net.parameters(), loaded.q_net.parameters(), strict=True))
 
 
 def test_samples_are_arguments_of_the_constructor():

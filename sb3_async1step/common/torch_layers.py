@@ -1,4 +1,4 @@
-"""The paper's network."""
+"""Networks that extract features from images."""
 
 import torch as th
 from gymnasium import spaces
@@ -39,3 +39,25 @@ class NipsCNN(BaseFeaturesExtractor):
         :return: features, shape ``(n, features_dim)``
         """
         return self.linear(self.cnn(observations))
+
+
+class MinAtarCNN(BaseFeaturesExtractor):
+    """
+    The network of Young and Tian (2019) for MinAtar: 16 filters of 3x3 and 128 hidden units.
+
+    :param observation_space: MinAtar's binary images, channels last, shape ``(height, width, n_channels)``
+    :param features_dim: number of hidden units
+    """
+
+    def __init__(self, observation_space: spaces.Box, features_dim: int = 128) -> None:
+        super().__init__(observation_space, features_dim)
+        height, width, n_channels = observation_space.shape
+        self.cnn = nn.Sequential(nn.Conv2d(n_channels, 16, kernel_size=3), nn.ReLU(), nn.Flatten())
+        self.linear = nn.Sequential(nn.Linear(16 * (height - 2) * (width - 2), features_dim), nn.ReLU())
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        """
+        :param observations: shape ``(n, height, width, n_channels)``
+        :return: features, shape ``(n, features_dim)``
+        """
+        return self.linear(self.cnn(observations.permute(0, 3, 1, 2)))

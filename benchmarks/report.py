@@ -1,0 +1,186 @@
+"""
+Tables and learning curves of all that is in ``benchmarks/results``: ``make report``.
+
+Tables go between the marks ``<!-- NAME -->`` and ``<!-- end of NAME -->`` of README and ``docs/results.md``, pictures
+to ``docs/pictures``.
+"""
+
+import json
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from benchmarks.learning import RESULTS, Run
+
+ROOT = Path(__file__).parent.parent
+PICTURES = ROOT / "docs" / "pictures"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+
+# A mean return that counts as having learned the task, by the result's folder
+THRESHOLDS = {"CartPole-v1": 475.0, "Acrobot-v1": -90.0, "MountainCar-v0": -120.0, "LunarLander-v3": 180.0}
+MINATAR = ("Breakout", "Asterix", "Freeway", "SpaceInvaders", "Seaquest")
+ALGORITHMS = {"async_one_step_q": "AsyncOneStepQ", "async_one_step_sarsa": "AsyncOneStepSarsa", "dqn": "DQN"}
+COLOURS = {"async_one_step_q": "C0", "async_one_step_sarsa": "C1", "dqn": "C7"}
+
+Runs = dict[str, dict[str, list[Run]]]
+
+
+def read_runs(folder: Path = RESULTS) -> Runs:
+    """
+    :param folder: of the results
+    :return: the runs of each algorithm, by environment and algorithm
+    """
+    runs: Runs = defaultdict(lambda: defaultdict(list))
+    for path in sorted(folder.glob("*/*.json")):
+        algo = path.stem.rsplit("_", 1)[0]
+        runs[path.parent.name][algo].append(Run(**json.loads(path.read_text())))
+    return runs
+
+
+def seconds_to(run: Run, threshold: float) -> float:
+    """
+    :param run: a run
+    :param threshold: mean return
+    :return: seconds to the first checkpoint, or the end, that reached it, infinite if none did
+    """
+    returns = [*run.curve_returns, float(np.mean(run.final_returns))]
+    seconds = [*run.curve_seconds, run.seconds]
+    return next((time for value, time in zip(returns, seconds, strict=True) if value >= threshold), float("inf"))
+
+
+def format_score(runs: Sequence[Run]) -> str:
+    """
+    :param runs: of one algorithm in one environment
+    :return: mean ± standard deviation over the seeds of the last model's mean return
+    """
+    scores = [float(np.mean(run.final_returns)) for run in runs]
+    return f"{np.mean(scores):.1f} ± {np.std(scores):.1f}"
+
+
+def format_count(number: float) -> str:
+    """
+    :param number: a large number
+    :return: rounded, with spaces between groups of three digits
+    """
+    return f"{round(number):,}".replace(",", " ")
+
+
+def classic_control_table(runs: Runs) -> list[str]:
+    """
+    :param runs: all of them
+    :return: lines of a table in Markdown
+    """
+    lines = [
+        "| environment | algorithm | seeds | mean return | agent steps | seconds | seconds to threshold | MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for env_id, threshold in THRESHOLDS.items():
+        for algo, name in ALGORITHMS.items():
+            group = runs[env_id][algo]
+            if not group:
+                continue
+            times = [seconds_to(run, threshold) for run in group]
+            n_reached = sum(np.isfinite(times))
+            median = statistics.median(times)
+            reached = f"{median:.0f}" if np.isfinite(median) else "-"
+            lines.append(
+                f"| {env_id} | {name} | {len(group)} | {format_score(group)} | {format_count(group[0].n_steps)} "
+                f"| {statistics.median(run.seconds for run in group):.0f} "
+                f"| {reached} ({n_reached} of {len(group)} to {threshold:g}) "
+                f"| {statistics.median(run.peak_memory_mib for run in group):.0f} |"
+            )
+    return lines
+
+
+def minatar_table(runs: Runs) -> list[str]:
+    """
+    :param runs: all of them
+    :return: lines of a table in Markdown
+    """
+    lines = ["| game | algorithm | seeds | mean return | frames | seconds |", "|---|---|---|---|---|---|"]
+    for game in MINATAR:
+        for algo, name in ALGORITHMS.items():
+            group = runs[f"MinAtar-{game}-v0"][algo]
+            if group:
+                lines.append(
+                    f"| {game} | {name} | {len(group)} | {format_score(group)} | {format_count(group[0].n_steps)} "
+                    f"| {statistics.median(run.seconds for run in group):.0f} |"
+                )
+    return lines
+
+
+def make_tables(runs: Runs) -> dict[str, list[str]]:
+    """
+    :param runs: all of them
+    :return: the lines of all tables, by the names of their marks
+    """
+    return {"classic control": classic_control_table(runs), "MinAtar": minatar_table(runs)}
+
+
+def draw_curves(env_id: str, groups: dict[str, list[Run]], path: Path) -> None:
+    """
+    Draw mean and 95 % confidence band over the seeds, over steps and over seconds.
+
+    :param env_id: title
+    :param groups: runs by algorithm
+    :param path: of the picture
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
+    for algo, name in ALGORITHMS.items():
+        runs = groups.get(algo, [])
+        if not runs:
+            continue
+        for axis, attribute in zip(axes, ("curve_steps", "curve_seconds"), strict=True):
+            positions = [np.array(getattr(run, attribute), dtype=float) for run in runs]
+            grid = np.linspace(max(p[0] for p in positions), min(p[-1] for p in positions), 50)
+            curves = [np.interp(grid, p, run.curve_returns) for p, run in zip(positions, runs, strict=True)]
+            mean = np.mean(curves, axis=0)
+            # Of the mean, from the spread between seeds
+            band = 1.96 * np.std(curves, axis=0, ddof=min(1, len(curves) - 1)) / np.sqrt(len(curves))
+            axis.plot(grid, mean, color=COLOURS[algo], label=f"{name}, {len(runs)} seeds")
+            axis.fill_between(grid, mean - band, mean + band, color=COLOURS[algo], alpha=0.2, linewidth=0)
+    axes[0].set(xlabel="agent steps", ylabel="mean return", title=env_id)
+    axes[1].set(xlabel="seconds")
+    for axis in axes:
+        if env_id in THRESHOLDS:
+            axis.axhline(THRESHOLDS[env_id], color="black", linewidth=0.8, linestyle=":")
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize="small")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=90, metadata={"Software": None})
+    plt.close(figure)
+
+
+def insert_table(text: str, name: str, lines: list[str]) -> str:
+    """
+    :param text: of a page
+    :param name: of the marks
+    :param lines: of the table
+    :return: the page with the table between the marks, if it has them
+    """
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
+    table = "\n".join(lines)
+    return re.sub(pattern, lambda marks: f"{marks[1]}{table}\n{marks[2]}", text, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Write all tables and pictures."""
+    runs = read_runs()
+    tables = make_tables(runs)
+    for page in PAGES:
+        text = page.read_text()
+        for name, lines in tables.items():
+            text = insert_table(text, name, lines)
+        page.write_text(text)
+    for env_id, groups in runs.items():
+        if groups:
+            draw_curves(env_id, groups, PICTURES / f"{env_id}.png")
+
+
+if __name__ == "__main__":
+    main()
