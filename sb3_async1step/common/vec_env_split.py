@@ -100,7 +100,7 @@ def _(env: DummyVecEnv, groups: Sequence[range]) -> list[VecEnv]:
 
 @split_vec_env.register
 def _(env: SubprocVecEnv, groups: Sequence[range]) -> list[VecEnv]:
-    return [_take_lanes(env, lanes, "remotes", "work_remotes", "processes") for lanes in groups]
+    return [take_lanes(env, lanes, "remotes", "work_remotes", "processes") for lanes in groups]
 
 
 @split_vec_env.register(VecTransposeImage)
@@ -232,14 +232,19 @@ def _split_wrapper(env: VecEnvWrapper, groups: Sequence[range], *per_lane: str) 
     """Copies of a wrapper, around the parts of what it wraps; ``per_lane`` names what it keeps for each lane."""
     parts = []
     for venv, lanes in zip(split_vec_env(env.venv, groups), groups, strict=True):
-        part = _take_lanes(env, lanes, *per_lane)
+        part = take_lanes(env, lanes, *per_lane)
         part.venv = venv
         parts.append(part)
     return parts
 
 
-def _take_lanes(env: AnyVecEnv, lanes: range, *per_lane: str) -> AnyVecEnv:
-    """A copy of a VecEnv with some of its lanes."""
+def take_lanes(env: AnyVecEnv, lanes: range, *per_lane: str) -> AnyVecEnv:
+    """
+    :param env: a VecEnv, with its wrappers
+    :param lanes: some of its lanes
+    :param per_lane: names of attributes that are lists or arrays over the lanes
+    :return: a copy with these lanes only
+    """
     # Not copy.copy: VecEnvWrapper.__getattr__ recurses without end on an object that has no attributes yet
     part = type(env).__new__(type(env))
     part.__dict__.update(env.__dict__)

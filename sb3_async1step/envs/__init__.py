@@ -1,0 +1,1 @@
+"""Envs that are made for several workers."""

@@ -1,0 +1,381 @@
+"""Atari games in ale_py's C++ engine, whose emulators run beside Python's threads instead of one at a time."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import gymnasium as gym
+import numpy as np
+from ale_py.env import AtariEnv
+from ale_py.vector_env import AtariVectorEnv
+from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker
+from stable_baselines3.common.atari_wrappers import (
+    AtariWrapper,
+    ClipRewardEnv,
+    EpisodicLifeEnv,
+    FireResetEnv,
+    MaxAndSkipEnv,
+    NoopResetEnv,
+    StickyActionEnv,
+    WarpFrame,
+)
+from stable_baselines3.common.monitor import Monitor, ResultsWriter
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
+
+from sb3_async1step.common.vec_env_split import split_vec_env, take_lanes
+
+NOOP, FIRE, SECOND_ACTION_AFTER_RESET = 0, 1, 2
+# What the engine has of AtariEnv's options
+NEEDED_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "mode": (None,),
+    "difficulty": (None,),
+    "continuous": (False,),
+    "render_mode": (None, "rgb_array"),
+}
+# They change nothing that the learner sees
+TRANSPARENT = (AtariWrapper, PassiveEnvChecker, OrderEnforcing)
+REPRODUCED = (
+    ClipRewardEnv,
+    EpisodicLifeEnv,
+    FireResetEnv,
+    MaxAndSkipEnv,
+    Monitor,
+    NoopResetEnv,
+    StickyActionEnv,
+    WarpFrame,
+)
+
+
+@dataclass(frozen=True)
+class AtariSettings:
+    """
+    What :class:`AleVecEnv` reads from an Atari env and its wrappers.
+
+    :param game: name of the ROM
+    :param frame_skip: frames for which an action is repeated
+    :param pools_frames: whether an observation is the maximum of the last two frames
+    :param screen_size: height and width of an observation, in pixels
+    :param noop_max: largest number of no-ops, each of one frame, after a reset
+    :param fires_after_reset: whether a reset takes the actions 1 and 2, too
+    :param ends_on_life_loss: whether the learner's episode ends with each life
+    :param clips_rewards: whether rewards are replaced by their signs
+    :param repeat_action_probability: for each frame, that the last action is taken instead
+    :param max_frames: of an episode, then it is truncated
+    :param full_action_space: whether all 18 actions are allowed
+    """
+
+    game: str
+    frame_skip: int
+    pools_frames: bool
+    screen_size: int
+    noop_max: int
+    fires_after_reset: bool
+    ends_on_life_loss: bool
+    clips_rewards: bool
+    repeat_action_probability: float
+    max_frames: int
+    full_action_space: bool
+
+
+def list_wrappers(env: gym.Env) -> Iterable[gym.Wrapper]:
+    """
+    :param env: an env with its wrappers
+    :return: the wrappers, outermost first
+    """
+    while isinstance(env, gym.Wrapper):
+        yield env
+        env = env.env
+
+
+def read_settings(env: gym.Env) -> AtariSettings:
+    """
+    :param env: an Atari env with its wrappers
+    :return: what the engine has to reproduce
+    :raises ValueError: if the engine can't; says what and why
+    """
+    base = env.unwrapped
+    if not isinstance(base, AtariEnv):
+        _refuse(f"{base} is not an Atari env of ale_py")
+    wrappers: dict[type, Any] = {type(wrapper): wrapper for wrapper in list_wrappers(env)}
+    unknown = [kind.__name__ for kind in wrappers if kind not in (*TRANSPARENT, *REPRODUCED)]
+    if unknown:
+        _refuse(f"it does not know the wrapper {unknown[0]}")
+    if WarpFrame not in wrappers:
+        _refuse("its observations are small grey images: wrap the env in AtariWrapper")
+    warp = wrappers[WarpFrame]
+    if warp.width != warp.height:
+        _refuse(f"its observations are square, not {warp.width}x{warp.height}")
+    options: dict[str, Any] = base._ezpickle_kwargs
+    for name, allowed in NEEDED_OPTIONS.items():
+        if options[name] not in allowed:
+            _refuse(f"it has no {name}={options[name]!r}")
+    if options["frameskip"] != 1:
+        _refuse(
+            f"frames are skipped by the env (frameskip={options['frameskip']}): take the id ending in NoFrameskip-v4"
+        )
+    sticky = getattr(wrappers.get(StickyActionEnv), "action_repeat_probability", 0.0)
+    if sticky and options["repeat_action_probability"]:
+        _refuse("actions are repeated at random by the env and by a wrapper, too")
+    return AtariSettings(
+        game=options["game"],
+        frame_skip=wrappers[MaxAndSkipEnv]._skip if MaxAndSkipEnv in wrappers else 1,
+        pools_frames=MaxAndSkipEnv in wrappers,
+        screen_size=warp.width,
+        noop_max=wrappers[NoopResetEnv].noop_max if NoopResetEnv in wrappers else 0,
+        fires_after_reset=FireResetEnv in wrappers,
+        ends_on_life_loss=EpisodicLifeEnv in wrappers,
+        clips_rewards=ClipRewardEnv in wrappers,
+        repeat_action_probability=sticky or options["repeat_action_probability"],
+        max_frames=options["max_num_frames_per_episode"] or base.ale.getInt("max_num_frames_per_episode"),
+        full_action_space=options["full_action_space"],
+    )
+
+
+def list_reproduced(settings: AtariSettings) -> list[type[gym.Wrapper]]:
+    """
+    :param settings: of an env
+    :return: the wrappers whose work is done in its place
+    """
+    optional = {
+        NoopResetEnv: settings.noop_max > 0,
+        MaxAndSkipEnv: settings.pools_frames,
+        EpisodicLifeEnv: settings.ends_on_life_loss,
+        FireResetEnv: settings.fires_after_reset,
+        ClipRewardEnv: settings.clips_rewards,
+    }
+    return [Monitor, AtariWrapper, WarpFrame, *(wrapper for wrapper, is_on in optional.items() if is_on)]
+
+
+def find_results_writer(env: gym.Env) -> ResultsWriter | None:
+    """
+    :param env: an env with its wrappers
+    :return: what writes its monitor file, if it has one
+    """
+    writers = [wrapper.results_writer for wrapper in list_wrappers(env) if isinstance(wrapper, Monitor)]
+    return writers[0] if writers else None
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise ValueError(f"AleVecEnv can't replace this env: {reason}. DummyVecEnv and SubprocVecEnv can run it as it is.")
+
+
+class AleLane:
+    """
+    One game, with the semantics of ``Monitor`` and ``AtariWrapper``.
+
+    :param settings: of the env that it replaces
+    :param results_writer: of the env's ``Monitor``, which writes its file; None for no file
+    """
+
+    def __init__(self, settings: AtariSettings, results_writer: ResultsWriter | None) -> None:
+        self.settings = settings
+        self.results_writer = results_writer
+        self._start = time.time()
+        # The engine draws from 0 to noop_max - 1
+        noop_max = settings.noop_max + 1 if settings.noop_max > 0 else 0
+        self.engine = AtariVectorEnv(
+            settings.game,
+            num_envs=1,
+            num_threads=1,
+            max_num_frames_per_episode=settings.max_frames,
+            repeat_action_probability=settings.repeat_action_probability,
+            full_action_space=settings.full_action_space,
+            img_height=settings.screen_size,
+            img_width=settings.screen_size,
+            stack_num=1,
+            frameskip=settings.frame_skip,
+            maxpool=settings.pools_frames,
+            noop_max=noop_max,
+            # What these do differs from the wrappers
+            episodic_life=False,
+            life_loss_info=False,
+            reward_clipping=False,
+            use_fire_reset=False,
+        )
+        self._lives = 0
+        self._game_is_over = True
+        self._return = 0.0
+        self.reset_info: dict[str, Any] = {}
+
+    def reset(self, seed: int | None = None) -> np.ndarray:
+        """
+        As the wrappers do: after a lost life, the game goes on.
+
+        :param seed: of the game's random generator, None to leave it as it is
+        :return: observation; ``reset_info`` has the info
+        """
+        obs, info = self._begin_episode(seed)
+        if self.settings.fires_after_reset:
+            for action in (FIRE, SECOND_ACTION_AFTER_RESET):
+                self.send(action)
+                obs, _, done, info = self._finish_step()
+                if done:
+                    _, info = self._begin_episode(seed)
+        self.reset_info = info
+        return obs
+
+    def _begin_episode(self, seed: int | None) -> tuple[np.ndarray, dict[str, Any]]:
+        """``EpisodicLifeEnv.reset()``."""
+        if self.settings.ends_on_life_loss and not self._game_is_over:
+            # Leaves the state in which the life was lost
+            self.send(NOOP)
+            obs, _, _, info = self._finish_step()
+            if not self._game_is_over:
+                return obs, info
+        # SB3's seeds have 32 bits, the engine's 31
+        observations, infos = self.engine.reset(seed=None if seed is None else seed % 2**31)
+        info = {name: int(values[0]) for name, values in infos.items() if name != "env_id"}
+        self._game_is_over = False
+        self._return = 0.0
+        self._lives = info["lives"]
+        return self._to_image(observations), info
+
+    def send(self, action: int) -> None:
+        """
+        :param action: which the engine's thread begins to take
+        """
+        self.engine.send(np.array([action]))
+
+    def receive(self) -> tuple[np.ndarray, float, bool, dict[str, Any]]:
+        """
+        Wait for the end of the step.
+
+        :return: observation, reward, whether the learner's episode ended (then, the observation is the next one's
+            first), info
+        """
+        obs, reward, done, info = self._finish_step()
+        if done:
+            info["terminal_observation"] = obs
+            obs = self.reset()
+        return obs, reward, done, info
+
+    def _finish_step(self) -> tuple[np.ndarray, float, bool, dict[str, Any]]:
+        """What ``step()`` returns of ``Monitor``, ``EpisodicLifeEnv`` and ``ClipRewardEnv``."""
+        observations, rewards, terminated, truncated, infos = self.engine.recv()
+        info: dict[str, Any] = {name: int(values[0]) for name, values in infos.items() if name != "env_id"}
+        reward = float(rewards[0])
+        self._return += reward
+        self._game_is_over = bool(terminated[0] or truncated[0])
+        if self._game_is_over:
+            info["episode"] = self._finish_game(info["episode_frame_number"])
+        lost_life = self.settings.ends_on_life_loss and 0 < info["lives"] < self._lives
+        self._lives = info["lives"]
+        info["TimeLimit.truncated"] = bool(truncated[0]) and not (terminated[0] or lost_life)
+        if self.settings.clips_rewards:
+            reward = float(np.sign(reward))
+        return self._to_image(observations), reward, self._game_is_over or lost_life, info
+
+    def _finish_game(self, n_frames: int) -> dict[str, float]:
+        # Monitor's lengths are in frames, too
+        episode = {"r": self._return, "l": n_frames, "t": round(time.time() - self._start, 6)}
+        if self.results_writer is not None:
+            self.results_writer.write_row(episode)
+        return episode
+
+    def _to_image(self, observations: np.ndarray) -> np.ndarray:
+        self.image = observations.reshape(self.settings.screen_size, self.settings.screen_size, 1)
+        return self.image
+
+    def close(self) -> None:
+        """End the engine's thread, and close the monitor file."""
+        del self.engine
+        if self.results_writer is not None:
+            self.results_writer.close()
+
+
+class AleVecEnv(VecEnv):
+    """
+    Atari games in ale_py's C++ engine: one thread of the engine for each lane, so that the games of a worker are
+    emulated side by side, and while other workers learn.
+
+    It takes the place of ``DummyVecEnv`` and ``SubprocVecEnv``::
+
+        make_atari_env("PongNoFrameskip-v4", n_envs=16, vec_env_cls=AleVecEnv)
+
+    :param env_fns: make Atari envs in ``AtariWrapper``; they are read and not stepped
+    :raises ValueError: if the engine can't reproduce an env
+    """
+
+    def __init__(self, env_fns: Sequence[Callable[[], gym.Env]]) -> None:
+        envs = [make() for make in env_fns]
+        # In this order: what can't be replaced is refused before any engine starts
+        settings = [read_settings(env) for env in envs]
+        self._attributes = {"render_mode": envs[0].render_mode, "spec": envs[0].spec}
+        self.lanes = [AleLane(s, find_results_writer(env)) for s, env in zip(settings, envs, strict=True)]
+        super().__init__(len(envs), envs[0].observation_space, envs[0].action_space)
+
+    def reset(self) -> np.ndarray:
+        """
+        :return: observations, shape ``(num_envs, screen_size, screen_size, 1)``
+        """
+        observations = [lane.reset(seed) for lane, seed in zip(self.lanes, self._seeds, strict=True)]
+        self._reset_seeds()
+        self._reset_options()
+        self.reset_infos = [lane.reset_info for lane in self.lanes]
+        return np.stack(observations)
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """
+        :param actions: shape ``(num_envs,)``
+        """
+        for lane, action in zip(self.lanes, actions.tolist(), strict=True):
+            lane.send(action)
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """
+        :return: observations, rewards, dones, infos, as of every VecEnv
+        """
+        observations, rewards, dones, infos = zip(*[lane.receive() for lane in self.lanes], strict=True)
+        self.reset_infos = [lane.reset_info for lane in self.lanes]
+        return np.stack(observations), np.array(rewards, dtype=np.float32), np.array(dones), list(infos)
+
+    def close(self) -> None:
+        """End the engine's threads, and close the monitor files."""
+        for lane in self.lanes:
+            lane.close()
+        self.lanes = []
+
+    def get_images(self) -> list[np.ndarray]:
+        """
+        :return: what each lane's agent sees, grey, shape ``(screen_size, screen_size, 3)``
+        """
+        return [np.repeat(lane.image, 3, axis=-1) for lane in self.lanes]
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
+        """
+        :param wrapper_class: class of wrappers
+        :param indices: lanes, None for all
+        :return: whether what the wrapper does is done
+        """
+        settings = [self.lanes[i].settings for i in self._get_indices(indices)]
+        return [wrapper_class in list_reproduced(s) for s in settings]
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        """
+        :param attr_name: ``"render_mode"`` or ``"spec"``
+        :param indices: lanes, None for all
+        :return: its value, for each lane
+        :raises AttributeError: for any other name: the games are the engine's, there are no env objects
+        """
+        if attr_name not in self._attributes:
+            raise AttributeError(f"AleVecEnv has no envs to ask for '{attr_name}', only {', '.join(self._attributes)}.")
+        return [self._attributes[attr_name] for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        """
+        :raises NotImplementedError: always, there are no env objects
+        """
+        raise NotImplementedError("AleVecEnv has no envs whose attributes could be set; DummyVecEnv has.")
+
+    def env_method(self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any) -> list[Any]:
+        """
+        :raises NotImplementedError: always, there are no env objects
+        """
+        raise NotImplementedError(f"AleVecEnv has no envs whose '{method_name}' could be called; DummyVecEnv has.")
+
+
+@split_vec_env.register
+def _(env: AleVecEnv, groups: Sequence[range]) -> list[VecEnv]:
+    return [take_lanes(env, lanes, "lanes") for lanes in groups]

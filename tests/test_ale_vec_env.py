@@ -1,0 +1,198 @@
+"""Atari games in ale_py's engine: the same as Monitor and AtariWrapper, but for the grey of the frames."""
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import psutil
+import pytest
+from stable_baselines3.common.atari_wrappers import AtariWrapper, EpisodicLifeEnv, FireResetEnv
+from stable_baselines3.common.env_util import make_atari_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor, load_results
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecTransposeImage
+
+from sb3_async1step import AsyncOneStepQ, NipsCNN
+from sb3_async1step.envs.ale_vec_env import AleVecEnv
+
+gym.register_envs(ale_py)
+
+
+def make_both(game, n_envs=2, **wrapper_kwargs):
+    """The wrapped env and its replacement."""
+    make = {"env_id": f"{game}NoFrameskip-v4", "n_envs": n_envs, "seed": 3, "wrapper_kwargs": wrapper_kwargs}
+    return make_atari_env(**make), make_atari_env(**make, vec_env_cls=AleVecEnv)
+
+
+def describe(info):
+    """What a step's info says of lives, frames and the end of the game."""
+    episode = {name: value for name, value in info.get("episode", {}).items() if name != "t"}
+    return info["lives"], info["episode_frame_number"], info["TimeLimit.truncated"], episode
+
+
+@pytest.mark.parametrize("game", ["Pong", "Breakout", "SpaceInvaders", "Seaquest", "BeamRider", "Qbert", "MsPacman"])
+@pytest.mark.parametrize("wrapper_kwargs", [{}, {"terminal_on_life_loss": False, "clip_reward": False}], ids=str)
+def test_parity(game, wrapper_kwargs):
+    """Without no-ops (whose number is random), the same actions lead to the same games."""
+    original, replacement = make_both(game, noop_max=0, **wrapper_kwargs)
+    differences = [np.abs(original.reset().astype(int) - replacement.reset())]
+    rng = np.random.default_rng(0)
+    n_dones = 0
+    for _ in range(1000):
+        actions = rng.integers(original.action_space.n, size=2)
+        obs, rewards, dones, infos = original.step(actions)
+        other_obs, other_rewards, other_dones, other_infos = replacement.step(actions)
+        assert rewards.tolist() == other_rewards.tolist()
+        assert dones.tolist() == other_dones.tolist()
+        assert list(map(describe, infos)) == list(map(describe, other_infos))
+        assert [info["lives"] for info in original.reset_infos if info] == [
+            info["lives"] for first, info in zip(original.reset_infos, replacement.reset_infos, strict=True) if first
+        ]
+        differences.append(np.abs(obs.astype(int) - other_obs))
+        n_dones += dones.sum()
+    assert n_dones > 0 or game in ("Pong", "BeamRider")
+    # ALE's grey is a palette's, the wrappers' is computed from RGB: a few levels of 255 in a few pixels
+    assert np.mean(differences) < 0.1
+    assert np.max(differences) <= 40
+    original.close()
+    replacement.close()
+
+
+def test_truncation():
+    def make_env():
+        return AtariWrapper(Monitor(gym.make("PongNoFrameskip-v4", max_num_frames_per_episode=403)), noop_max=0)
+
+    ends = {}
+    for vec_env_class in (DummyVecEnv, AleVecEnv):
+        env = vec_env_class([make_env])
+        env.reset()
+        ends[vec_env_class] = []
+        for t in range(250):
+            _, _, dones, infos = env.step(np.array([0]))
+            if dones[0]:
+                ends[vec_env_class].append((t, describe(infos[0]), infos[0]["terminal_observation"].shape))
+        env.close()
+    assert ends[DummyVecEnv] == ends[AleVecEnv]
+    assert [end[1][2] for end in ends[AleVecEnv]] == [True, True]
+
+
+def test_seeds_and_no_ops():
+    """Like SB3's, the number of no-ops is at most 30, and follows from the seed."""
+
+    def count_frames(seed):
+        env = make_atari_env("SpaceInvadersNoFrameskip-v4", 20, seed=seed, vec_env_cls=AleVecEnv)
+        env.reset()
+        frames = [info["episode_frame_number"] for info in env.reset_infos]
+        env.close()
+        return frames
+
+    # A game without FIRE at reset would begin at the no-ops; here two actions of four frames follow
+    frames = count_frames(1)
+    assert frames == count_frames(1)
+    assert frames != count_frames(2)
+    assert set(frames) <= set(range(8, 39))
+    assert len(set(frames)) > 5
+
+
+def test_no_game_stalls_after_a_lost_life():
+    """Breakout waits for FIRE, which no action below is."""
+    env = make_atari_env("BreakoutNoFrameskip-v4", 1, seed=0, vec_env_cls=AleVecEnv)
+    env.reset()
+    lives = []
+    for _ in range(400):
+        _, _, dones, infos = env.step(np.array([0]))
+        if dones[0]:
+            lives.append(infos[0]["lives"])
+    assert lives[:6] == [4, 3, 2, 1, 0, 4]
+    env.close()
+
+
+def test_wrappers_monitor_files_and_evaluation(tmp_path):
+    env = make_atari_env("BreakoutNoFrameskip-v4", 2, seed=0, vec_env_cls=AleVecEnv, monitor_dir=str(tmp_path))
+    assert env.env_is_wrapped(Monitor) == env.env_is_wrapped(EpisodicLifeEnv) == [True, True]
+    assert env.env_is_wrapped(FireResetEnv, indices=[1]) == [True]
+    assert env.env_is_wrapped(gym.wrappers.TimeLimit) == [False, False]
+    stacked = VecTransposeImage(VecFrameStack(env, 4))
+    model = AsyncOneStepQ("CnnPolicy", stacked, seed=0)
+    returns, lengths = evaluate_policy(model, stacked, n_eval_episodes=2, return_episode_rewards=True)
+    env.close()
+    written = load_results(str(tmp_path))
+    # The second env may have finished an episode that was not needed
+    assert set(zip(returns, lengths, strict=True)) <= set(zip(written["r"], written["l"], strict=True))
+    assert len(returns) == 2
+
+
+@pytest.mark.parametrize("n_workers", [1, 3])
+def test_learning(algorithm, n_workers):
+    n_threads = psutil.Process().num_threads()
+    env = VecFrameStack(make_atari_env("PongNoFrameskip-v4", 3, seed=0, vec_env_cls=AleVecEnv), 4)
+    model = algorithm("CnnPolicy", env, n_workers=n_workers, policy_kwargs={"features_extractor_class": NipsCNN})
+    model.learn(90)
+    assert model.learn(60, reset_num_timesteps=False).num_timesteps == 150
+    assert model.get_env().unwrapped is env.venv
+    # The whole is where its parts left it
+    observation, _, _, _ = env.step(np.zeros(3, dtype=int))
+    assert [info["frame_number"] > 200 for info in env.venv.step(np.zeros(3, dtype=int))[3]] == [True] * 3
+    assert observation.shape == (3, 84, 84, 4)
+    env.close()
+    assert psutil.Process().num_threads() <= n_threads + 1
+
+
+def test_images():
+    env = make_atari_env("PongNoFrameskip-v4", 2, vec_env_cls=AleVecEnv)
+    observations = env.reset()
+    assert env.render_mode == "rgb_array"
+    images = env.get_images()
+    assert all((image == obs).all() for image, obs in zip(images, observations, strict=True))
+    # One above the other
+    assert env.render().shape == (168, 84, 3)
+    env.close()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: gym.make("CartPole-v1"), "is not an Atari env"),
+        (lambda: gym.make("PongNoFrameskip-v4"), "wrap the env in AtariWrapper"),
+        (lambda: AtariWrapper(gym.make("ALE/Pong-v5")), "frameskip=4"),
+        (lambda: AtariWrapper(gym.make("PongNoFrameskip-v4", mode=1)), "no mode=1"),
+        (lambda: AtariWrapper(gym.make("PongNoFrameskip-v4", render_mode="human")), "no render_mode='human'"),
+        (lambda: gym.wrappers.TimeLimit(AtariWrapper(gym.make("PongNoFrameskip-v4")), 9), "the wrapper TimeLimit"),
+        (
+            lambda: AtariWrapper(
+                gym.make("PongNoFrameskip-v4", repeat_action_probability=0.1), action_repeat_probability=0.1
+            ),
+            "repeated at random by the env and by a wrapper",
+        ),
+    ],
+)
+def test_what_it_refuses(make, reason, monkeypatch):
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    with pytest.raises(ValueError, match=f"AleVecEnv can't replace this env: .*{reason}.*DummyVecEnv"):
+        AleVecEnv([make])
+
+
+def test_there_are_no_envs_to_ask():
+    env = make_atari_env("PongNoFrameskip-v4", 2, vec_env_cls=AleVecEnv)
+    assert [spec.id for spec in env.get_attr("spec")] == ["PongNoFrameskip-v4"] * 2
+    with pytest.raises(AttributeError, match="'ale', only render_mode, spec"):
+        env.get_attr("ale")
+    with pytest.raises(NotImplementedError, match="DummyVecEnv has"):
+        env.set_attr("spec", None)
+    with pytest.raises(NotImplementedError, match="'clone_state'"):
+        env.env_method("clone_state")
+    env.close()
+
+
+@pytest.mark.parametrize("by", ["env", "wrapper"])
+def test_sticky_actions(by):
+    """An agent that plays the same actions sees another game if they are repeated at random."""
+    options = {"wrapper_kwargs": {"action_repeat_probability": 0.5, "noop_max": 0}}
+    if by == "env":
+        options = {"env_kwargs": {"repeat_action_probability": 0.5}, "wrapper_kwargs": {"noop_max": 0}}
+    env = make_atari_env("PongNoFrameskip-v4", 2, seed=0, vec_env_cls=AleVecEnv, **options)
+    env.reset()
+    # Up and down by turns: without chance, both games were the same
+    for t in range(50):
+        observations = env.step(np.full(2, 2 + t % 2))[0]
+    assert (observations[0] != observations[1]).any()
+    env.close()
