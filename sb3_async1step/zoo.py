@@ -7,6 +7,7 @@ The RL Zoo, with our algorithms registered::
 The sub-commands are the Zoo's own, with every one of their options.
 """
 
+import argparse
 import functools
 import runpy
 import subprocess
@@ -35,7 +36,12 @@ PLOTS = ("plot_train", "plot_from_file", "all_plots")
 COMMANDS = ("train", "enjoy", *SCRIPTS, *PLOTS)
 
 # What the Zoo says of things that the user named wrongly
-USER_ERRORS = ("not found in gym registry", "No model found", "Hyperparameters not found")
+USER_ERRORS = (
+    "not found in gym registry",
+    "No model found",
+    "Hyperparameters not found",
+    "AleVecEnv can't replace this env",
+)
 
 
 class AsyncExperimentManager(ExperimentManager):
@@ -113,6 +119,23 @@ def register() -> None:
     rl_zoo3.train.ExperimentManager = AsyncExperimentManager  # type: ignore[misc]
 
 
+def take_ale_option(arguments: list[str]) -> list[str]:
+    """
+    Use ``AleVecEnv`` if the command line of ``train`` has ``--vec-env ale``, which the Zoo's parser does not know.
+
+    :param arguments: of the command line
+    :return: those that are left for the Zoo
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--vec-env")
+    option, others = parser.parse_known_args(arguments)
+    if option.vec_env != "ale":
+        return arguments
+    # Needs ale_py
+    AsyncExperimentManager.default_vec_env_cls = import_module("sb3_async1step.envs.ale_vec_env").AleVecEnv
+    return others
+
+
 def call_with_our_algorithms(command: list[str], *args: Any, **kwargs: Any) -> int:
     """
     What the Zoo's scripts call in place of ``subprocess.call``: when they start ``enjoy`` or ``record_video``, a fresh
@@ -143,6 +166,7 @@ def run(command: str) -> None:
     :param command: one of ``COMMANDS``; its options are in ``sys.argv``
     """
     if command == "train":
+        sys.argv[1:] = take_ale_option(sys.argv[1:])
         rl_zoo3.train.train()
     elif command == "enjoy":
         rl_zoo3.enjoy.enjoy()

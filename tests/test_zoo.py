@@ -115,6 +115,19 @@ def test_more_options_of_train(tmp_path):
     assert "install W&B" in run("train --algo async_one_step_q --env CartPole-v1 --track", cwd=tmp_path, code=1)
 
 
+def test_atari_in_the_engine(tmp_path):
+    run(
+        "train --algo async_one_step_q --env PongNoFrameskip-v4 -n 200 --eval-freq 100 --eval-episodes 1 --vec-env ale "
+        "-params n_envs:4 --env-kwargs repeat_action_probability:0.25 max_num_frames_per_episode:600",
+        cwd=tmp_path,
+    )
+    folder = tmp_path / "logs" / "async_one_step_q" / "PongNoFrameskip-v4_1"
+    assert AsyncOneStepQ.load(folder / "PongNoFrameskip-v4.zip").num_timesteps == 200
+    assert "t_start" in (folder / "3.monitor.csv").read_text()
+    wrong = run("train --algo async_one_step_q --env CartPole-v1 --vec-env ale", cwd=tmp_path, code=2)
+    assert "AleVecEnv can't replace this env" in wrong
+
+
 def test_videos(tmp_path):
     run("train --algo async_one_step_q --env CartPole-v1 -n 100 --eval-freq -1", cwd=tmp_path)
     run("record_video --algo async_one_step_q --env CartPole-v1 -f logs -n 20", cwd=tmp_path)
