@@ -1,52 +1,90 @@
 """
-Agent steps per second while learning on Pong with the Nature CNN: SB3's DQN and A2C, and ours.
+Agent steps per second while learning on Pong with the Nature CNN: ours next to SB3's DQN and A2C, over workers and
+lanes, and next to the floor, the time that emulation and arithmetic alone take.
 
-``make bench``, or ``python -m benchmarks.throughput``. The contenders take turns within each repeat, so
-that a slow phase of the machine hits all of them; what counts are the medians and their ratios.
+``make bench``, or ``python -m benchmarks.throughput``. The contenders of a comparison take turns within each repeat, so
+that a slow phase of the machine hits all of them; what counts are the medians and their ratios. Prints tables, and
+writes them to ``benchmarks/results/throughput.json`` and ``docs/pictures/throughput.png``.
 """
 
 import argparse
+import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from datetime import date
+from pathlib import Path
+from typing import Any
 
 import ale_py
 import gymnasium as gym
+import matplotlib.pyplot as plt
+import numpy as np
+import psutil
 import torch as th
+from ale_py.vector_env import AtariVectorEnv
 from stable_baselines3 import A2C, DQN
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_atari_env
-from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack
 
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
 from sb3_async1step.common.intra_op_threads import count_usable_cores
+from sb3_async1step.envs.ale_vec_env import AleVecEnv
 
 ENV_ID = "PongNoFrameskip-v4"
+RESULTS = Path(__file__).parent / "results" / "throughput.json"
+PICTURE = Path(__file__).parent.parent / "docs" / "pictures" / "throughput.png"
+N_LANES = 16
+WARM_UP_STEPS = 320
+
+MakeModel = Callable[[], BaseAlgorithm]
 
 
-def make_env(n_envs: int) -> VecEnv:
+def make_env(n_envs: int, vec_env_class: type[VecEnv] = DummyVecEnv) -> VecEnv:
     """
     :param n_envs: number of envs
+    :param vec_env_class: what runs them
     :return: Pong as SB3's users make it: ``AtariWrapper``, four stacked frames
     """
     gym.register_envs(ale_py)
-    return VecFrameStack(make_atari_env(ENV_ID, n_envs=n_envs, seed=0), n_stack=4)
+    envs = make_atari_env(ENV_ID, n_envs=n_envs, seed=0, vec_env_cls=vec_env_class)  # type: ignore[arg-type]
+    return VecFrameStack(envs, n_stack=4)
 
 
-def make_dqn() -> BaseAlgorithm:
+def make_q(n_lanes: int, vec_env_class: type[VecEnv] = AleVecEnv, n_workers: Any = "auto") -> AsyncOneStepQ:
     """
-    :return: DQN with its defaults, learning from the start; the buffer is smaller, to fit any machine
+    :param n_lanes: number of lanes
+    :param vec_env_class: what runs the games
+    :param n_workers: number of workers
+    :return: the model, with its defaults but for these
     """
-    return DQN("CnnPolicy", make_env(1), buffer_size=10_000, seed=0)
+    return AsyncOneStepQ("CnnPolicy", make_env(n_lanes, vec_env_class), n_workers=n_workers, seed=0)
 
 
-CONTENDERS: dict[str, Callable[[], BaseAlgorithm]] = {
-    "DQN, 1 env": make_dqn,
-    "A2C, 16 envs": lambda: A2C("CnnPolicy", make_env(16), seed=0),
-    "AsyncOneStepQ, 16 lanes": lambda: AsyncOneStepQ("CnnPolicy", make_env(16), seed=0),
-    "AsyncOneStepSarsa, 16 lanes": lambda: AsyncOneStepSarsa("CnnPolicy", make_env(16), seed=0),
+CONTENDERS: dict[str, MakeModel] = {
+    # Its defaults; the buffer is smaller, to fit any machine
+    "DQN, 1 env": lambda: DQN("CnnPolicy", make_env(1), buffer_size=10_000, seed=0),
+    "A2C, 16 envs": lambda: A2C("CnnPolicy", make_env(N_LANES), seed=0),
+    "AsyncOneStepQ, AtariWrapper": lambda: make_q(N_LANES, DummyVecEnv),
+    "AsyncOneStepQ, SubprocVecEnv": lambda: make_q(N_LANES, SubprocVecEnv),
+    "AsyncOneStepQ, AleVecEnv": lambda: make_q(N_LANES),
+    "AsyncOneStepSarsa, AleVecEnv": lambda: AsyncOneStepSarsa("CnnPolicy", make_env(N_LANES, AleVecEnv), seed=0),
+}
+# Eight lanes for each worker, and a number of workers for the same lanes
+WORKERS: dict[str, MakeModel] = {
+    "1 worker x 8 lanes": lambda: make_q(8, n_workers=1),
+    "2 workers x 8 lanes": lambda: make_q(16, n_workers=2),
+    "4 workers x 8 lanes": lambda: make_q(32, n_workers=4),
+    "8 workers x 8 lanes": lambda: make_q(64, n_workers=8),
+    "1 worker x 16 lanes": lambda: make_q(16, n_workers=1),
+    "4 workers x 4 lanes": lambda: make_q(16, n_workers=4),
+    "8 workers x 2 lanes": lambda: make_q(16, n_workers=8),
+}
+LANES: dict[str, MakeModel] = {
+    f"{n} lanes": lambda n=n: make_q(n)  # type: ignore[misc]
+    for n in (1, 2, 4, 8, 16, 32, 64, 128)
 }
 
 
@@ -54,7 +92,7 @@ def measure(model: BaseAlgorithm, seconds: float) -> float:
     """
     :param model: learns on; warmed up already
     :param seconds: how long, about
-    :return: environment steps per second
+    :return: agent steps per second
     """
     before, start = model.num_timesteps, time.perf_counter()
     model.learn(
@@ -66,30 +104,160 @@ def measure(model: BaseAlgorithm, seconds: float) -> float:
     return (model.num_timesteps - before) / (time.perf_counter() - start)
 
 
-def main() -> None:
-    """Print a table of medians and of their ratios to DQN."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of each contender")
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of a measurement")
-    arguments = parser.parse_args()
-
-    models = {name: make() for name, make in CONTENDERS.items()}
+def compare(contenders: dict[str, MakeModel], repeats: int, seconds: float) -> dict[str, list[float]]:
+    """
+    :param contenders: makers of models, by name
+    :param repeats: how often each is measured, in turns
+    :param seconds: length of a measurement
+    :return: agent steps per second
+    """
+    models = {name: make() for name, make in contenders.items()}
     for model in models.values():
         # DQN's defaults start to learn after 100 steps
-        model.learn(320)
+        model.learn(WARM_UP_STEPS)
     speeds: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(arguments.repeats):
+    for _ in range(repeats):
         for name, model in models.items():
-            speeds[name].append(measure(model, arguments.seconds))
+            speeds[name].append(measure(model, seconds))
+    for model in models.values():
+        assert model.env is not None
+        model.env.close()
+    return speeds
 
-    cores = count_usable_cores()
-    print(f"{ENV_ID}, AtariWrapper, Nature CNN, learning; {arguments.repeats} x {arguments.seconds:g} s each")
-    print(f"{date.today()}, {platform.machine()}, {cores} cores, torch {th.__version__}\n")
-    print(f"{'':28} {'steps/s':>8} {'min':>6} {'max':>6} {'x DQN':>6}")
-    reference = statistics.median(speeds["DQN, 1 env"])
+
+def time_call(function: Callable[[], Any], repeats: int = 30) -> float:
+    """
+    :param function: is called; warmed up first
+    :param repeats: how often
+    :return: seconds of a call, median
+    """
+    times = []
+    for i in range(repeats + 5):
+        start = time.perf_counter()
+        function()
+        if i >= 5:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def measure_floor(n_lanes: int) -> dict[str, float]:
+    """
+    The work that can't be avoided, done by one core with nothing around it: emulation in the engine, and the
+    arithmetic of the same networks at the same batch sizes as of a worker with this many lanes.
+
+    :param n_lanes: lanes of a worker
+    :return: microseconds for each agent step, by part
+    """
+    model = make_q(n_lanes, n_workers=1)
+    n_rollout = n_lanes * model.update_interval
+    engine = AtariVectorEnv("pong", n_lanes, num_threads=1, stack_num=1)
+    engine.reset(seed=0)
+    actions = np.zeros(n_lanes, dtype=np.int64)
+    images = th.randint(0, 255, (n_rollout, 4, 84, 84), dtype=th.uint8)
+    # As the buffer stores them
+    images = images.contiguous(memory_format=th.channels_last)
+    optimizer = model.policy.optimizer
+
+    def act() -> None:
+        with th.no_grad():
+            model.q_net(images[:n_lanes])
+
+    def compute_targets() -> None:
+        with th.no_grad():
+            model.q_net_target(images)
+
+    def learn() -> None:
+        model.q_net(images).square().mean().backward()
+        th.nn.utils.clip_grad_norm_(model.q_net.parameters(), model.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    n_threads = th.get_num_threads()
+    th.set_num_threads(1)
+    try:
+        parts = {
+            "emulation": time_call(lambda: engine.step(actions)) / n_lanes,
+            "acting": time_call(act) / n_lanes,
+            "targets": time_call(compute_targets) / n_rollout,
+            "gradient and update": time_call(learn) / n_rollout,
+        }
+    finally:
+        th.set_num_threads(n_threads)
+    return {name: 1e6 * seconds for name, seconds in parts.items()}
+
+
+def print_table(title: str, speeds: dict[str, list[float]], reference: str) -> None:
+    """
+    :param title: of the table
+    :param speeds: agent steps per second, by name
+    :param reference: the name whose median is 1
+    """
+    print(f"\n{title:30} {'steps/s':>8} {'min':>6} {'max':>6} {'ratio':>6}")
+    median_of_reference = statistics.median(speeds[reference])
     for name, values in speeds.items():
         median = statistics.median(values)
-        print(f"{name:28} {median:8.0f} {min(values):6.0f} {max(values):6.0f} {median / reference:6.1f}")
+        print(f"{name:30} {median:8.0f} {min(values):6.0f} {max(values):6.0f} {median / median_of_reference:6.2f}")
+
+
+def draw(results: dict[str, Any]) -> None:
+    """
+    :param results: what :func:`main` writes
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    contenders = {name: statistics.median(values) for name, values in results["contenders"].items()}
+    axes[0].barh(list(contenders), list(contenders.values()))
+    axes[0].invert_yaxis()
+    axes[0].set(xlabel="agent steps per second", title="Learning on Pong, Nature CNN")
+    lanes = {int(name.split()[0]): statistics.median(values) for name, values in results["lanes"].items()}
+    axes[1].plot(list(lanes), list(lanes.values()), marker="o")
+    axes[1].set(xscale="log", xlabel="lanes", ylabel="agent steps per second", title="AleVecEnv, n_workers='auto'")
+    axes[1].set_xticks(list(lanes), [str(n) for n in lanes])
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    PICTURE.parent.mkdir(exist_ok=True)
+    figure.savefig(PICTURE, dpi=90, metadata={"Software": None})
+
+
+def main() -> None:
+    """Measure everything, print tables, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each contender")
+    parser.add_argument("--seconds", type=float, default=8.0, help="length of a measurement")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file for the figures")
+    arguments = parser.parse_args()
+
+    cores = count_usable_cores()
+    n_workers = min(cores, N_LANES)
+    floors = [measure_floor(N_LANES // n_workers)]
+    contenders = compare(CONTENDERS, arguments.repeats, arguments.seconds)
+    print_table("16 envs or lanes", contenders, "DQN, 1 env")
+    workers = compare(WORKERS, arguments.repeats, arguments.seconds)
+    print_table("AleVecEnv", workers, "1 worker x 8 lanes")
+    lanes = compare(LANES, arguments.repeats, arguments.seconds)
+    print_table("AleVecEnv, n_workers='auto'", lanes, "1 lanes")
+    # Before and after all others: the machine's speed may drift
+    floors.append(measure_floor(N_LANES // n_workers))
+    floor = {part: statistics.mean(values[part] for values in floors) for part in floors[0]}
+    floor_speed = 1e6 * n_workers / sum(floor.values())
+    fraction = statistics.median(contenders["AsyncOneStepQ, AleVecEnv"]) / floor_speed
+    print(f"\nFloor, microseconds per agent step and core: { {name: round(value) for name, value in floor.items()} }")
+    print(f"{n_workers} cores without anything else: {floor_speed:.0f} steps/s; AsyncOneStepQ reaches {fraction:.0%}")
+    results = {
+        "date": str(date.today()),
+        "hardware": f"{platform.machine()}, {cores} cores",
+        "torch": th.__version__,
+        "repeats": arguments.repeats,
+        "seconds": arguments.seconds,
+        "contenders": contenders,
+        "workers": workers,
+        "lanes": lanes,
+        "floor_microseconds": floor,
+        "fraction_of_floor": fraction,
+        "peak_memory_mib": psutil.Process().memory_info().rss / 2**20,
+    }
+    arguments.results.write_text(json.dumps(results, indent=1) + "\n")
+    if arguments.results == RESULTS:
+        draw(results)
 
 
 if __name__ == "__main__":
