@@ -8,7 +8,6 @@ to ``docs/pictures``.
 import json
 import re
 import statistics
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,10 +34,10 @@ def read_runs(folder: Path = RESULTS) -> Runs:
     :param folder: of the results
     :return: the runs of each algorithm, by environment and algorithm
     """
-    runs: Runs = defaultdict(lambda: defaultdict(list))
+    runs: Runs = {}
     for path in sorted(folder.glob("*/*.json")):
         algo = path.stem.rsplit("_", 1)[0]
-        runs[path.parent.name][algo].append(Run(**json.loads(path.read_text())))
+        runs.setdefault(path.parent.name, {}).setdefault(algo, []).append(Run(**json.loads(path.read_text())))
     return runs
 
 
@@ -81,7 +80,7 @@ def classic_control_table(runs: Runs) -> list[str]:
     ]
     for env_id, threshold in THRESHOLDS.items():
         for algo, name in ALGORITHMS.items():
-            group = runs[env_id][algo]
+            group = runs.get(env_id, {}).get(algo, [])
             if not group:
                 continue
             times = [seconds_to(run, threshold) for run in group]
@@ -105,7 +104,7 @@ def minatar_table(runs: Runs) -> list[str]:
     lines = ["| game | algorithm | seeds | mean return | frames | seconds |", "|---|---|---|---|---|---|"]
     for game in MINATAR:
         for algo, name in ALGORITHMS.items():
-            group = runs[f"MinAtar-{game}-v0"][algo]
+            group = runs.get(f"MinAtar-{game}-v0", {}).get(algo, [])
             if group:
                 lines.append(
                     f"| {game} | {name} | {len(group)} | {format_score(group)} | {format_count(group[0].n_steps)} "
@@ -132,9 +131,9 @@ def draw_curves(env_id: str, groups: dict[str, list[Run]], path: Path) -> None:
     """
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
     for algo, name in ALGORITHMS.items():
-        runs = groups.get(algo, [])
-        if not runs:
+        if algo not in groups:
             continue
+        runs = groups[algo]
         for axis, attribute in zip(axes, ("curve_steps", "curve_seconds"), strict=True):
             positions = [np.array(getattr(run, attribute), dtype=float) for run in runs]
             grid = np.linspace(max(p[0] for p in positions), min(p[-1] for p in positions), 50)
@@ -178,8 +177,7 @@ def main() -> None:
             text = insert_table(text, name, lines)
         page.write_text(text)
     for env_id, groups in runs.items():
-        if groups:
-            draw_curves(env_id, groups, PICTURES / f"{env_id}.png")
+        draw_curves(env_id, groups, PICTURES / f"{env_id}.png")
 
 
 if __name__ == "__main__":

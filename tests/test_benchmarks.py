@@ -1,0 +1,81 @@
+"""Tables and curves say what the results' files say."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from benchmarks.learning import Run, find_checkpoints, result_path
+from benchmarks.report import draw_curves, insert_table, make_tables, read_runs, seconds_to
+
+
+def make_run(curve=(100.0, 480.0, 470.0), final=(490.0, 500.0), seconds=40.0):
+    return Run(
+        command="sb3-async1step train",
+        date="2026-11-21",
+        hardware="x86_64, 2 cores",
+        versions={},
+        n_steps=1_000_000,
+        n_env_steps=999_000,
+        seconds=seconds,
+        peak_memory_mib=400.4,
+        curve_steps=[250_000, 500_000, 750_000],
+        curve_seconds=[10.0, 20.0, 30.0],
+        curve_returns=list(curve),
+        final_returns=list(final),
+    )
+
+
+def write(run, results, env_id, algo, seed):
+    path = result_path(results, env_id, algo, seed)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(asdict(run)))
+
+
+@pytest.mark.parametrize(
+    ("run", "seconds"),
+    [
+        (make_run(), 20.0),
+        (make_run(curve=(0.0, 0.0, 0.0)), 40.0),
+        (make_run(curve=(0.0, 0.0, 0.0), final=(0.0,)), float("inf")),
+        (make_run(curve=(475.0, 0.0, 0.0)), 10.0),
+    ],
+)
+def test_seconds_to_threshold(run, seconds):
+    assert seconds_to(run, 475.0) == seconds
+
+
+def test_tables_and_curves(tmp_path):
+    write(make_run(seconds=40.0), tmp_path, "CartPole-v1", "async_one_step_q", 1)
+    write(
+        make_run(seconds=50.0, final=(400.0, 400.0), curve=(0.0, 0.0, 0.0)),
+        tmp_path,
+        "CartPole-v1",
+        "async_one_step_q",
+        2,
+    )
+    write(make_run(seconds=60.0), tmp_path, "CartPole-v1", "async_one_step_q", 3)
+    write(make_run(final=(10.0, 11.0)), tmp_path, "MinAtar/Breakout-v0", "async_one_step_sarsa", 1)
+    runs = read_runs(tmp_path)
+    tables = make_tables(runs)
+    assert tables["classic control"][2:] == [
+        "| CartPole-v1 | AsyncOneStepQ | 3 | 463.3 ± 44.8 | 1 000 000 | 50 | 20 (2 of 3 to 475) | 400 |"
+    ]
+    assert tables["MinAtar"][2:] == ["| Breakout | AsyncOneStepSarsa | 1 | 10.5 ± 0.0 | 1 000 000 | 40 |"]
+    assert set(runs) == {"CartPole-v1", "MinAtar-Breakout-v0"}
+    for env_id, groups in runs.items():
+        draw_curves(env_id, groups, tmp_path / f"{env_id}.png")
+    assert (tmp_path / "CartPole-v1.png").stat().st_size > 5000
+
+
+def test_tables_replace_what_was_between_the_marks():
+    page = "a\n<!-- MinAtar -->\nold\n<!-- end of MinAtar -->\nb"
+    new = "a\n<!-- MinAtar -->\n| 1 |\n| 2 |\n<!-- end of MinAtar -->\nb"
+    assert insert_table(page, "MinAtar", ["| 1 |", "| 2 |"]) == new
+    assert insert_table(page, "classic control", ["| 1 |"]) == page
+
+
+def test_checkpoints_are_in_order(tmp_path):
+    for n_steps in (100, 20, 3):
+        (tmp_path / f"rl_model_{n_steps}_steps.zip").touch()
+    assert list(find_checkpoints(tmp_path)) == [3, 20, 100]
