@@ -33,7 +33,7 @@ from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_async1step.common.intra_op_threads import count_usable_cores
-from sb3_async1step.zoo import ALGORITHMS, hyperparams_path, register
+from sb3_async1step.zoo import ALGORITHMS, hyperparams_path, register, register_minatar
 
 RESULTS = Path(__file__).parent / "results"
 EVALUATION_SEED = 10_000
@@ -214,6 +214,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
     arguments = parser.parse_args()
     register()
+    register_minatar()
     n_steps = arguments.steps or read_n_steps(arguments.env, arguments.algo)
     for seed in arguments.seeds:
         options = ["--algo", arguments.algo, "--env", arguments.env, "--seed", str(seed), "-n", str(n_steps)]

@@ -61,6 +61,16 @@ def format_score(runs: Sequence[Run]) -> str:
     return f"{np.mean(scores):.1f} ± {np.std(scores):.1f}"
 
 
+def format_seconds(runs: Sequence[Run], threshold: float) -> str:
+    """
+    :param runs: of one algorithm in one environment
+    :param threshold: mean return
+    :return: median of the seconds to it
+    """
+    median = statistics.median(seconds_to(run, threshold) for run in runs)
+    return f"{median:.0f} s" if np.isfinite(median) else "not reached"
+
+
 def format_count(number: float) -> str:
     """
     :param number: a large number
@@ -83,16 +93,29 @@ def classic_control_table(runs: Runs) -> list[str]:
             group = runs.get(env_id, {}).get(algo, [])
             if not group:
                 continue
-            times = [seconds_to(run, threshold) for run in group]
-            n_reached = sum(np.isfinite(times))
-            median = statistics.median(times)
-            reached = f"{median:.0f}" if np.isfinite(median) else "-"
+            n_reached = sum(np.isfinite(seconds_to(run, threshold)) for run in group)
             lines.append(
                 f"| {env_id} | {name} | {len(group)} | {format_score(group)} | {format_count(group[0].n_steps)} "
                 f"| {statistics.median(run.seconds for run in group):.0f} "
-                f"| {reached} ({n_reached} of {len(group)} to {threshold:g}) "
+                f"| {format_seconds(group, threshold)} ({n_reached} of {len(group)} to {threshold:g}) "
                 f"| {statistics.median(run.peak_memory_mib for run in group):.0f} |"
             )
+    return lines
+
+
+def short_table(runs: Runs) -> list[str]:
+    """
+    :param runs: all of them
+    :return: lines of a table in Markdown: mean return and seconds to the threshold
+    """
+    lines = [
+        f"| environment (threshold) | {' | '.join(ALGORITHMS.values())} |",
+        "|---|" + "---|" * len(ALGORITHMS),
+    ]
+    for env_id, threshold in THRESHOLDS.items():
+        groups = [runs.get(env_id, {}).get(algo, []) for algo in ALGORITHMS]
+        cells = [f"{format_score(group)}; {format_seconds(group, threshold)}" if group else "" for group in groups]
+        lines.append(f"| {env_id} ({threshold:g}) | {' | '.join(cells)} |")
     return lines
 
 
@@ -118,7 +141,11 @@ def make_tables(runs: Runs) -> dict[str, list[str]]:
     :param runs: all of them
     :return: the lines of all tables, by the names of their marks
     """
-    return {"classic control": classic_control_table(runs), "MinAtar": minatar_table(runs)}
+    return {
+        "classic control": classic_control_table(runs),
+        "classic control in short": short_table(runs),
+        "MinAtar": minatar_table(runs),
+    }
 
 
 def draw_curves(env_id: str, groups: dict[str, list[Run]], path: Path) -> None:

@@ -188,9 +188,20 @@ def fail(problem: str) -> NoReturn:
     sys.exit(2)
 
 
+def register_minatar() -> None:
+    """Make MinAtar's games known to Gymnasium, if the command line names one: importing them takes seconds."""
+    if not any("MinAtar/" in word for word in sys.argv):
+        return
+    try:
+        import_module("minatar.gym").register_envs()
+    except ModuleNotFoundError as error:
+        fail(f"MinAtar's games need a package that is not installed ({error.name}): pip install minatar")
+
+
 def main() -> None:
     """Entry point of ``sb3-async1step``."""
     register()
+    register_minatar()
     names = ", ".join(COMMANDS)
     usage = "usage: sb3-async1step COMMAND [options]   (sb3-async1step COMMAND --help lists the options)"
     command = sys.argv[1] if len(sys.argv) > 1 else None

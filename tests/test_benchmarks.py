@@ -59,7 +59,11 @@ def test_tables_and_curves(tmp_path):
     runs = read_runs(tmp_path)
     tables = make_tables(runs)
     assert tables["classic control"][2:] == [
-        "| CartPole-v1 | AsyncOneStepQ | 3 | 463.3 ± 44.8 | 1 000 000 | 50 | 20 (2 of 3 to 475) | 400 |"
+        "| CartPole-v1 | AsyncOneStepQ | 3 | 463.3 ± 44.8 | 1 000 000 | 50 | 20 s (2 of 3 to 475) | 400 |"
+    ]
+    assert tables["classic control in short"][2:4] == [
+        "| CartPole-v1 (475) | 463.3 ± 44.8; 20 s |  |  |",
+        "| Acrobot-v1 (-90) |  |  |  |",
     ]
     assert tables["MinAtar"][2:] == ["| Breakout | AsyncOneStepSarsa | 1 | 10.5 ± 0.0 | 1 000 000 | 40 |"]
     assert set(runs) == {"CartPole-v1", "MinAtar-Breakout-v0"}

@@ -10,7 +10,7 @@ import pytest
 import torch as th
 import yaml
 
-from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
+from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa, MinAtarCNN
 from sb3_async1step.zoo import ALGORITHMS, hyperparams_path, main, sample_hyperparams
 
 
@@ -128,6 +128,22 @@ def test_atari_in_the_engine(tmp_path):
     assert "AleVecEnv can't replace this env" in wrong
 
 
+def test_minatar(tmp_path):
+    run("train --algo async_one_step_sarsa --env MinAtar/Breakout-v0 -n 2000 --eval-freq -1", cwd=tmp_path)
+    (path,) = tmp_path.glob("logs/async_one_step_sarsa/MinAtar-Breakout-v0_1/*.zip")
+    assert isinstance(AsyncOneStepSarsa.load(path).q_net.features_extractor, MinAtarCNN)
+    out = run("enjoy --algo async_one_step_sarsa --env MinAtar/Breakout-v0 -f logs -n 300 --no-render", cwd=tmp_path)
+    assert "Mean reward" in out
+
+
+def test_minatar_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "minatar.gym", None)
+    monkeypatch.setattr("sys.argv", ["sb3-async1step", "train", "--env", "MinAtar/Breakout-v0"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "pip install minatar" in capsys.readouterr().err
+
+
 def test_videos(tmp_path):
     run("train --algo async_one_step_q --env CartPole-v1 -n 100 --eval-freq -1", cwd=tmp_path)
     run("record_video --algo async_one_step_q --env CartPole-v1 -f logs -n 20", cwd=tmp_path)
@@ -234,6 +250,6 @@ def test_the_library_does_not_need_the_zoo():
 @pytest.mark.parametrize("algo", list(ALGORITHMS))
 def test_hyperparameters(algo):
     entries = yaml.safe_load(Path(hyperparams_path(algo)).read_text())
-    assert {"atari", "CartPole-v1"} <= set(entries)
+    assert {"atari", "CartPole-v1", "Acrobot-v1", "MountainCar-v0", "MinAtar/Breakout-v0"} <= set(entries)
     for entry in entries.values():
         assert {"n_timesteps", "policy", "n_envs"} <= set(entry)
