@@ -137,6 +137,29 @@ def test_learning(algorithm, n_workers):
     assert psutil.Process().num_threads() <= n_threads + 1
 
 
+def test_reset_after_an_interrupted_step():
+    """What was on its way is not taken for the answer to a later step."""
+    original, replacement = make_both("Breakout", noop_max=0)
+    original.reset()
+    replacement.reset()
+    replacement.step(np.array([2, 2]))
+    replacement.step_async(np.array([2, 2]))
+    replacement.reset()
+    for t in range(30):
+        _, _, _, infos = original.step(np.array([t % 4] * 2))
+        _, _, _, other_infos = replacement.step(np.array([t % 4] * 2))
+        assert list(map(describe, infos)) == list(map(describe, other_infos))
+    original.close()
+    replacement.close()
+
+
+def test_lanes_differ_without_a_seed():
+    env = AleVecEnv([lambda: AtariWrapper(gym.make("SpaceInvadersNoFrameskip-v4"))] * 10)
+    env.reset()
+    assert len({info["episode_frame_number"] for info in env.reset_infos}) > 2
+    env.close()
+
+
 def test_images():
     env = make_atari_env("PongNoFrameskip-v4", 2, vec_env_cls=AleVecEnv)
     observations = env.reset()

@@ -161,6 +161,35 @@ def _refuse(reason: str) -> NoReturn:
     raise ValueError(f"AleVecEnv can't replace this env: {reason}. DummyVecEnv and SubprocVecEnv can run it as it is.")
 
 
+def make_engine(settings: AtariSettings) -> AtariVectorEnv:
+    """
+    :param settings: of an env
+    :return: an engine with one game and one thread, whose random generator is seeded from the system's entropy
+    """
+    engine = AtariVectorEnv(
+        settings.game,
+        num_envs=1,
+        num_threads=1,
+        max_num_frames_per_episode=settings.max_frames,
+        repeat_action_probability=settings.repeat_action_probability,
+        full_action_space=settings.full_action_space,
+        img_height=settings.screen_size,
+        img_width=settings.screen_size,
+        stack_num=1,
+        frameskip=settings.frame_skip,
+        maxpool=settings.pools_frames,
+        # It draws from 0 to noop_max - 1
+        noop_max=settings.noop_max + 1 if settings.noop_max > 0 else 0,
+        # What these do differs from the wrappers
+        episodic_life=False,
+        life_loss_info=False,
+        reward_clipping=False,
+        use_fire_reset=False,
+    )
+    engine.reset(seed=int(np.random.default_rng().integers(2**31)))
+    return engine
+
+
 class AleLane:
     """
     One game, with the semantics of ``Monitor`` and ``AtariWrapper``.
@@ -173,27 +202,9 @@ class AleLane:
         self.settings = settings
         self.results_writer = results_writer
         self._start = time.time()
-        # The engine draws from 0 to noop_max - 1
-        noop_max = settings.noop_max + 1 if settings.noop_max > 0 else 0
-        self.engine = AtariVectorEnv(
-            settings.game,
-            num_envs=1,
-            num_threads=1,
-            max_num_frames_per_episode=settings.max_frames,
-            repeat_action_probability=settings.repeat_action_probability,
-            full_action_space=settings.full_action_space,
-            img_height=settings.screen_size,
-            img_width=settings.screen_size,
-            stack_num=1,
-            frameskip=settings.frame_skip,
-            maxpool=settings.pools_frames,
-            noop_max=noop_max,
-            # What these do differs from the wrappers
-            episodic_life=False,
-            life_loss_info=False,
-            reward_clipping=False,
-            use_fire_reset=False,
-        )
+        self.engine = make_engine(settings)
+        # Between send() and the end of receive()
+        self._is_stepping = False
         self._lives = 0
         self._game_is_over = True
         self._return = 0.0
@@ -206,6 +217,10 @@ class AleLane:
         :param seed: of the game's random generator, None to leave it as it is
         :return: observation; ``reset_info`` has the info
         """
+        if self._is_stepping:
+            # Ctrl-C came in between: nobody knows whether an answer is on its way
+            self.engine = make_engine(self.settings)
+            self._is_stepping, self._game_is_over = False, True
         obs, info = self._begin_episode(seed)
         if self.settings.fires_after_reset:
             for action in (FIRE, SECOND_ACTION_AFTER_RESET):
@@ -236,6 +251,7 @@ class AleLane:
         """
         :param action: which the engine's thread begins to take
         """
+        self._is_stepping = True
         self.engine.send(np.array([action]))
 
     def receive(self) -> tuple[np.ndarray, float, bool, dict[str, Any]]:
@@ -254,6 +270,7 @@ class AleLane:
     def _finish_step(self) -> tuple[np.ndarray, float, bool, dict[str, Any]]:
         """What ``step()`` returns of ``Monitor``, ``EpisodicLifeEnv`` and ``ClipRewardEnv``."""
         observations, rewards, terminated, truncated, infos = self.engine.recv()
+        self._is_stepping = False
         info: dict[str, Any] = {name: int(values[0]) for name, values in infos.items() if name != "env_id"}
         reward = float(rewards[0])
         self._return += reward
