@@ -18,8 +18,9 @@ train: $(INSTALLED)
 enjoy: $(INSTALLED)
 	$(BIN)/sb3-async1step enjoy --algo $(ALGO) --env $(ENV) --folder logs $(OPTIONS)
 
+# One core for each of two processes: small networks gain nothing from several threads of PyTorch
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
