@@ -42,6 +42,16 @@ def test_train_and_enjoy(algo, tmp_path):
         assert "Mean reward" in out
 
 
+def test_more_options_of_enjoy(tmp_path, monkeypatch):
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    run("train --algo async_one_step_q --env CartPole-v1 -n 500 --eval-freq -1 --save-freq 64", cwd=tmp_path)
+    enjoy = "enjoy --algo async_one_step_q --env CartPole-v1 -f logs -n 100"
+    # With a window
+    assert "Mean reward" in run(f"{enjoy} --load-checkpoint 64 --stochastic", cwd=tmp_path)
+    run(f"{enjoy} --no-render --n-envs 2 --reward-log rewards --norm-reward", cwd=tmp_path)
+    assert (tmp_path / "rewards" / "0.monitor.csv").read_text().count("\n") > 2
+
+
 def test_continued_training_goes_on_where_it_was(tmp_path):
     """Exploration and learning rate follow the steps of both runs; the Zoo alone would start both again."""
     train = "train --algo async_one_step_q --env CartPole-v1 --eval-freq -1 -params n_envs:4 exploration_fraction:1.0"
