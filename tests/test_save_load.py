@@ -4,12 +4,14 @@ import copy
 import errno
 import io
 import threading
+import time
 import zipfile
 
 import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import DQN, PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 
@@ -221,6 +223,8 @@ def test_saving_from_another_thread(algorithm, backend, n_workers, tmp_path):
             path = tmp_path / str(len(files))
             model.save(path)
             files.append(path)
+            # Who saves without a break leaves no time to learn
+            time.sleep(0.01)
 
     thread = threading.Thread(target=keep_saving)
     model.learn(40, log_interval=None)
@@ -238,6 +242,28 @@ def test_saving_from_another_thread(algorithm, backend, n_workers, tmp_path):
         assert counts[-1] == int(counts[-1])
     assert counts == sorted(counts)
     assert counts[-1] > counts[0]
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_training_waits_for_a_save_that_began_before(algorithm, n_workers, tmp_path, monkeypatch):
+    """No update falls into a save, though no worker ran when it began."""
+    model = algorithm("MlpPolicy", make_env(2), n_workers=n_workers)
+    before = [p.detach().clone() for p in model.q_net.parameters()]
+    saving, saved = threading.Event(), []
+
+    def slow_write(*args, **kwargs):
+        saving.set()
+        time.sleep(0.5)
+        saved.append(all(th.equal(p, q) for p, q in zip(model.q_net.parameters(), before, strict=True)))
+
+    monkeypatch.setattr(BaseAlgorithm, "save", slow_write)
+    thread = threading.Thread(target=model.save, args=(tmp_path / "model",))
+    thread.start()
+    saving.wait()
+    model.learn(100)
+    thread.join()
+    assert saved == [True]
+    assert not all(th.equal(p, q) for p, q in zip(model.q_net.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("other", [DQN, PPO])

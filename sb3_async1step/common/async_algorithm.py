@@ -31,7 +31,7 @@ from sb3_async1step.common.rollout import Observations, Rollout, concatenate_obs
 from sb3_async1step.common.shared_parameters import SharedParameters
 from sb3_async1step.common.vec_env_guard import guard_vec_env, watch_processes
 from sb3_async1step.common.vec_env_split import find_unsplittable, group_lanes, rejoin_vec_env, split_vec_env
-from sb3_async1step.common.worker_pool import SerialWorkerPool, ThreadWorkerPool, WorkerPool
+from sb3_async1step.common.worker_pool import Lookers, SerialWorkerPool, ThreadWorkerPool, WorkerPool
 
 SelfAsyncAlgorithm = TypeVar("SelfAsyncAlgorithm", bound="AsyncAlgorithm")
 
@@ -150,6 +150,7 @@ class AsyncAlgorithm(BaseAlgorithm):
         self._random_generators: list[np.random.Generator] = []
         # Where the workers stopped, None after a reset of the env
         self._worker_states: list[WorkerState] | None = None
+        self._lookers = Lookers()
         self._setup_runtime()
 
         if _init_setup_model:
@@ -358,12 +359,13 @@ class AsyncAlgorithm(BaseAlgorithm):
         make_pool = WORKER_POOLS["threads" if on_threads else "serial"]
         with intra_op_threads_for(len(workers) if on_threads else 1):
             try:
+                self._pool = pool = make_pool(workers, self.num_timesteps, total_timesteps)
+                self._lookers.wait_for_earlier_ones(pool)
                 with (
                     watch_processes(env),
-                    make_pool(workers, self.num_timesteps, total_timesteps) as pool,
+                    pool,
                     guard_vec_env(env, pool.standing_still) if len(parts) > 1 else nullcontext(),
                 ):
-                    self._pool = pool
                     yield pool
                 self._remember_workers(workers)
             except BaseException:
@@ -475,8 +477,7 @@ class AsyncAlgorithm(BaseAlgorithm):
     @contextmanager
     def _standing_still(self) -> Iterator[None]:
         """No update is in flight inside the ``with`` block."""
-        pool = self._pool
-        with pool.standing_still() if pool is not None else nullcontext():
+        with self._lookers.look(lambda: self._pool):
             yield
 
     def predict(
@@ -577,7 +578,8 @@ class AsyncAlgorithm(BaseAlgorithm):
             return super().get_vec_normalize_env()
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "q_net", "q_net_target", "_pool", "_recent_updates", "_last_dump"]
+        ours = ["q_net", "q_net_target", "_pool", "_lookers", "_recent_updates", "_last_dump"]
+        return [*super()._excluded_save_params(), *ours]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []

@@ -8,8 +8,8 @@ no worker begins another step.
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 
 import numpy as np
@@ -291,6 +291,46 @@ class ThreadWorkerPool(WorkerPool):
             self._n_unreported += len(transitions)
             if self._n_unreported >= self.batch_size:
                 self._changed.notify_all()
+
+
+class Lookers:
+    """
+    The threads that look at a model, which must stand still meanwhile: each with the pool that ran when it began.
+
+    A pool makes its own workers stand still; here, a new pool waits for those who began to look before it was there.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._pools: list[WorkerPool | None] = []
+
+    def __reduce__(self) -> tuple[type["Lookers"], tuple]:
+        # A copy of the model has lookers of its own
+        return type(self), ()
+
+    @contextmanager
+    def look(self, find_pool: Callable[[], WorkerPool | None]) -> Iterator[None]:
+        """
+        :param find_pool: returns the pool that runs, if one does
+        :return: a context manager inside which the model stands still
+        """
+        with self._changed:
+            pool = find_pool()
+            self._pools.append(pool)
+        try:
+            with pool.standing_still() if pool is not None else nullcontext():
+                yield
+        finally:
+            with self._changed:
+                self._pools.remove(pool)
+                self._changed.notify_all()
+
+    def wait_for_earlier_ones(self, pool: WorkerPool) -> None:
+        """
+        :param pool: is found by new lookers from now on; returns when nobody looks any more who did not find it
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: all(other is pool for other in self._pools))
 
 
 def run_step(worker: ActorLearner, num_timesteps: int) -> Transitions:
