@@ -20,14 +20,17 @@ from unittest.mock import patch
 import optuna
 import rl_zoo3.enjoy
 import rl_zoo3.train
+import torch as th
 from rl_zoo3 import ALGOS
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER, convert_offpolicy_params
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
+from sb3_async1step.common.optimizers import SharedRMSprop
 
 ALGORITHMS = {"async_one_step_q": AsyncOneStepQ, "async_one_step_sarsa": AsyncOneStepSarsa}
+OPTIMIZERS = {"shared_rmsprop": SharedRMSprop, "adam": th.optim.Adam}
 
 # Modules of rl_zoo3 that are scripts
 SCRIPTS = ("benchmark", "record_video", "record_training", "push_to_hub", "load_from_hub")
@@ -88,19 +91,32 @@ def sample_hyperparams(
     :param additional_args: not used
     :return: arguments of the constructor
     """
-    return convert_offpolicy_params(
-        {
-            "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True),
-            "learning_rate": trial.suggest_float("learning_rate", 1e-5, 0.01, log=True),
-            "update_interval": trial.suggest_int("update_interval", 1, 16, log=True),
-            "target_update_interval": trial.suggest_int("target_update_interval", 100, 20_000, log=True),
-            "exploration_fraction": trial.suggest_float("exploration_fraction", 0.02, 0.8),
-            "exploration_final_eps": trial.suggest_float("exploration_final_eps", 0.01, 0.2),
-            "max_grad_norm": trial.suggest_float("max_grad_norm", 0.3, 40.0, log=True),
-            "loss": trial.suggest_categorical("loss", ["mse", "huber"]),
-            "net_arch": trial.suggest_categorical("net_arch", ["small", "medium", "big"]),
-        }
-    )
+    sampled = {
+        "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True),
+        "learning_rate": trial.suggest_float("learning_rate", 1e-5, 0.01, log=True),
+        "update_interval": trial.suggest_int("update_interval", 1, 16, log=True),
+        "target_update_interval": trial.suggest_int("target_update_interval", 100, 20_000, log=True),
+        "exploration_fraction": trial.suggest_float("exploration_fraction", 0.02, 0.8),
+        "exploration_final_eps": trial.suggest_float("exploration_final_eps", 0.01, 0.2),
+        "max_grad_norm": trial.suggest_float("max_grad_norm", 0.3, 40.0, log=True),
+        "loss": trial.suggest_categorical("loss", ["mse", "huber"]),
+        "optimizer": trial.suggest_categorical("optimizer", list(OPTIMIZERS)),
+        "net_arch": trial.suggest_categorical("net_arch", ["small", "medium", "big"]),
+        "layer_norm": trial.suggest_categorical("layer_norm", [False, True]),
+    }
+    return ExperimentManager._preprocess_schedules(convert_hyperparams(sampled))
+
+
+def convert_hyperparams(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param sampled_params: values of a trial
+    :return: hyperparameters as in the YAML files; the learning rate is annealed to zero, as in the paper (section 8)
+    """
+    hyperparams = convert_offpolicy_params(sampled_params)
+    hyperparams["learning_rate"] = f"lin_{sampled_params['learning_rate']}"
+    hyperparams["policy_kwargs"]["layer_norm"] = hyperparams.pop("layer_norm")
+    hyperparams["policy_kwargs"]["optimizer_class"] = OPTIMIZERS[hyperparams.pop("optimizer")]
+    return hyperparams
 
 
 def hyperparams_path(algo: str) -> str:
@@ -115,7 +131,7 @@ def register() -> None:
     """Make our algorithms known to the Zoo."""
     ALGOS.update(ALGORITHMS)
     HYPERPARAMS_SAMPLER.update(dict.fromkeys(ALGORITHMS, sample_hyperparams))
-    HYPERPARAMS_CONVERTER.update(dict.fromkeys(ALGORITHMS, convert_offpolicy_params))
+    HYPERPARAMS_CONVERTER.update(dict.fromkeys(ALGORITHMS, convert_hyperparams))
     rl_zoo3.train.ExperimentManager = AsyncExperimentManager  # type: ignore[misc]
 
 

@@ -246,6 +246,32 @@ def test_acting_is_done_in_evaluation_mode_and_learning_in_training_mode(algorit
     assert modes == {"acting": {False}, "learning": {True}}
 
 
+def test_layer_norm(algorithm, tmp_path):
+    """Behind each hidden layer of net_arch, in both networks; saved and loaded."""
+    policy_kwargs = {"net_arch": [8, 4], "layer_norm": True}
+    model = algorithm("MlpPolicy", make_env(4), policy_kwargs=policy_kwargs).learn(100)
+    for network in (model.q_net, model.q_net_target):
+        kinds = [type(layer).__name__ for layer in network.q_net]
+        assert kinds == ["Linear", "LayerNorm", "ReLU"] * 2 + ["Linear"]
+        assert [layer.normalized_shape for layer in network.q_net if hasattr(layer, "normalized_shape")] == [(8,), (4,)]
+    optimized = {p for group in model.policy.optimizer.param_groups for p in group["params"]}
+    assert optimized == set(model.q_net.parameters())
+    assert not any(p.requires_grad and p.grad is not None for p in model.q_net_target.parameters())
+    model.save(tmp_path / "model")
+    model.policy.save(tmp_path / "policy.pt")
+    observations = model.env.reset()
+    for loaded in (algorithm.load(tmp_path / "model"), type(model.policy).load(tmp_path / "policy.pt")):
+        assert (loaded.predict(observations, deterministic=True)[0]) == pytest.approx(
+            model.predict(observations, deterministic=True)[0]
+        )
+
+
+def test_layer_norm_needs_hidden_layers(algorithm):
+    env = make_vec_env(lambda: FakeImageEnv(screen_height=40, screen_width=40), n_envs=2)
+    with pytest.raises(ValueError, match=r"give it some, as in policy_kwargs=dict\(net_arch=\[256\], layer_norm=True"):
+        algorithm("CnnPolicy", env, policy_kwargs={"layer_norm": True})
+
+
 @pytest.mark.parametrize(
     "policy_kwargs",
     [

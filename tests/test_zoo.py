@@ -11,7 +11,7 @@ import torch as th
 import yaml
 
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa, MinAtarCNN
-from sb3_async1step.zoo import ALGORITHMS, hyperparams_path, main, sample_hyperparams
+from sb3_async1step.zoo import ALGORITHMS, OPTIMIZERS, hyperparams_path, main, sample_hyperparams
 
 
 def run(arguments, cwd, code=0):
@@ -108,8 +108,21 @@ def test_optimize(tmp_path):
     assert study.best_value > 0
     assert set(study.best_params) == {
         "one_minus_gamma", "learning_rate", "update_interval", "target_update_interval", "exploration_fraction",
-        "exploration_final_eps", "max_grad_norm", "loss", "net_arch",
+        "exploration_final_eps", "max_grad_norm", "loss", "optimizer", "net_arch", "layer_norm",
     }  # fmt: skip
+    # Not the first one: the Zoo takes a --trial-id of 0 for none
+    params = study.trials[3].params
+    run(
+        "train --algo async_one_step_sarsa --env CartPole-v1 -n 100 --study-name study --storage sqlite:///study.db "
+        "--trial-id 3 --eval-freq -1",
+        cwd=tmp_path,
+    )
+    (file,) = (tmp_path / "logs" / "async_one_step_sarsa").glob("CartPole-v1_*/CartPole-v1.zip")
+    model = AsyncOneStepSarsa.load(file)
+    assert model.gamma == 1 - params["one_minus_gamma"]
+    assert model.learning_rate(1.0) == params["learning_rate"] and model.learning_rate(0.0) == 0.0
+    assert isinstance(model.policy.optimizer, OPTIMIZERS[params["optimizer"]])
+    assert any(isinstance(module, th.nn.LayerNorm) for module in model.q_net.modules()) == params["layer_norm"]
 
 
 def test_more_options_of_train(tmp_path):
@@ -207,12 +220,14 @@ def test_samples_are_arguments_of_the_constructor():
         {
             "one_minus_gamma": 0.02, "learning_rate": 1e-3, "update_interval": 4, "target_update_interval": 500,
             "exploration_fraction": 0.2, "exploration_final_eps": 0.1, "max_grad_norm": 1.0, "loss": "huber",
-            "net_arch": "medium",
+            "optimizer": "adam", "net_arch": "medium", "layer_norm": True,
         }
     )  # fmt: skip
     hyperparams = sample_hyperparams(trial, n_actions=2, n_envs=4, additional_args={})
     model = AsyncOneStepQ("MlpPolicy", "CartPole-v1", **hyperparams)
     assert (model.gamma, model.loss, model.policy.net_arch) == (0.98, "huber", [256, 256])
+    assert model.policy.layer_norm and isinstance(model.policy.optimizer, th.optim.Adam)
+    assert [model.learning_rate(progress) for progress in (1.0, 0.5, 0.0)] == [1e-3, 5e-4, 0.0]
 
 
 def test_benchmark_and_plots(tmp_path, monkeypatch):

@@ -4,11 +4,12 @@ from typing import Any
 
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureCNN
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureCNN, create_mlp
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.dqn.policies import CnnPolicy as DQNCnnPolicy
-from stable_baselines3.dqn.policies import DQNPolicy
+from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from stable_baselines3.dqn.policies import MultiInputPolicy as DQNMultiInputPolicy
+from torch import nn
 
 from sb3_async1step.common.optimizers import SharedRMSprop
 from sb3_async1step.common.torch_layers import NipsCNN
@@ -22,7 +23,11 @@ class MlpPolicy(DQNPolicy):
     :param action_space: action space
     :param lr_schedule: learning rate schedule
     :param optimizer_class: any torch optimizer
+    :param layer_norm: whether each hidden layer of ``net_arch`` is followed by a ``LayerNorm``, which keeps values
+        that are learned without replay from diverging (Gallici et al. 2025, "Simplifying Deep Temporal Difference
+        Learning")
     :param kwargs: further parameters of SB3's ``DQNPolicy``
+    :raises ValueError: if there is no hidden layer that ``layer_norm`` could follow
     """
 
     def __init__(
@@ -31,9 +36,38 @@ class MlpPolicy(DQNPolicy):
         action_space: spaces.Discrete,
         lr_schedule: Schedule,
         optimizer_class: type[th.optim.Optimizer] = SharedRMSprop,
+        layer_norm: bool = False,
         **kwargs: Any,
     ) -> None:
+        # DQNPolicy's constructor makes the networks
+        self.layer_norm = layer_norm
         super().__init__(observation_space, action_space, lr_schedule, optimizer_class=optimizer_class, **kwargs)
+
+    def make_q_net(self) -> QNetwork:
+        """
+        :return: a new Q-network
+        """
+        q_network = super().make_q_net()
+        if not self.layer_norm:
+            return q_network
+        if len(q_network.net_arch) == 0:
+            raise ValueError(
+                "layer_norm=True normalizes the hidden layers of net_arch, but net_arch is empty: give it some, as in "
+                "policy_kwargs=dict(net_arch=[256], layer_norm=True). A features extractor's layers are its own."
+            )
+        n_actions = int(q_network.action_space.n)
+        layers = create_mlp(
+            q_network.features_dim,
+            n_actions,
+            q_network.net_arch,
+            q_network.activation_fn,
+            post_linear_modules=[nn.LayerNorm],
+        )
+        q_network.q_net = nn.Sequential(*layers)
+        return q_network.to(self.device)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {**super()._get_constructor_parameters(), "layer_norm": self.layer_norm}
 
     def _predict(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
         # The network counts actions from 0, the space may not
