@@ -272,6 +272,31 @@ def test_layer_norm_needs_hidden_layers(algorithm):
         algorithm("CnnPolicy", env, policy_kwargs={"layer_norm": True})
 
 
+def test_mixed_precision(algorithm, tmp_path):
+    """Features in bfloat16; what is learned and what is returned in float32."""
+    env = make_vec_env(lambda: FakeImageEnv(screen_height=40, screen_width=40), n_envs=2)
+    policy_kwargs = {"features_extractor_kwargs": {"features_dim": 16}, "mixed_precision": True}
+    model = algorithm("CnnPolicy", env, n_workers=2, policy_kwargs=policy_kwargs, seed=0)
+    observations = model.policy.obs_to_tensor(model.env.reset())[0]
+    dtypes = []
+    for network in (model.q_net, model.q_net_target):
+        network.features_extractor.register_forward_hook(lambda module, inputs, out: dtypes.append(out.dtype))
+    with th.no_grad():
+        mixed, target = model.q_net(observations), model.q_net_target(observations)
+        model.q_net.mixed_precision = False
+        exact = model.q_net(observations)
+        model.q_net.mixed_precision = True
+    assert dtypes == [th.bfloat16, th.bfloat16, th.float32]
+    assert mixed.dtype == target.dtype == exact.dtype == th.float32
+    assert not th.equal(mixed, exact) and th.allclose(mixed, exact, atol=0.02)
+    before = [parameter.clone() for parameter in model.q_net.parameters()]
+    model.learn(60)
+    assert {parameter.dtype for parameter in model.q_net.parameters()} == {th.float32}
+    assert not any(th.equal(a, b) for a, b in zip(before, model.q_net.parameters(), strict=True))
+    model.save(tmp_path / "model")
+    assert algorithm.load(tmp_path / "model").q_net.mixed_precision
+
+
 @pytest.mark.parametrize(
     "policy_kwargs",
     [

@@ -42,7 +42,8 @@ class ExplorationSchedule:
     """
 
     def __init__(self, initial_eps: float, final_eps: np.ndarray, fraction: float) -> None:
-        self._schedules = [LinearSchedule(initial_eps, eps, fraction) for eps in final_eps.tolist()]
+        # Works for arrays as for floats
+        self._schedule = LinearSchedule(initial_eps, final_eps, fraction)  # type: ignore[arg-type]
         self.epsilons = np.full(len(final_eps), initial_eps, dtype=float)
 
     def update(self, progress_remaining: float) -> None:
@@ -51,7 +52,7 @@ class ExplorationSchedule:
 
         :param progress_remaining: from 1 (start) to 0 (end)
         """
-        self.epsilons[:] = [schedule(progress_remaining) for schedule in self._schedules]
+        self.epsilons[:] = self._schedule(progress_remaining)
 
 
 class BehaviourPolicy:

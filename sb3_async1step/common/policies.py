@@ -7,12 +7,52 @@ from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureCNN, create_mlp
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.dqn.policies import CnnPolicy as DQNCnnPolicy
-from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
+from stable_baselines3.dqn.policies import DQNPolicy
 from stable_baselines3.dqn.policies import MultiInputPolicy as DQNMultiInputPolicy
+from stable_baselines3.dqn.policies import QNetwork as DQNQNetwork
 from torch import nn
 
 from sb3_async1step.common.optimizers import SharedRMSprop
 from sb3_async1step.common.torch_layers import NipsCNN
+
+
+class QNetwork(DQNQNetwork):
+    """
+    DQN's Q-network.
+
+    :param args: see SB3's ``QNetwork``
+    :param layer_norm: see :class:`MlpPolicy`
+    :param mixed_precision: likewise
+    :param kwargs: see SB3's ``QNetwork``
+    """
+
+    def __init__(self, *args: Any, layer_norm: bool, mixed_precision: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.mixed_precision = mixed_precision
+        if layer_norm:
+            self._add_layer_norms()
+
+    def _add_layer_norms(self) -> None:
+        if len(self.net_arch) == 0:
+            raise ValueError(
+                "layer_norm=True normalizes the hidden layers of net_arch, but net_arch is empty: give it some, as in "
+                "policy_kwargs=dict(net_arch=[256], layer_norm=True). A features extractor's layers are its own."
+            )
+        assert isinstance(self.action_space, spaces.Discrete)
+        n_actions = int(self.action_space.n)
+        norms: list[type[nn.Module]] = [nn.LayerNorm]
+        layers = create_mlp(self.features_dim, n_actions, self.net_arch, self.activation_fn, post_linear_modules=norms)
+        self.q_net = nn.Sequential(*layers)
+
+    def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
+        """
+        :param obs: observations
+        :param features_extractor: what computes their features
+        :return: the features, float32
+        """
+        with th.autocast(self.device.type, dtype=th.bfloat16, enabled=self.mixed_precision):
+            features = super().extract_features(obs, features_extractor)
+        return features.float()
 
 
 class MlpPolicy(DQNPolicy):
@@ -26,6 +66,8 @@ class MlpPolicy(DQNPolicy):
     :param layer_norm: whether each hidden layer of ``net_arch`` is followed by a ``LayerNorm``, which keeps values
         that are learned without replay from diverging (Gallici et al. 2025, "Simplifying Deep Temporal Difference
         Learning")
+    :param mixed_precision: whether the features extractor computes in bfloat16 (``torch.autocast``), which is faster
+        where the processor can; weights, gradients, the layers of ``net_arch`` and the Q-values stay in float32
     :param kwargs: further parameters of SB3's ``DQNPolicy``
     :raises ValueError: if there is no hidden layer that ``layer_norm`` could follow
     """
@@ -37,37 +79,25 @@ class MlpPolicy(DQNPolicy):
         lr_schedule: Schedule,
         optimizer_class: type[th.optim.Optimizer] = SharedRMSprop,
         layer_norm: bool = False,
+        mixed_precision: bool = False,
         **kwargs: Any,
     ) -> None:
         # DQNPolicy's constructor makes the networks
         self.layer_norm = layer_norm
+        self.mixed_precision = mixed_precision
         super().__init__(observation_space, action_space, lr_schedule, optimizer_class=optimizer_class, **kwargs)
 
     def make_q_net(self) -> QNetwork:
         """
         :return: a new Q-network
         """
-        q_network = super().make_q_net()
-        if not self.layer_norm:
-            return q_network
-        if len(q_network.net_arch) == 0:
-            raise ValueError(
-                "layer_norm=True normalizes the hidden layers of net_arch, but net_arch is empty: give it some, as in "
-                "policy_kwargs=dict(net_arch=[256], layer_norm=True). A features extractor's layers are its own."
-            )
-        n_actions = int(q_network.action_space.n)
-        layers = create_mlp(
-            q_network.features_dim,
-            n_actions,
-            q_network.net_arch,
-            q_network.activation_fn,
-            post_linear_modules=[nn.LayerNorm],
-        )
-        q_network.q_net = nn.Sequential(*layers)
+        net_args = self._update_features_extractor(self.net_args, features_extractor=None)
+        q_network = QNetwork(**net_args, layer_norm=self.layer_norm, mixed_precision=self.mixed_precision)
         return q_network.to(self.device)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {**super()._get_constructor_parameters(), "layer_norm": self.layer_norm}
+        ours = {"layer_norm": self.layer_norm, "mixed_precision": self.mixed_precision}
+        return {**super()._get_constructor_parameters(), **ours}
 
     def _predict(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
         # The network counts actions from 0, the space may not
