@@ -1,6 +1,7 @@
 """
-Agent steps per second while learning on Pong with the Nature CNN: ours next to SB3's DQN and A2C, over workers and
-lanes, and next to the floor, the time that emulation and arithmetic alone take.
+Agent steps per second while learning: on Pong with the Nature CNN next to SB3's DQN and A2C and to PQN, over workers
+and lanes, and next to the floor, the time that emulation and arithmetic alone take; on CartPole-v1 and LunarLander-v3
+next to DQN, all with the Zoo's hyperparameters.
 
 ``make bench``, or ``python -m benchmarks.throughput``. The contenders of a comparison take turns within each repeat, so
 that a slow phase of the machine hits all of them; what counts are the medians and their ratios. Prints tables, and
@@ -8,11 +9,15 @@ writes them to ``benchmarks/results/throughput.json`` and ``docs/pictures/throug
 """
 
 import argparse
+import functools
+import io
 import json
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -21,7 +26,6 @@ import ale_py
 import gymnasium as gym
 import matplotlib.pyplot as plt
 import numpy as np
-import psutil
 import torch as th
 from ale_py.vector_env import AtariVectorEnv
 from stable_baselines3 import A2C, DQN
@@ -29,17 +33,21 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack
 
+from benchmarks.pqn import PQN
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
 from sb3_async1step.common.intra_op_threads import count_usable_cores
 from sb3_async1step.envs.ale_vec_env import AleVecEnv
+from sb3_async1step.zoo import AsyncExperimentManager
 
 ENV_ID = "PongNoFrameskip-v4"
 RESULTS = Path(__file__).parent / "results" / "throughput.json"
 PICTURE = Path(__file__).parent.parent / "docs" / "pictures" / "throughput.png"
 N_LANES = 16
-WARM_UP_STEPS = 320
+# DQN learns from step 100 on with its defaults, and from 1000 on with the Zoo's hyperparameters
+WARM_UP_STEPS = 1100
 
-MakeModel = Callable[[], BaseAlgorithm]
+#: PQN has as much of its interface as is used here
+MakeModel = Callable[[], BaseAlgorithm | PQN]
 
 
 def make_env(n_envs: int, vec_env_class: type[VecEnv] = DummyVecEnv) -> VecEnv:
@@ -53,14 +61,32 @@ def make_env(n_envs: int, vec_env_class: type[VecEnv] = DummyVecEnv) -> VecEnv:
     return VecFrameStack(envs, n_stack=4)
 
 
-def make_q(n_lanes: int, vec_env_class: type[VecEnv] = AleVecEnv, n_workers: Any = "auto") -> AsyncOneStepQ:
+def make_q(
+    n_lanes: int, vec_env_class: type[VecEnv] = AleVecEnv, n_workers: Any = "auto", mixed_precision: bool = False
+) -> AsyncOneStepQ:
     """
     :param n_lanes: number of lanes
     :param vec_env_class: what runs the games
     :param n_workers: number of workers
+    :param mixed_precision: whether the CNN computes in bfloat16
     :return: the model, with its defaults but for these
     """
-    return AsyncOneStepQ("CnnPolicy", make_env(n_lanes, vec_env_class), n_workers=n_workers, seed=0)
+    env = make_env(n_lanes, vec_env_class)
+    policy_kwargs = {"mixed_precision": mixed_precision}
+    return AsyncOneStepQ("CnnPolicy", env, n_workers=n_workers, policy_kwargs=policy_kwargs, seed=0)
+
+
+def make_by_zoo(algo: str, env_id: str) -> BaseAlgorithm:
+    """
+    :param algo: Zoo id of an algorithm
+    :param env_id: environment
+    :return: the model, with the hyperparameters of the Zoo, or for our algorithms those of this repository
+    """
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        manager = AsyncExperimentManager(argparse.Namespace(), algo, env_id, folder, eval_freq=-1, verbose=0)
+        experiment = manager.setup_experiment()
+    assert experiment is not None
+    return experiment[0]
 
 
 CONTENDERS: dict[str, MakeModel] = {
@@ -71,6 +97,8 @@ CONTENDERS: dict[str, MakeModel] = {
     "AsyncOneStepQ, SubprocVecEnv": lambda: make_q(N_LANES, SubprocVecEnv),
     "AsyncOneStepQ, AleVecEnv": lambda: make_q(N_LANES),
     "AsyncOneStepSarsa, AleVecEnv": lambda: AsyncOneStepSarsa("CnnPolicy", make_env(N_LANES, AleVecEnv), seed=0),
+    "AsyncOneStepQ, AleVecEnv, mixed precision": lambda: make_q(N_LANES, mixed_precision=True),
+    "PQN, AleVecEnv": lambda: PQN(make_env(N_LANES, AleVecEnv)),
 }
 # Eight lanes for each worker, and a number of workers for the same lanes
 WORKERS: dict[str, MakeModel] = {
@@ -86,9 +114,14 @@ LANES: dict[str, MakeModel] = {
     f"{n} lanes": lambda n=n: make_q(n)  # type: ignore[misc]
     for n in (1, 2, 4, 8, 16, 32, 64, 128)
 }
+ALGORITHMS = {"DQN": "dqn", "AsyncOneStepQ": "async_one_step_q", "AsyncOneStepSarsa": "async_one_step_sarsa"}
+CLASSIC: dict[str, dict[str, MakeModel]] = {
+    env_id: {name: functools.partial(make_by_zoo, algo, env_id) for name, algo in ALGORITHMS.items()}
+    for env_id in ("CartPole-v1", "LunarLander-v3")
+}
 
 
-def measure(model: BaseAlgorithm, seconds: float) -> float:
+def measure(model: BaseAlgorithm | PQN, seconds: float) -> float:
     """
     :param model: learns on; warmed up already
     :param seconds: how long, about
@@ -113,7 +146,6 @@ def compare(contenders: dict[str, MakeModel], repeats: int, seconds: float) -> d
     """
     models = {name: make() for name, make in contenders.items()}
     for model in models.values():
-        # DQN's defaults start to learn after 100 steps
         model.learn(WARM_UP_STEPS)
     speeds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(repeats):
@@ -192,11 +224,11 @@ def print_table(title: str, speeds: dict[str, list[float]], reference: str) -> N
     :param speeds: agent steps per second, by name
     :param reference: the name whose median is 1
     """
-    print(f"\n{title:30} {'steps/s':>8} {'min':>6} {'max':>6} {'ratio':>6}")
+    print(f"\n{title:42} {'steps/s':>8} {'min':>6} {'max':>6} {'ratio':>6}")
     median_of_reference = statistics.median(speeds[reference])
     for name, values in speeds.items():
         median = statistics.median(values)
-        print(f"{name:30} {median:8.0f} {min(values):6.0f} {max(values):6.0f} {median / median_of_reference:6.2f}")
+        print(f"{name:42} {median:8.0f} {min(values):6.0f} {max(values):6.0f} {median / median_of_reference:6.2f}")
 
 
 def draw(results: dict[str, Any]) -> None:
@@ -235,6 +267,9 @@ def main() -> None:
     print_table("AleVecEnv", workers, "1 worker x 8 lanes")
     lanes = compare(LANES, arguments.repeats, arguments.seconds)
     print_table("AleVecEnv, n_workers='auto'", lanes, "1 lanes")
+    classic = {env_id: compare(rivals, arguments.repeats, arguments.seconds) for env_id, rivals in CLASSIC.items()}
+    for env_id, speeds in classic.items():
+        print_table(env_id, speeds, "DQN")
     # Before and after all others: the machine's speed may drift
     floors.append(measure_floor(N_LANES // n_workers))
     floor = {part: statistics.mean(values[part] for values in floors) for part in floors[0]}
@@ -251,9 +286,9 @@ def main() -> None:
         "contenders": contenders,
         "workers": workers,
         "lanes": lanes,
+        "classic": classic,
         "floor_microseconds": floor,
         "fraction_of_floor": fraction,
-        "peak_memory_mib": psutil.Process().memory_info().rss / 2**20,
     }
     arguments.results.write_text(json.dumps(results, indent=1) + "\n")
     if arguments.results == RESULTS:

@@ -4,8 +4,12 @@ import json
 from dataclasses import asdict
 
 import pytest
+import torch as th
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import FakeImageEnv
 
 from benchmarks.learning import Run, find_checkpoints, result_path
+from benchmarks.pqn import PQN
 from benchmarks.report import draw_curves, insert_table, make_tables, read_runs, seconds_to
 
 
@@ -83,3 +87,35 @@ def test_checkpoints_are_in_order(tmp_path):
     for n_steps in (100, 20, 3):
         (tmp_path / f"rl_model_{n_steps}_steps.zip").touch()
     assert list(find_checkpoints(tmp_path)) == [3, 20, 100]
+
+
+def test_pqn_learns_from_lambda_returns(monkeypatch):
+    """The peer in the throughput benchmark: its returns are the weighted mean of the n-step returns."""
+    monkeypatch.setattr(PQN, "N_STEPS", 4)
+    env = make_vec_env(lambda: FakeImageEnv(screen_height=84, screen_width=84, n_channels=4), n_envs=2)
+    pqn = PQN(env)
+    rewards, values = th.rand(4, 2), th.rand(4, 2)
+    goes_on = th.ones(4, 2, dtype=th.bool)
+    goes_on[2, 0] = False
+
+    def n_step_return(t, n, lane):
+        total, discount = 0.0, 1.0
+        for step in range(t, t + n):
+            total += discount * rewards[step, lane]
+            discount *= PQN.GAMMA
+            if not goes_on[step, lane]:
+                return total
+        return total + discount * values[t + n - 1, lane]
+
+    def weighted_mean(t, lane):
+        n_last = 4 - t
+        weights = [(1 - PQN.LAMBDA) * PQN.LAMBDA ** (n - 1) for n in range(1, n_last)] + [PQN.LAMBDA ** (n_last - 1)]
+        return sum(weight * n_step_return(t, n, lane) for n, weight in enumerate(weights, start=1))
+
+    expected = th.tensor([[weighted_mean(t, lane) for lane in range(2)] for t in range(4)])
+    assert th.allclose(pqn._lambda_returns(rewards, goes_on, values), expected)
+
+    before = [parameter.clone() for parameter in pqn.network.parameters()]
+    pqn.learn(100, callback=lambda locals_, globals_: pqn.num_timesteps < 16)
+    assert pqn.num_timesteps == 16
+    assert not any(th.equal(a, b) for a, b in zip(before, pqn.network.parameters(), strict=True))
