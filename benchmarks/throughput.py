@@ -12,12 +12,13 @@ import argparse
 import functools
 import io
 import json
+import os
 import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import ale_py
 import gymnasium as gym
 import matplotlib.pyplot as plt
 import numpy as np
+import psutil
 import torch as th
 from ale_py.vector_env import AtariVectorEnv
 from stable_baselines3 import A2C, DQN
@@ -100,8 +102,11 @@ CONTENDERS: dict[str, MakeModel] = {
     "AsyncOneStepQ, AleVecEnv, mixed precision": lambda: make_q(N_LANES, mixed_precision=True),
     "PQN, AleVecEnv": lambda: PQN(make_env(N_LANES, AleVecEnv)),
 }
-# Eight lanes for each worker, and a number of workers for the same lanes
+# A single worker's games are emulated on the other cores, too, while it waits for them, but for this one
+ON_ONE_CORE = "1 worker x 8 lanes, on one core"
+# Eight lanes for each worker, and several numbers of workers for the same lanes
 WORKERS: dict[str, MakeModel] = {
+    ON_ONE_CORE: lambda: make_q(8, n_workers=1),
     "1 worker x 8 lanes": lambda: make_q(8, n_workers=1),
     "2 workers x 8 lanes": lambda: make_q(16, n_workers=2),
     "4 workers x 8 lanes": lambda: make_q(32, n_workers=4),
@@ -137,6 +142,19 @@ def measure(model: BaseAlgorithm | PQN, seconds: float) -> float:
     return (model.num_timesteps - before) / (time.perf_counter() - start)
 
 
+@contextmanager
+def pin_to_one_core() -> Iterator[None]:
+    """All threads of the process share one core inside the ``with`` block."""
+    cores = os.sched_getaffinity(0)
+    try:
+        for thread in psutil.Process().threads():
+            os.sched_setaffinity(thread.id, {min(cores)})
+        yield
+    finally:
+        for thread in psutil.Process().threads():
+            os.sched_setaffinity(thread.id, cores)
+
+
 def compare(contenders: dict[str, MakeModel], repeats: int, seconds: float) -> dict[str, list[float]]:
     """
     :param contenders: makers of models, by name
@@ -150,7 +168,8 @@ def compare(contenders: dict[str, MakeModel], repeats: int, seconds: float) -> d
     speeds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(repeats):
         for name, model in models.items():
-            speeds[name].append(measure(model, seconds))
+            with pin_to_one_core() if name == ON_ONE_CORE else nullcontext():
+                speeds[name].append(measure(model, seconds))
     for model in models.values():
         assert model.env is not None
         model.env.close()
@@ -264,7 +283,7 @@ def main() -> None:
     contenders = compare(CONTENDERS, arguments.repeats, arguments.seconds)
     print_table("16 envs or lanes", contenders, "DQN, 1 env")
     workers = compare(WORKERS, arguments.repeats, arguments.seconds)
-    print_table("AleVecEnv", workers, "1 worker x 8 lanes")
+    print_table("AleVecEnv", workers, ON_ONE_CORE)
     lanes = compare(LANES, arguments.repeats, arguments.seconds)
     print_table("AleVecEnv, n_workers='auto'", lanes, "1 lanes")
     classic = {env_id: compare(rivals, arguments.repeats, arguments.seconds) for env_id, rivals in CLASSIC.items()}

@@ -1,6 +1,7 @@
 """Counting, determinism, and the workers' independence of each other."""
 
 import threading
+import time
 import warnings
 from itertools import pairwise
 
@@ -12,7 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 
-from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
+from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa, SharedRMSprop
 from tests.envs import BlockingEnv, RandomWalkEnv, make_env
 from tests.test_vec_env_split import DictEnv, ImageEnv, UnknownWrapper
 
@@ -284,6 +285,45 @@ def test_staleness_is_measured(lock_updates):
     seen.clear()
     serial.learn(800, callback=Collect(), log_interval=None)
     assert set(seen) == {0}
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "lock_updates", "may_overlap"),
+    [
+        (SharedRMSprop, "auto", True),
+        (SharedRMSprop, True, False),
+        (th.optim.Adam, "auto", False),
+        (th.optim.RMSprop, "auto", False),
+        (th.optim.Adam, False, True),
+    ],
+)
+def test_updates_overlap_only_if_they_may(optimizer_class, lock_updates, may_overlap):
+    running, most = [], [0]
+
+    class Probe(optimizer_class):
+        def step(self, closure=None):
+            running.append(self)
+            most[0] = max(most[0], len(running))
+            time.sleep(0.01)
+            super().step(closure)
+            running.remove(self)
+
+    model = AsyncOneStepQ(
+        "MlpPolicy", make_env(4), n_workers=4, update_interval=1, lock_updates=lock_updates,
+        policy_kwargs={"net_arch": [4], "optimizer_class": Probe},
+    )  # fmt: skip
+    model.learn(200)
+    assert (most[0] > 1) == may_overlap
+
+
+def test_weights_stay_small_with_adam_and_several_workers():
+    """Without a lock, one worker's step may divide the others' gradients by their mean square before it is there."""
+    for seed in range(4):
+        env = make_vec_env("CartPole-v1", n_envs=4, seed=seed)
+        policy_kwargs = {"net_arch": [64], "optimizer_class": th.optim.Adam}
+        model = AsyncOneStepQ("MlpPolicy", env, n_workers=4, learning_rate=1e-3, seed=seed, policy_kwargs=policy_kwargs)
+        model.learn(4000)
+        assert max(float(parameter.abs().max()) for parameter in model.q_net.parameters()) < 2.0
 
 
 @pytest.mark.parametrize("n_workers", [1, 2])
