@@ -290,11 +290,10 @@ def test_staleness_is_measured(lock_updates):
 @pytest.mark.parametrize(
     ("optimizer_class", "lock_updates", "may_overlap"),
     [
-        (SharedRMSprop, "auto", True),
+        (SharedRMSprop, False, True),
         (SharedRMSprop, True, False),
-        (th.optim.Adam, "auto", False),
-        (th.optim.RMSprop, "auto", False),
-        (th.optim.Adam, False, True),
+        (th.optim.Adam, False, False),
+        (th.optim.RMSprop, False, False),
     ],
 )
 def test_updates_overlap_only_if_they_may(optimizer_class, lock_updates, may_overlap):

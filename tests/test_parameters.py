@@ -11,8 +11,7 @@ from tests.test_vec_env_split import UnknownWrapper
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"lock_updates": "always"}, r"lock_updates must be \"auto\", True or False, got 'always'"),
-        ({"lock_updates": None}, r'lock_updates must be "auto", True or False, got None'),
+        ({"lock_updates": "auto"}, r"lock_updates must be True or False, got 'auto'"),
         ({"n_workers": 0}, r'n_workers must be "auto" or from 1 to the number of env lanes, got 0'),
         ({"n_workers": -1}, r'n_workers must be "auto" or from 1 to the number of env lanes, got -1'),
         ({"n_workers": 5}, r'n_workers must be "auto" or from 1 to the number of env lanes \(4\), got 5'),

@@ -62,7 +62,7 @@ def configurations(draw):
             "exploration_final_eps": draw(st.sampled_from([(0.1, 0.01, 0.5), 0.0, 0.2])),
             "max_grad_norm": draw(st.sampled_from([0.1, 40.0])),
             "loss": draw(st.sampled_from(["mse", "huber"])),
-            "lock_updates": draw(st.sampled_from(["auto", True, False])),
+            "lock_updates": draw(st.booleans()),
             "seed": draw(st.sampled_from([None, 0])),
         },
         "policy_kwargs": draw(st.sampled_from([{}, {"optimizer_class": th.optim.Adam}])),

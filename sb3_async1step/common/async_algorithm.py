@@ -26,7 +26,6 @@ from sb3_async1step.common.actor_learner import ActorLearner, Transitions, Worke
 from sb3_async1step.common.exploration import BehaviourPolicy, ExplorationSchedule, allot_final_epsilons
 from sb3_async1step.common.intra_op_threads import count_usable_cores, intra_op_threads_for
 from sb3_async1step.common.model_file import check_saved_model, write_atomically
-from sb3_async1step.common.optimizers import SharedRMSprop
 from sb3_async1step.common.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_async1step.common.rollout import Observations, Rollout, concatenate_observations, slice_observations
 from sb3_async1step.common.shared_parameters import SharedParameters
@@ -66,8 +65,8 @@ class AsyncAlgorithm(BaseAlgorithm):
     :param eval_eps: epsilon of ``predict(deterministic=False)``
     :param max_grad_norm: norm that gradients are clipped to
     :param loss: ``"mse"`` (the paper's) or ``"huber"`` (DQN's), of the TD error
-    :param lock_updates: whether workers wait for each other's updates. ``"auto"``: not with :class:`SharedRMSprop`,
-        which is made for updates without locks (Hogwild), but with every other optimizer
+    :param lock_updates: whether workers wait for each other's updates. By default they don't (Hogwild); with another
+        optimizer than :class:`SharedRMSprop`, they always do
     :param backend: ``"threads"``, or ``"serial"``: the same workers take turns on the calling thread, reproducible
         bit for bit from the seed
     :param stats_window_size: number of episodes over which logged returns and lengths are averaged
@@ -111,7 +110,7 @@ class AsyncAlgorithm(BaseAlgorithm):
         eval_eps: float = 0.01,
         max_grad_norm: float = 40.0,
         loss: str = "mse",
-        lock_updates: bool | str = "auto",
+        lock_updates: bool = False,
         backend: str = "threads",
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -202,8 +201,7 @@ class AsyncAlgorithm(BaseAlgorithm):
         _check("max_grad_norm", norm, _is_number(norm) and norm > 0, "positive")
         _check("loss", self.loss, self.loss in list(LOSSES), f"one of {sorted(LOSSES)}")
         _check("backend", self.backend, self.backend in list(WORKER_POOLS), f"one of {sorted(WORKER_POOLS)}")
-        is_valid = isinstance(self.lock_updates, bool) or self.lock_updates == "auto"
-        _check("lock_updates", self.lock_updates, is_valid, '"auto", True or False')
+        _check("lock_updates", self.lock_updates, isinstance(self.lock_updates, bool), "True or False")
         n_workers = self.n_workers
         is_valid = n_workers == "auto" or (_is_whole(n_workers) and int(n_workers) >= 1)
         _check("n_workers", n_workers, is_valid, '"auto" or from 1 to the number of env lanes')
@@ -391,7 +389,7 @@ class AsyncAlgorithm(BaseAlgorithm):
     ) -> list[ActorLearner]:
         observations: Observations | None = self._last_obs
         assert observations is not None
-        shared = SharedParameters(self.policy, self.tau, self._updates_are_locked())
+        shared = SharedParameters(self.policy, self.tau, self.lock_updates)
         workers = [
             ActorLearner(
                 env=part,
@@ -416,13 +414,6 @@ class AsyncAlgorithm(BaseAlgorithm):
         for worker, state in zip(workers, self._worker_states or [], strict=False):
             worker.set_state(state)
         return workers
-
-    def _updates_are_locked(self) -> bool:
-        if self.lock_updates != "auto":
-            return bool(self.lock_updates)
-        # Adam divides a mean of gradients, to which another worker may have added already, by a root of their mean
-        # square, to which it has not: where that is still zero, the step is immense
-        return not isinstance(self.policy.optimizer, SharedRMSprop)
 
     def _get_random_generators(self, n_workers: int) -> list[np.random.Generator]:
         """One generator for each worker, from one seed sequence; they go on from one ``learn()`` to the next."""

@@ -8,6 +8,8 @@ import torch as th
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 
+from sb3_async1step.common.optimizers import SharedRMSprop
+
 
 class SharedParameters:
     """
@@ -20,13 +22,16 @@ class SharedParameters:
 
     :param policy: the policy whose networks and optimizer are shared
     :param tau: soft update coefficient of the target network
-    :param lock_updates: whether updates wait for each other
+    :param lock_updates: whether updates wait for each other; with another optimizer than :class:`SharedRMSprop`,
+        they always do
     """
 
     def __init__(self, policy: DQNPolicy, tau: float, lock_updates: bool) -> None:
         self.policy = policy
         self.tau = tau
-        self.lock_updates = lock_updates
+        # Adam divides a mean of gradients, to which another worker may have added already, by a root of their mean
+        # square, to which it has not: where that is still zero, the step is immense
+        self.lock_updates = lock_updates or not isinstance(policy.optimizer, SharedRMSprop)
         self.target_network: QNetwork = policy.q_net_target
         self.n_updates = 0
         self.n_target_syncs = 0
