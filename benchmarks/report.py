@@ -1,8 +1,7 @@
 """
-Tables and learning curves of all that is in ``benchmarks/results``: ``make report``.
+Tables and pictures of all that is in ``benchmarks/results``: ``make report``.
 
-Tables go between the marks ``<!-- NAME -->`` and ``<!-- end of NAME -->`` of README and ``docs/results.md``, pictures
-to ``docs/pictures``.
+Tables go between the marks ``<!-- NAME -->`` and ``<!-- end of NAME -->`` of the pages, pictures to ``docs/pictures``.
 """
 
 import json
@@ -10,6 +9,7 @@ import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,7 +18,7 @@ from benchmarks.learning import RESULTS, Run
 
 ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "docs" / "pictures"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "guide" / "performance.md")
 
 # A mean return that counts as having learned the task, by the result's folder
 THRESHOLDS = {"CartPole-v1": 475.0, "Acrobot-v1": -90.0, "MountainCar-v0": -120.0, "LunarLander-v3": 180.0}
@@ -39,6 +39,14 @@ def read_runs(folder: Path = RESULTS) -> Runs:
         algo = path.stem.rsplit("_", 1)[0]
         runs.setdefault(path.parent.name, {}).setdefault(algo, []).append(Run(**json.loads(path.read_text())))
     return runs
+
+
+def read_throughput(folder: Path = RESULTS) -> dict[str, Any]:
+    """
+    :param folder: of the results
+    :return: what ``benchmarks/throughput.py`` wrote
+    """
+    return json.loads((folder / "throughput.json").read_text())
 
 
 def seconds_to(run: Run, threshold: float) -> float:
@@ -136,16 +144,83 @@ def minatar_table(runs: Runs) -> list[str]:
     return lines
 
 
-def make_tables(runs: Runs) -> dict[str, list[str]]:
+def speed_table(speeds: dict[str, list[float]], reference: str) -> list[str]:
+    """
+    :param speeds: agent steps per second in several measurements, by contender
+    :param reference: the contender that the others are compared with
+    :return: lines of a table in Markdown: medians, with the smallest and largest values, and their ratios
+    """
+    lines = [f"| | steps/s | x {reference} |", "|---|---|---|"]
+    median_of_reference = statistics.median(speeds[reference])
+    for name, values in speeds.items():
+        median = statistics.median(values)
+        spread = f"{format_count(min(values))} to {format_count(max(values))}"
+        lines.append(f"| {name} | {format_count(median)} ({spread}) | {median / median_of_reference:.2f} |")
+    return lines
+
+
+def floor_table(floor: dict[str, float]) -> list[str]:
+    """
+    :param floor: microseconds of each part of an agent step
+    :return: lines of a table in Markdown
+    """
+    parts = [*floor.items(), ("together", sum(floor.values()))]
+    lines = ["| part | microseconds per agent step |", "|---|---|"]
+    return lines + [f"| {name} | {format_count(microseconds)} |" for name, microseconds in parts]
+
+
+def make_speed_tables(throughput: dict[str, Any]) -> dict[str, list[str]]:
+    """
+    :param throughput: what ``benchmarks/throughput.py`` wrote
+    :return: the lines of its tables, by the names of their marks
+    """
+    tables = {
+        name: speed_table(throughput[name], reference=next(iter(throughput[name])))
+        for name in ("contenders", "workers", "lanes", *THRESHOLDS)
+        if name in throughput
+    }
+    return {**tables, "floor": floor_table(throughput["floor"])}
+
+
+def make_learning_tables(runs: Runs) -> dict[str, list[str]]:
     """
     :param runs: all of them
-    :return: the lines of all tables, by the names of their marks
+    :return: the lines of their tables, by the names of their marks
     """
     return {
         "classic control": classic_control_table(runs),
         "classic control in short": short_table(runs),
         "MinAtar": minatar_table(runs),
     }
+
+
+def make_tables(folder: Path = RESULTS) -> dict[str, list[str]]:
+    """
+    :param folder: of the results
+    :return: the lines of all tables, by the names of their marks
+    """
+    return {**make_learning_tables(read_runs(folder)), **make_speed_tables(read_throughput(folder))}
+
+
+def draw_speeds(throughput: dict[str, Any], path: Path) -> None:
+    """
+    :param throughput: what ``benchmarks/throughput.py`` wrote
+    :param path: of the picture
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    contenders = {name: statistics.median(values) for name, values in throughput["contenders"].items()}
+    axes[0].barh(list(contenders), list(contenders.values()))
+    axes[0].invert_yaxis()
+    axes[0].set(xlabel="agent steps per second", title="Learning on Pong, Nature CNN")
+    lanes = {int(name.split()[0]): statistics.median(values) for name, values in throughput["lanes"].items()}
+    axes[1].plot(list(lanes), list(lanes.values()), marker="o")
+    axes[1].set(xscale="log", xlabel="lanes", ylabel="agent steps per second", title="AleVecEnv, n_workers='auto'")
+    axes[1].set_xticks(list(lanes), [str(n) for n in lanes])
+    axes[1].minorticks_off()
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=90, metadata={"Software": None})
+    plt.close(figure)
 
 
 def draw_curves(env_id: str, groups: dict[str, list[Run]], path: Path) -> None:
@@ -196,15 +271,15 @@ def insert_table(text: str, name: str, lines: list[str]) -> str:
 
 def main() -> None:
     """Write all tables and pictures."""
-    runs = read_runs()
-    tables = make_tables(runs)
+    tables = make_tables()
     for page in PAGES:
         text = page.read_text()
         for name, lines in tables.items():
             text = insert_table(text, name, lines)
         page.write_text(text)
-    for env_id, groups in runs.items():
+    for env_id, groups in read_runs().items():
         draw_curves(env_id, groups, PICTURES / f"{env_id}.png")
+    draw_speeds(read_throughput(), PICTURES / "throughput.png")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ next to DQN, all with the Zoo's hyperparameters.
 
 ``make bench``, or ``python -m benchmarks.throughput``. The contenders of a comparison take turns within each repeat, so
 that a slow phase of the machine hits all of them; what counts are the medians and their ratios. Prints tables, and
-writes them to ``benchmarks/results/throughput.json`` and ``docs/pictures/throughput.png``.
+writes them to ``benchmarks/results/throughput.json`` and, as ``make report`` does, to the docs.
 """
 
 import argparse
@@ -25,7 +25,6 @@ from typing import Any
 
 import ale_py
 import gymnasium as gym
-import matplotlib.pyplot as plt
 import numpy as np
 import psutil
 import torch as th
@@ -35,15 +34,15 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack
 
+from benchmarks import report
 from benchmarks.pqn import PQN
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
 from sb3_async1step.common.intra_op_threads import count_usable_cores
 from sb3_async1step.envs.ale_vec_env import AleVecEnv
-from sb3_async1step.zoo import AsyncExperimentManager
+from sb3_async1step.zoo import AsyncExperimentManager, register
 
 ENV_ID = "PongNoFrameskip-v4"
 RESULTS = Path(__file__).parent / "results" / "throughput.json"
-PICTURE = Path(__file__).parent.parent / "docs" / "pictures" / "throughput.png"
 N_LANES = 16
 # DQN learns from step 100 on with its defaults, and from 1000 on with the Zoo's hyperparameters
 WARM_UP_STEPS = 1100
@@ -84,6 +83,7 @@ def make_by_zoo(algo: str, env_id: str) -> BaseAlgorithm:
     :param env_id: environment
     :return: the model, with the hyperparameters of the Zoo, or for our algorithms those of this repository
     """
+    register()
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         manager = AsyncExperimentManager(argparse.Namespace(), algo, env_id, folder, eval_freq=-1, verbose=0)
         experiment = manager.setup_experiment()
@@ -237,81 +237,38 @@ def measure_floor(n_lanes: int) -> dict[str, float]:
     return {name: 1e6 * seconds for name, seconds in parts.items()}
 
 
-def print_table(title: str, speeds: dict[str, list[float]], reference: str) -> None:
-    """
-    :param title: of the table
-    :param speeds: agent steps per second, by name
-    :param reference: the name whose median is 1
-    """
-    print(f"\n{title:42} {'steps/s':>8} {'min':>6} {'max':>6} {'ratio':>6}")
-    median_of_reference = statistics.median(speeds[reference])
-    for name, values in speeds.items():
-        median = statistics.median(values)
-        print(f"{name:42} {median:8.0f} {min(values):6.0f} {max(values):6.0f} {median / median_of_reference:6.2f}")
-
-
-def draw(results: dict[str, Any]) -> None:
-    """
-    :param results: what :func:`main` writes
-    """
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    contenders = {name: statistics.median(values) for name, values in results["contenders"].items()}
-    axes[0].barh(list(contenders), list(contenders.values()))
-    axes[0].invert_yaxis()
-    axes[0].set(xlabel="agent steps per second", title="Learning on Pong, Nature CNN")
-    lanes = {int(name.split()[0]): statistics.median(values) for name, values in results["lanes"].items()}
-    axes[1].plot(list(lanes), list(lanes.values()), marker="o")
-    axes[1].set(xscale="log", xlabel="lanes", ylabel="agent steps per second", title="AleVecEnv, n_workers='auto'")
-    axes[1].set_xticks(list(lanes), [str(n) for n in lanes])
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    PICTURE.parent.mkdir(exist_ok=True)
-    figure.savefig(PICTURE, dpi=90, metadata={"Software": None})
-
-
 def main() -> None:
     """Measure everything, print tables, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each contender")
-    parser.add_argument("--seconds", type=float, default=8.0, help="length of a measurement")
+    parser.add_argument("--seconds", type=float, default=6.0, help="length of a measurement")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file for the figures")
     arguments = parser.parse_args()
 
-    cores = count_usable_cores()
-    n_workers = min(cores, N_LANES)
+    comparisons = {"contenders": CONTENDERS, "workers": WORKERS, "lanes": LANES, **CLASSIC}
+    n_workers = min(count_usable_cores(), N_LANES)
     floors = [measure_floor(N_LANES // n_workers)]
-    contenders = compare(CONTENDERS, arguments.repeats, arguments.seconds)
-    print_table("16 envs or lanes", contenders, "DQN, 1 env")
-    workers = compare(WORKERS, arguments.repeats, arguments.seconds)
-    print_table("AleVecEnv", workers, ON_ONE_CORE)
-    lanes = compare(LANES, arguments.repeats, arguments.seconds)
-    print_table("AleVecEnv, n_workers='auto'", lanes, "1 lanes")
-    classic = {env_id: compare(rivals, arguments.repeats, arguments.seconds) for env_id, rivals in CLASSIC.items()}
-    for env_id, speeds in classic.items():
-        print_table(env_id, speeds, "DQN")
+    speeds = {name: compare(rivals, arguments.repeats, arguments.seconds) for name, rivals in comparisons.items()}
     # Before and after all others: the machine's speed may drift
     floors.append(measure_floor(N_LANES // n_workers))
     floor = {part: statistics.mean(values[part] for values in floors) for part in floors[0]}
     floor_speed = 1e6 * n_workers / sum(floor.values())
-    fraction = statistics.median(contenders["AsyncOneStepQ, AleVecEnv"]) / floor_speed
-    print(f"\nFloor, microseconds per agent step and core: { {name: round(value) for name, value in floor.items()} }")
-    print(f"{n_workers} cores without anything else: {floor_speed:.0f} steps/s; AsyncOneStepQ reaches {fraction:.0%}")
     results = {
         "date": str(date.today()),
-        "hardware": f"{platform.machine()}, {cores} cores",
+        "hardware": f"{platform.machine()}, {count_usable_cores()} cores",
         "torch": th.__version__,
         "repeats": arguments.repeats,
         "seconds": arguments.seconds,
-        "contenders": contenders,
-        "workers": workers,
-        "lanes": lanes,
-        "classic": classic,
-        "floor_microseconds": floor,
-        "fraction_of_floor": fraction,
+        "floor": floor,
+        "fraction_of_floor": statistics.median(speeds["contenders"]["AsyncOneStepQ, AleVecEnv"]) / floor_speed,
+        **speeds,
     }
+    for name, table in report.make_speed_tables(results).items():
+        print(name, *table, "", sep="\n")
+    print(f"AsyncOneStepQ with AleVecEnv reaches {results['fraction_of_floor']:.0%} of the floor.")
     arguments.results.write_text(json.dumps(results, indent=1) + "\n")
     if arguments.results == RESULTS:
-        draw(results)
+        report.main()
 
 
 if __name__ == "__main__":

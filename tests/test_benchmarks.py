@@ -10,7 +10,7 @@ from stable_baselines3.common.envs import FakeImageEnv
 
 from benchmarks.learning import Run, find_checkpoints, result_path
 from benchmarks.pqn import PQN
-from benchmarks.report import draw_curves, insert_table, make_tables, read_runs, seconds_to
+from benchmarks.report import draw_curves, insert_table, make_learning_tables, read_runs, seconds_to
 
 
 def make_run(curve=(100.0, 480.0, 470.0), final=(490.0, 500.0), seconds=40.0):
@@ -61,7 +61,7 @@ def test_tables_and_curves(tmp_path):
     write(make_run(seconds=60.0), tmp_path, "CartPole-v1", "async_one_step_q", 3)
     write(make_run(final=(10.0, 11.0)), tmp_path, "MinAtar/Breakout-v0", "async_one_step_sarsa", 1)
     runs = read_runs(tmp_path)
-    tables = make_tables(runs)
+    tables = make_learning_tables(runs)
     assert tables["classic control"][2:] == [
         "| CartPole-v1 | AsyncOneStepQ | 3 | 463.3 ± 44.8 | 1 000 000 | 50 | 20 s (2 of 3 to 475) | 400 |"
     ]
