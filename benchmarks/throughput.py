@@ -125,6 +125,8 @@ CLASSIC: dict[str, dict[str, MakeModel]] = {
     for env_id in ("CartPole-v1", "LunarLander-v3")
 }
 
+COMPARISONS = {"contenders": CONTENDERS, "workers": WORKERS, "lanes": LANES, **CLASSIC}
+
 
 def measure(model: BaseAlgorithm | PQN, seconds: float) -> float:
     """
@@ -144,15 +146,17 @@ def measure(model: BaseAlgorithm | PQN, seconds: float) -> float:
 
 @contextmanager
 def pin_to_one_core() -> Iterator[None]:
-    """All threads of the process share one core inside the ``with`` block."""
-    cores = os.sched_getaffinity(0)
+    """All threads of the process share one core inside the ``with`` block; PyTorch's operations have one thread."""
+    cores, n_threads = os.sched_getaffinity(0), th.get_num_threads()
     try:
+        th.set_num_threads(1)
         for thread in psutil.Process().threads():
             os.sched_setaffinity(thread.id, {min(cores)})
         yield
     finally:
         for thread in psutil.Process().threads():
             os.sched_setaffinity(thread.id, cores)
+        th.set_num_threads(n_threads)
 
 
 def compare(contenders: dict[str, MakeModel], repeats: int, seconds: float) -> dict[str, list[float]]:
@@ -243,29 +247,31 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each contender")
     parser.add_argument("--seconds", type=float, default=6.0, help="length of a measurement")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file for the figures")
+    parser.add_argument(
+        "--only", nargs="+", choices=COMPARISONS, default=list(COMPARISONS), help="what to measure anew"
+    )
     arguments = parser.parse_args()
 
-    comparisons = {"contenders": CONTENDERS, "workers": WORKERS, "lanes": LANES, **CLASSIC}
-    n_workers = min(count_usable_cores(), N_LANES)
-    floors = [measure_floor(N_LANES // n_workers)]
-    speeds = {name: compare(rivals, arguments.repeats, arguments.seconds) for name, rivals in comparisons.items()}
-    # Before and after all others: the machine's speed may drift
-    floors.append(measure_floor(N_LANES // n_workers))
-    floor = {part: statistics.mean(values[part] for values in floors) for part in floors[0]}
-    floor_speed = 1e6 * n_workers / sum(floor.values())
-    results = {
+    results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
+    results |= {
         "date": str(date.today()),
         "hardware": f"{platform.machine()}, {count_usable_cores()} cores",
         "torch": th.__version__,
         "repeats": arguments.repeats,
         "seconds": arguments.seconds,
-        "floor": floor,
-        "fraction_of_floor": statistics.median(speeds["contenders"]["AsyncOneStepQ, AleVecEnv"]) / floor_speed,
-        **speeds,
     }
+    n_workers = min(count_usable_cores(), N_LANES)
+    # Before and after all others: the machine's speed may drift
+    floors = [measure_floor(N_LANES // n_workers)]
+    results |= {name: compare(COMPARISONS[name], arguments.repeats, arguments.seconds) for name in arguments.only}
+    floors.append(measure_floor(N_LANES // n_workers))
+    if "contenders" in arguments.only:
+        results["floor"] = {part: statistics.mean(floor[part] for floor in floors) for part in floors[0]}
+    floor_speed = 1e6 * n_workers / sum(results["floor"].values())
+    fraction = statistics.median(results["contenders"]["AsyncOneStepQ, AleVecEnv"]) / floor_speed
     for name, table in report.make_speed_tables(results).items():
         print(name, *table, "", sep="\n")
-    print(f"AsyncOneStepQ with AleVecEnv reaches {results['fraction_of_floor']:.0%} of the floor.")
+    print(f"AsyncOneStepQ with AleVecEnv reaches {fraction:.0%} of the floor.")
     arguments.results.write_text(json.dumps(results, indent=1) + "\n")
     if arguments.results == RESULTS:
         report.main()
