@@ -43,7 +43,7 @@ class PQN:
         self.n_actions = int(env.action_space.n)  # type: ignore[attr-defined]
         self.network = make_network(self.n_actions)
         self.optimizer = th.optim.RAdam(self.network.parameters(), lr=2.5e-4)
-        self.observations = self._to_tensor(self.env.reset())
+        self.observations = th.as_tensor(self.env.reset())
 
     def learn(self, total_timesteps: int, callback: Callable[..., bool] | None = None, **_: Any) -> "PQN":
         """
@@ -58,21 +58,20 @@ class PQN:
                 break
         return self
 
-    @th.no_grad()
-    def _q_values(self) -> th.Tensor:
-        return self.network(self.observations.float() / 255)
+    def _q_values(self, observations: th.Tensor) -> th.Tensor:
+        return self.network(observations.float() / 255)
 
     @th.no_grad()
     def _collect(self) -> tuple[th.Tensor, ...]:
         steps = []
-        q_values = self._q_values()
+        q_values = self._q_values(self.observations)
         for _ in range(self.N_STEPS):
             explores = th.rand(self.env.num_envs) < self.epsilon
             actions = th.where(explores, th.randint(self.n_actions, explores.shape), q_values.argmax(dim=1))
             observations = self.observations
             new_obs, rewards, dones, _infos = self.env.step(actions.numpy())
-            self.observations = self._to_tensor(new_obs)
-            q_values = self._q_values()
+            self.observations = th.as_tensor(new_obs)
+            q_values = self._q_values(self.observations)
             next_values = q_values.max(dim=1).values
             steps.append((observations, actions, th.as_tensor(rewards), ~th.as_tensor(dones), next_values))
             self.num_timesteps += self.env.num_envs
@@ -91,13 +90,9 @@ class PQN:
     def _learn_from(self, observations: th.Tensor, actions: th.Tensor, returns: th.Tensor) -> None:
         for _ in range(self.N_EPOCHS):
             for batch in th.randperm(len(returns)).chunk(self.N_MINIBATCHES):
-                q_values = self.network(observations[batch].float() / 255)
+                q_values = self._q_values(observations[batch])
                 chosen = q_values.gather(dim=1, index=actions[batch, None]).squeeze(dim=1)
                 self.optimizer.zero_grad()
                 nn.functional.mse_loss(chosen, returns[batch]).backward()
                 nn.utils.clip_grad_norm_(self.network.parameters(), self.MAX_GRAD_NORM)
                 self.optimizer.step()
-
-    @staticmethod
-    def _to_tensor(observations: Any) -> th.Tensor:
-        return th.as_tensor(observations)

@@ -194,12 +194,13 @@ def make_learning_tables(runs: Runs) -> dict[str, list[str]]:
     }
 
 
-def make_tables(folder: Path = RESULTS) -> dict[str, list[str]]:
+def make_tables(runs: Runs, throughput: dict[str, Any]) -> dict[str, list[str]]:
     """
-    :param folder: of the results
+    :param runs: all of them
+    :param throughput: what ``benchmarks/throughput.py`` wrote
     :return: the lines of all tables, by the names of their marks
     """
-    return {**make_learning_tables(read_runs(folder)), **make_speed_tables(read_throughput(folder))}
+    return {**make_learning_tables(runs), **make_speed_tables(throughput)}
 
 
 def draw_speeds(throughput: dict[str, Any], path: Path) -> None:
@@ -271,15 +272,16 @@ def insert_table(text: str, name: str, lines: list[str]) -> str:
 
 def main() -> None:
     """Write all tables and pictures."""
-    tables = make_tables()
+    runs, throughput = read_runs(), read_throughput()
+    tables = make_tables(runs, throughput)
     for page in PAGES:
         text = page.read_text()
         for name, lines in tables.items():
             text = insert_table(text, name, lines)
         page.write_text(text)
-    for env_id, groups in read_runs().items():
+    for env_id, groups in runs.items():
         draw_curves(env_id, groups, PICTURES / f"{env_id}.png")
-    draw_speeds(read_throughput(), PICTURES / "throughput.png")
+    draw_speeds(throughput, PICTURES / "throughput.png")
 
 
 if __name__ == "__main__":

@@ -119,9 +119,12 @@ LANES: dict[str, MakeModel] = {
     f"{n} lanes": lambda n=n: make_q(n)  # type: ignore[misc]
     for n in (1, 2, 4, 8, 16, 32, 64, 128)
 }
-ALGORITHMS = {"DQN": "dqn", "AsyncOneStepQ": "async_one_step_q", "AsyncOneStepSarsa": "async_one_step_sarsa"}
 CLASSIC: dict[str, dict[str, MakeModel]] = {
-    env_id: {name: functools.partial(make_by_zoo, algo, env_id) for name, algo in ALGORITHMS.items()}
+    env_id: {
+        # DQN first, which the others are compared with
+        name: functools.partial(make_by_zoo, algo, env_id)
+        for algo, name in reversed(report.ALGORITHMS.items())
+    }
     for env_id in ("CartPole-v1", "LunarLander-v3")
 }
 

@@ -48,9 +48,11 @@ class QNetwork(DQNQNetwork):
         """
         :param obs: observations
         :param features_extractor: what computes their features
-        :return: the features, float32
+        :return: the features; float32, in mixed precision, too
         """
-        with th.autocast(self.device.type, dtype=th.bfloat16, enabled=self.mixed_precision):
+        if not self.mixed_precision:
+            return super().extract_features(obs, features_extractor)
+        with th.autocast(self.device.type, dtype=th.bfloat16):
             features = super().extract_features(obs, features_extractor)
         return features.float()
 
