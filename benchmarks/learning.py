@@ -5,6 +5,8 @@ Train with the RL Zoo, evaluate what it saved, and keep the figures in ``benchma
 
 The trainings themselves evaluate nothing, so that their seconds are those of learning alone; the Zoo saves a
 checkpoint now and then. Afterwards, each of these plays some episodes for the learning curve, and the last model 100.
+A training that was interrupted goes on from its last checkpoint when the command is given again, and one that has
+ended is only evaluated again; remove its folder from the logs to repeat it.
 ``python -m benchmarks.report`` makes tables and pictures of the figures.
 """
 
@@ -15,7 +17,6 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
@@ -26,6 +27,7 @@ import numpy as np
 import rl_zoo3.import_envs
 import yaml
 from rl_zoo3 import ALGOS
+from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import create_test_env, get_saved_hyperparams
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -33,11 +35,14 @@ from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_async1step.common.intra_op_threads import count_usable_cores
+from sb3_async1step.envs.ale_vec_env import AleVecEnv
 from sb3_async1step.zoo import ALGORITHMS, hyperparams_path, register, register_minatar
 
 RESULTS = Path(__file__).parent / "results"
 EVALUATION_SEED = 10_000
 N_FINAL_EPISODES = 100
+# File with the peak memory of a training, in MiB
+PEAK_MEMORY = "peak_memory.txt"
 
 
 @dataclass
@@ -52,7 +57,7 @@ class Run:
     :param n_steps: agent steps
     :param n_env_steps: the environment's own steps, more if actions are repeated; finished episodes only
     :param seconds: from the envs' construction to the last model's file
-    :param peak_memory_mib: largest resident memory of the process
+    :param peak_memory_mib: largest resident memory of the process, the last if there were several
     :param curve_steps: agent steps at each checkpoint
     :param curve_seconds: seconds at each checkpoint
     :param curve_returns: mean return at each checkpoint
@@ -84,30 +89,92 @@ def result_path(results: Path, env_id: str, algo: str, seed: int) -> Path:
     return results / env_id.replace("/", "-") / f"{algo}_{seed}.json"
 
 
-def train(options: list[str], folder: Path) -> tuple[Path, float]:
+def find_parts(folder: Path) -> list[Path]:
     """
+    :param folder: for the Zoo's logs of one training
+    :return: the folders of its parts, in order: each goes on from the last checkpoint of those before it
+    """
+    return sorted(folder.glob("*/*_*"), key=lambda path: int(path.name.rsplit("_", 1)[1]))
+
+
+def find_checkpoints(folder: Path) -> dict[int, Path]:
+    """
+    :param folder: of a part of a training
+    :return: the model files by their agent steps, in order
+    """
+    files = {int(re.findall(r"\d+", path.stem)[-1]): path for path in folder.glob("rl_model_*_steps.zip")}
+    return dict(sorted(files.items()))
+
+
+def train(options: list[str], n_steps: int, folder: Path) -> None:
+    """
+    Train, or go on with a training that was interrupted.
+
     :param options: of the Zoo's ``train``
+    :param n_steps: agent steps in all
     :param folder: for its logs
-    :return: the folder of this run, and the peak memory in MiB
     :raises RuntimeError: if the training failed
     """
-    command = [sys.executable, "-m", "sb3_async1step.zoo", "train", *options, "-f", str(folder)]
+    checkpoints = {steps: path for part in find_parts(folder) for steps, path in find_checkpoints(part).items()}
+    n_done = max(checkpoints, default=0)
+    options = [*options, "-n", str(n_steps - n_done), "-f", str(folder)]
+    if checkpoints:
+        options += ["-i", str(checkpoints[n_done])]
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "w") as output:
+        command = [sys.executable, "-m", "sb3_async1step.zoo", "train", *options]
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
     if status != 0:
         raise RuntimeError(f"The training failed:\n{(folder / 'output.txt').read_text()[-5000:]}")
-    (run_folder,) = folder.glob("*/*_1")
     # Kibibytes on Linux
-    return run_folder, usage.ru_maxrss / 1024
+    (folder / PEAK_MEMORY).write_text(f"{usage.ru_maxrss / 1024:.1f}")
+
+
+def read_start(folder: Path) -> float:
+    """
+    :param folder: of a part of a training
+    :return: when its envs were made, in seconds since the epoch
+    """
+    header = (folder / "0.monitor.csv").read_text().splitlines()[0]
+    return float(json.loads(header.removeprefix("#"))["t_start"])
+
+
+@dataclass
+class SavedModel:
+    """
+    :param path: its file
+    :param seconds: of training until it was written
+    """
+
+    path: Path
+    seconds: float
+
+
+def list_saved(parts: list[Path], name: str) -> tuple[dict[int, SavedModel], SavedModel]:
+    """
+    :param parts: folders of the parts of a training
+    :param name: file name of the last model
+    :return: checkpoints by their agent steps, and the last model; what an interrupted part did after its last
+        checkpoint does not count
+    """
+    checkpoints: dict[int, SavedModel] = {}
+    seconds_before = 0.0
+    for part in parts:
+        start = read_start(part) - seconds_before
+        for steps, path in find_checkpoints(part).items():
+            checkpoints[steps] = SavedModel(path, round(path.stat().st_mtime - start, 2))
+            seconds_before = checkpoints[steps].seconds
+    last = parts[-1] / name
+    return checkpoints, SavedModel(last, round(last.stat().st_mtime - start, 2))
 
 
 def make_env(folder: Path, env_id: str, n_envs: int) -> VecEnv:
     """
-    :param folder: of the run
+    :param folder: of a part of a training
     :param env_id: Gymnasium's id
     :param n_envs: number of lanes
-    :return: the Zoo's env for evaluation, with the run's wrappers and statistics
+    :return: the Zoo's env for evaluation, with the training's wrappers and statistics
     """
     stats_folder = folder / env_id.replace("/", "-")
     hyperparams, stats_path = get_saved_hyperparams(str(stats_folder), test_mode=True)
@@ -118,7 +185,7 @@ def make_env(folder: Path, env_id: str, n_envs: int) -> VecEnv:
         seed=EVALUATION_SEED,
         should_render=False,
         hyperparams=hyperparams,
-        vec_env_cls=DummyVecEnv,
+        vec_env_cls=AleVecEnv if ExperimentManager.is_atari(env_id) else DummyVecEnv,
     )
 
 
@@ -138,57 +205,41 @@ def play(model: BaseAlgorithm, env: VecEnv, n_episodes: int, deterministic: bool
     return returns
 
 
-def read_start(folder: Path) -> float:
-    """
-    :param folder: of the run
-    :return: when its envs were made, in seconds since the epoch
-    """
-    header = (folder / "0.monitor.csv").read_text().splitlines()[0]
-    return float(json.loads(header.removeprefix("#"))["t_start"])
-
-
-def find_checkpoints(folder: Path) -> dict[int, Path]:
-    """
-    :param folder: of the run
-    :return: the model files by their agent steps, in order
-    """
-    files = {int(re.findall(r"\d+", path.stem)[-1]): path for path in folder.glob("rl_model_*_steps.zip")}
-    return dict(sorted(files.items()))
-
-
-def run_and_evaluate(env_id: str, algo: str, options: list[str], n_episodes: int) -> Run:
+def run_and_evaluate(env_id: str, algo: str, options: list[str], n_steps: int, n_episodes: int, folder: Path) -> Run:
     """
     :param env_id: Gymnasium's id
     :param algo: the Zoo's id
     :param options: of the Zoo's ``train``
+    :param n_steps: agent steps
     :param n_episodes: episodes at each checkpoint
+    :param folder: for the Zoo's logs
     :return: the figures
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder, peak_memory = train(options, Path(name))
-        start = read_start(folder)
-        # Atari's scores are those of policies that act at random now and then, in the Zoo as elsewhere
-        is_atari = "AtariWrapper" in (folder / env_id.replace("/", "-") / "config.yml").read_text()
-        evaluate = partial(play, env=make_env(folder, env_id, n_envs=20), deterministic=not is_atari)
-        load = partial(ALGOS[algo].load, device="cpu")
-        checkpoints = find_checkpoints(folder)
-        curve = [np.mean(evaluate(load(path), n_episodes=n_episodes)) for path in checkpoints.values()]
-        last = folder / f"{env_id.replace('/', '-')}.zip"
-        model = load(last)
-        return Run(
-            command=" ".join(["sb3-async1step", "train", *options]),
-            date=str(date.today()),
-            hardware=f"{platform.machine()}, {count_usable_cores()} cores",
-            versions={name: version(name) for name in ("stable-baselines3", "torch", "gymnasium", "rl_zoo3")},
-            n_steps=model.num_timesteps,
-            n_env_steps=int(load_results(str(folder))["l"].sum()),
-            seconds=round(last.stat().st_mtime - start, 2),
-            peak_memory_mib=round(peak_memory, 1),
-            curve_steps=list(checkpoints),
-            curve_seconds=[round(path.stat().st_mtime - start, 2) for path in checkpoints.values()],
-            curve_returns=[round(float(value), 3) for value in curve],
-            final_returns=[round(value, 3) for value in evaluate(model, n_episodes=N_FINAL_EPISODES)],
-        )
+    name = f"{env_id.replace('/', '-')}.zip"
+    if not list(folder.glob(f"*/*/{name}")):
+        train(options, n_steps, folder)
+    parts = find_parts(folder)
+    checkpoints, last = list_saved(parts, name)
+    # Atari's scores are those of policies that act at random now and then, in the Zoo as elsewhere
+    deterministic = not ExperimentManager.is_atari(env_id)
+    evaluate = partial(play, env=make_env(parts[-1], env_id, n_envs=20), deterministic=deterministic)
+    load = partial(ALGOS[algo].load, device="cpu")
+    curve = [np.mean(evaluate(load(saved.path), n_episodes=n_episodes)) for saved in checkpoints.values()]
+    model = load(last.path)
+    return Run(
+        command=" ".join(["sb3-async1step", "train", *options, "-n", str(n_steps)]),
+        date=str(date.today()),
+        hardware=f"{platform.machine()}, {count_usable_cores()} cores",
+        versions={name: version(name) for name in ("stable-baselines3", "torch", "gymnasium", "rl_zoo3")},
+        n_steps=model.num_timesteps,
+        n_env_steps=int(sum(load_results(str(part))["l"].sum() for part in parts)),
+        seconds=last.seconds,
+        peak_memory_mib=float((folder / PEAK_MEMORY).read_text()),
+        curve_steps=list(checkpoints),
+        curve_seconds=[saved.seconds for saved in checkpoints.values()],
+        curve_returns=[round(float(value), 3) for value in curve],
+        final_returns=[round(value, 3) for value in evaluate(model, n_episodes=N_FINAL_EPISODES)],
+    )
 
 
 def read_n_steps(env_id: str, algo: str) -> int:
@@ -211,16 +262,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="agent steps, by default those of the hyperparameters' file")
     parser.add_argument("--checkpoints", type=int, default=20, help="how many models are saved on the way")
     parser.add_argument("--episodes", type=int, default=20, help="episodes that each of them plays")
+    parser.add_argument("--logs", type=Path, default=Path("logs/benchmarks"), help="folder for the Zoo's logs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
     arguments = parser.parse_args()
     register()
     register_minatar()
     n_steps = arguments.steps or read_n_steps(arguments.env, arguments.algo)
     for seed in arguments.seeds:
-        options = ["--algo", arguments.algo, "--env", arguments.env, "--seed", str(seed), "-n", str(n_steps)]
+        options = ["--algo", arguments.algo, "--env", arguments.env, "--seed", str(seed)]
         options += ["--eval-freq", "-1", "--save-freq", str(n_steps // arguments.checkpoints)]
-        run = run_and_evaluate(arguments.env, arguments.algo, options, arguments.episodes)
+        if arguments.algo in ALGORITHMS and ExperimentManager.is_atari(arguments.env):
+            options += ["--vec-env", "ale"]
         path = result_path(arguments.results, arguments.env, arguments.algo, seed)
+        folder = arguments.logs / path.relative_to(arguments.results).with_suffix("")
+        run = run_and_evaluate(arguments.env, arguments.algo, options, n_steps, arguments.episodes, folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(run), indent=1) + "\n")
         mean = np.mean(run.final_returns)

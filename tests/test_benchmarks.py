@@ -1,6 +1,7 @@
 """Tables and curves say what the results' files say."""
 
 import json
+import os
 from dataclasses import asdict
 
 import pytest
@@ -8,9 +9,10 @@ import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
 
-from benchmarks.learning import Run, find_checkpoints, result_path
+from benchmarks.learning import Run, SavedModel, find_checkpoints, find_parts, list_saved, result_path, run_and_evaluate
 from benchmarks.pqn import PQN
 from benchmarks.report import draw_curves, insert_table, make_learning_tables, read_runs, seconds_to
+from sb3_async1step.zoo import register
 
 
 def make_run(curve=(100.0, 480.0, 470.0), final=(490.0, 500.0), seconds=40.0):
@@ -87,6 +89,52 @@ def test_checkpoints_are_in_order(tmp_path):
     for n_steps in (100, 20, 3):
         (tmp_path / f"rl_model_{n_steps}_steps.zip").touch()
     assert list(find_checkpoints(tmp_path)) == [3, 20, 100]
+
+
+def make_part(folder, start, checkpoints, last=None):
+    """The files of a part of a training, with the times at which they were written."""
+    folder.mkdir(parents=True)
+    (folder / "0.monitor.csv").write_text(f'#{{"t_start": {start}, "env_id": "CartPole-v1"}}\n')
+    files = {f"rl_model_{steps}_steps.zip": time for steps, time in checkpoints.items()}
+    for name, time in (files | ({"CartPole-v1.zip": last} if last else {})).items():
+        (folder / name).touch()
+        os.utime(folder / name, (time, time))
+
+
+def test_time_of_a_training_in_parts(tmp_path):
+    """What was done after the last checkpoint of an interrupted part, and the time between the parts, do not count."""
+    algo = tmp_path / "async_one_step_q"
+    make_part(algo / "CartPole-v1_1", 1000.0, {100: 1010.0, 200: 1020.0})
+    make_part(algo / "CartPole-v1_2", 2000.0, {})
+    make_part(algo / "CartPole-v1_10", 3000.0, {300: 3015.0}, last=3030.0)
+    parts = find_parts(tmp_path)
+    assert [part.name for part in parts] == ["CartPole-v1_1", "CartPole-v1_2", "CartPole-v1_10"]
+    assert list_saved(parts, "CartPole-v1.zip") == (
+        {
+            100: SavedModel(parts[0] / "rl_model_100_steps.zip", 10.0),
+            200: SavedModel(parts[0] / "rl_model_200_steps.zip", 20.0),
+            300: SavedModel(parts[2] / "rl_model_300_steps.zip", 35.0),
+        },
+        SavedModel(parts[2] / "CartPole-v1.zip", 50.0),
+    )
+
+
+def test_an_interrupted_training_goes_on_and_an_ended_one_is_not_repeated(tmp_path):
+    register()
+    env_id, algo = "CartPole-v1", "async_one_step_q"
+    options = ["--algo", algo, "--env", env_id, "--seed", "1", "--eval-freq", "-1", "--save-freq", "640"]
+    first = run_and_evaluate(env_id, algo, options, n_steps=1280, n_episodes=1, folder=tmp_path)
+    assert first.n_steps == 1280 and first.curve_steps == [640, 1280]
+    # As if it had been killed on the way to 1920 steps, after the first checkpoint
+    (tmp_path / algo / "CartPole-v1_1" / "CartPole-v1.zip").unlink()
+    (tmp_path / algo / "CartPole-v1_1" / "rl_model_1280_steps.zip").unlink()
+    second = run_and_evaluate(env_id, algo, options, n_steps=1920, n_episodes=1, folder=tmp_path)
+    assert second.n_steps == 1920 and second.curve_steps == [640, 1280, 1920]
+    assert second.curve_seconds[0] == first.curve_seconds[0]
+    assert sorted(second.curve_seconds) == second.curve_seconds and second.seconds >= second.curve_seconds[-1]
+    assert f"-i {tmp_path}" not in second.command and second.command.endswith("-n 1920")
+    again = run_and_evaluate(env_id, algo, options, n_steps=1920, n_episodes=1, folder=tmp_path)
+    assert asdict(again) == asdict(second)
 
 
 def test_pqn_learns_from_lambda_returns(monkeypatch):

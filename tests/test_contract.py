@@ -25,6 +25,7 @@ from stable_baselines3.common.vec_env import (
     VecTransposeImage,
 )
 
+from sb3_async1step import NipsCNN
 from tests.envs import RandomWalkEnv, make_env
 
 
@@ -270,6 +271,35 @@ def test_layer_norm_needs_hidden_layers(algorithm):
     env = make_vec_env(lambda: FakeImageEnv(screen_height=40, screen_width=40), n_envs=2)
     with pytest.raises(ValueError, match=r"give it some, as in policy_kwargs=dict\(net_arch=\[256\], layer_norm=True"):
         algorithm("CnnPolicy", env, policy_kwargs={"layer_norm": True})
+
+
+@pytest.mark.parametrize("dtype", [th.uint8, th.float32])
+def test_images_are_scaled_as_by_sb3(algorithm, dtype):
+    env = make_vec_env(lambda: FakeImageEnv(screen_height=40, screen_width=40), n_envs=2)
+    q_net = algorithm("CnnPolicy", env).q_net
+    observations = th.randint(0, 256, (2, 1, 40, 40)).to(dtype)
+    before = observations.clone()
+    with th.no_grad():
+        features = q_net.extract_features(observations, q_net.features_extractor)
+        assert th.equal(features, q_net.features_extractor(before.float() / 255.0))
+    assert th.equal(observations, before)
+
+
+def test_nips_cnn(algorithm):
+    """The paper's network, and with a ``LayerNorm`` before each ReLU."""
+    env = make_vec_env(lambda: FakeImageEnv(screen_height=84, screen_width=84, n_channels=4), n_envs=2)
+    layers = {}
+    for layer_norm in (False, True):
+        policy_kwargs = {
+            "features_extractor_class": NipsCNN,
+            "features_extractor_kwargs": {"layer_norm": layer_norm},
+        }
+        modules = algorithm("CnnPolicy", env, policy_kwargs=policy_kwargs).q_net.modules()
+        layers[layer_norm] = [type(module) for module in modules if not list(module.children())]
+    convolution, linear, norm = th.nn.Conv2d, th.nn.Linear, th.nn.LayerNorm
+    relu, flatten = th.nn.ReLU, th.nn.Flatten
+    assert layers[False] == [convolution, relu, convolution, relu, flatten, linear, relu, linear]
+    assert layers[True] == [convolution, norm, relu, convolution, norm, relu, flatten, linear, norm, relu, linear]
 
 
 def test_mixed_precision(algorithm, tmp_path):

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.preprocessing import is_image_space, preprocess_obs
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureCNN, create_mlp
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.dqn.policies import CnnPolicy as DQNCnnPolicy
@@ -29,6 +30,7 @@ class QNetwork(DQNQNetwork):
     def __init__(self, *args: Any, layer_norm: bool, mixed_precision: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.mixed_precision = mixed_precision
+        self.normalizes_image = self.normalize_images and is_image_space(self.observation_space)
         if layer_norm:
             self._add_layer_norms()
 
@@ -50,11 +52,19 @@ class QNetwork(DQNQNetwork):
         :param features_extractor: what computes their features
         :return: the features; float32, in mixed precision, too
         """
+        preprocessed_obs = self._preprocess(obs)
         if not self.mixed_precision:
-            return super().extract_features(obs, features_extractor)
+            return features_extractor(preprocessed_obs)
         with th.autocast(self.device.type, dtype=th.bfloat16):
-            features = super().extract_features(obs, features_extractor)
+            features = features_extractor(preprocessed_obs)
         return features.float()
+
+    def _preprocess(self, obs: PyTorchObs) -> PyTorchObs:
+        if not (self.normalizes_image and isinstance(obs, th.Tensor)):
+            return preprocess_obs(obs, self.observation_space, normalize_images=self.normalize_images)
+        # The same in place: fewer large pieces of memory to ask for, and every integer to 255 is exact in bfloat16
+        dtype = th.bfloat16 if self.mixed_precision else th.float32
+        return obs.to(dtype, copy=True).div_(255.0)
 
 
 class MlpPolicy(DQNPolicy):

@@ -15,23 +15,36 @@ class NipsCNN(BaseFeaturesExtractor):
     :param observation_space: images, channels first, shape ``(n_channels, height, width)``
     :param features_dim: number of hidden units
     :param normalized_image: whether the images are normalized already, see SB3's ``NatureCNN``
+    :param layer_norm: whether a ``LayerNorm`` stands before each ReLU, as in PQN's network (Gallici et al. 2025)
     :raises ValueError: if the observations are not images
     """
 
-    def __init__(self, observation_space: spaces.Box, features_dim: int = 256, normalized_image: bool = False) -> None:
+    def __init__(
+        self,
+        observation_space: spaces.Box,
+        features_dim: int = 256,
+        normalized_image: bool = False,
+        layer_norm: bool = False,
+    ) -> None:
         super().__init__(observation_space, features_dim)
         if not is_image_space(observation_space, check_channels=False, normalized_image=normalized_image):
             raise ValueError(f"NipsCNN needs images (uint8, or normalized_image=True), got {observation_space}")
-        self.cnn = nn.Sequential(
+        images = th.as_tensor(observation_space.sample()[None]).float()
+        convolutions = (
             nn.Conv2d(observation_space.shape[0], 16, kernel_size=8, stride=4),
-            nn.ReLU(),
             nn.Conv2d(16, 32, kernel_size=4, stride=2),
-            nn.ReLU(),
-            nn.Flatten(),
         )
-        with th.no_grad():
-            n_flatten = self.cnn(th.as_tensor(observation_space.sample()[None]).float()).shape[1]
-        self.linear = nn.Sequential(nn.Linear(n_flatten, features_dim), nn.ReLU())
+        self.cnn = nn.Sequential()
+        for convolution in convolutions:
+            self.cnn.append(convolution)
+            if layer_norm:
+                self.cnn.append(nn.LayerNorm(self.cnn(images).shape[1:]))
+            self.cnn.append(nn.ReLU())
+        self.cnn.append(nn.Flatten())
+        self.linear = nn.Sequential(nn.Linear(self.cnn(images).shape[1], features_dim))
+        if layer_norm:
+            self.linear.append(nn.LayerNorm(features_dim))
+        self.linear.append(nn.ReLU())
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         """

@@ -164,9 +164,9 @@ def _refuse(reason: str) -> NoReturn:
 def make_engine(settings: AtariSettings) -> AtariVectorEnv:
     """
     :param settings: of an env
-    :return: an engine with one game and one thread, whose random generator is seeded from the system's entropy
+    :return: an engine with one game and one thread, to be reset with a seed first
     """
-    engine = AtariVectorEnv(
+    return AtariVectorEnv(
         settings.game,
         num_envs=1,
         num_threads=1,
@@ -186,8 +186,6 @@ def make_engine(settings: AtariSettings) -> AtariVectorEnv:
         reward_clipping=False,
         use_fire_reset=False,
     )
-    engine.reset(seed=int(np.random.default_rng().integers(2**31)))
-    return engine
 
 
 class AleLane:
@@ -202,13 +200,18 @@ class AleLane:
         self.settings = settings
         self.results_writer = results_writer
         self._start = time.time()
-        self.engine = make_engine(settings)
-        # Between send() and the end of receive()
-        self._is_stepping = False
         self._lives = 0
-        self._game_is_over = True
         self._return = 0.0
         self.reset_info: dict[str, Any] = {}
+        self._start_engine()
+
+    def _start_engine(self) -> None:
+        self.engine = make_engine(self.settings)
+        # A new engine's random generator is always the same; a seed makes it load the game anew, which takes its time
+        self._needs_seed = True
+        # Between send() and the end of receive()
+        self._is_stepping = False
+        self._game_is_over = True
 
     def reset(self, seed: int | None = None) -> np.ndarray:
         """
@@ -219,8 +222,7 @@ class AleLane:
         """
         if self._is_stepping:
             # Ctrl-C came in between: nobody knows whether an answer is on its way
-            self.engine = make_engine(self.settings)
-            self._is_stepping, self._game_is_over = False, True
+            self._start_engine()
         obs, info = self._begin_episode(seed)
         if self.settings.fires_after_reset:
             for action in (FIRE, SECOND_ACTION_AFTER_RESET):
@@ -239,6 +241,9 @@ class AleLane:
             obs, _, _, info = self._finish_step()
             if not self._game_is_over:
                 return obs, info
+        if seed is None and self._needs_seed:
+            seed = int(np.random.default_rng().integers(2**31))
+        self._needs_seed = False
         # SB3's seeds have 32 bits, the engine's 31
         observations, infos = self.engine.reset(seed=None if seed is None else seed % 2**31)
         info = {name: int(values[0]) for name, values in infos.items() if name != "env_id"}
