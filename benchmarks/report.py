@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
+from benchmarks import actor_learners
 from benchmarks.learning import RESULTS, Run
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +23,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "guid
 
 # A mean return that counts as having learned the task, by the result's folder
 THRESHOLDS = {"CartPole-v1": 475.0, "Acrobot-v1": -90.0, "MountainCar-v0": -120.0, "LunarLander-v3": 180.0}
+ATARI = {"PongNoFrameskip-v4": (0.0, 10.0, 18.0), "BreakoutNoFrameskip-v4": (10.0, 30.0, 100.0)}
 MINATAR = ("Breakout", "Asterix", "Freeway", "SpaceInvaders", "Seaquest")
 ALGORITHMS = {"async_one_step_q": "AsyncOneStepQ", "async_one_step_sarsa": "AsyncOneStepSarsa", "dqn": "DQN"}
 COLOURS = {"async_one_step_q": "C0", "async_one_step_sarsa": "C1", "dqn": "C7"}
@@ -49,15 +51,25 @@ def read_throughput(folder: Path = RESULTS) -> dict[str, Any]:
     return json.loads((folder / "throughput.json").read_text())
 
 
+def first_to_reach(run: Run, threshold: float) -> tuple[float, float]:
+    """
+    :param run: a run
+    :param threshold: mean return
+    :return: agent steps and seconds of the first checkpoint, or the end, that reached it, infinite if none did
+    """
+    returns = [*run.curve_returns, float(np.mean(run.final_returns))]
+    moments = zip([*run.curve_steps, run.n_steps], [*run.curve_seconds, run.seconds], strict=True)
+    reached = (moment for value, moment in zip(returns, moments, strict=True) if value >= threshold)
+    return next(reached, (float("inf"), float("inf")))
+
+
 def seconds_to(run: Run, threshold: float) -> float:
     """
     :param run: a run
     :param threshold: mean return
     :return: seconds to the first checkpoint, or the end, that reached it, infinite if none did
     """
-    returns = [*run.curve_returns, float(np.mean(run.final_returns))]
-    seconds = [*run.curve_seconds, run.seconds]
-    return next((time for value, time in zip(returns, seconds, strict=True) if value >= threshold), float("inf"))
+    return first_to_reach(run, threshold)[1]
 
 
 def format_score(runs: Sequence[Run]) -> str:
@@ -144,6 +156,38 @@ def minatar_table(runs: Runs) -> list[str]:
     return lines
 
 
+def atari_table(runs: Runs) -> list[str]:
+    """
+    :param runs: all of them
+    :return: lines of a table in Markdown, one for each training
+    """
+    lines = [
+        "| game | algorithm | seed | mean return | million steps | hours | million steps (hours) to a mean return of |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for env_id, thresholds in ATARI.items():
+        for algo, name in ALGORITHMS.items():
+            for run in runs.get(env_id, {}).get(algo, []):
+                seed = run.command.split("--seed ")[1].split()[0]
+                score = f"{np.mean(run.final_returns):.1f} ± {np.std(run.final_returns):.1f}"
+                cells = [env_id, name, seed, score, f"{run.n_steps / 1e6:.1f}", f"{run.seconds / 3600:.1f}"]
+                cells += ["; ".join(format_moment(run, threshold) for threshold in thresholds)]
+                lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def format_moment(run: Run, threshold: float) -> str:
+    """
+    :param run: a run
+    :param threshold: mean return
+    :return: the threshold, with the steps and hours to it
+    """
+    steps, seconds = first_to_reach(run, threshold)
+    if not np.isfinite(steps):
+        return f"{threshold:g}: not reached"
+    return f"{threshold:g}: {steps / 1e6:.1f} ({seconds / 3600:.1f})"
+
+
 def speed_table(speeds: dict[str, list[float]], reference: str) -> list[str]:
     """
     :param speeds: agent steps per second in several measurements, by contender
@@ -191,16 +235,19 @@ def make_learning_tables(runs: Runs) -> dict[str, list[str]]:
         "classic control": classic_control_table(runs),
         "classic control in short": short_table(runs),
         "MinAtar": minatar_table(runs),
+        "Atari": atari_table(runs),
     }
 
 
-def make_tables(runs: Runs, throughput: dict[str, Any]) -> dict[str, list[str]]:
+def make_tables() -> dict[str, list[str]]:
     """
-    :param runs: all of them
-    :param throughput: what ``benchmarks/throughput.py`` wrote
-    :return: the lines of all tables, by the names of their marks
+    :return: the lines of the tables of all results, by the names of their marks
     """
-    return {**make_learning_tables(runs), **make_speed_tables(throughput)}
+    return {
+        **make_learning_tables(read_runs()),
+        **make_speed_tables(read_throughput()),
+        "actor-learners": actor_learners.make_table(actor_learners.read_all()),
+    }
 
 
 def draw_speeds(throughput: dict[str, Any], path: Path) -> None:
@@ -233,12 +280,13 @@ def draw_curves(env_id: str, groups: dict[str, list[Run]], path: Path) -> None:
     :param path: of the picture
     """
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
+    time_unit, seconds_in_it = ("hours", 3600) if env_id in ATARI else ("seconds", 1)
     for algo, name in ALGORITHMS.items():
         if algo not in groups:
             continue
         runs = groups[algo]
-        for axis, attribute in zip(axes, ("curve_steps", "curve_seconds"), strict=True):
-            positions = [np.array(getattr(run, attribute), dtype=float) for run in runs]
+        for axis, attribute, unit in zip(axes, ("curve_steps", "curve_seconds"), (1, seconds_in_it), strict=True):
+            positions = [np.array(getattr(run, attribute)) / unit for run in runs]
             grid = np.linspace(max(p[0] for p in positions), min(p[-1] for p in positions), 50)
             curves = [np.interp(grid, p, run.curve_returns) for p, run in zip(positions, runs, strict=True)]
             mean = np.mean(curves, axis=0)
@@ -247,7 +295,7 @@ def draw_curves(env_id: str, groups: dict[str, list[Run]], path: Path) -> None:
             axis.plot(grid, mean, color=COLOURS[algo], label=f"{name}, {len(runs)} seeds")
             axis.fill_between(grid, mean - band, mean + band, color=COLOURS[algo], alpha=0.2, linewidth=0)
     axes[0].set(xlabel="agent steps", ylabel="mean return", title=env_id)
-    axes[1].set(xlabel="seconds")
+    axes[1].set(xlabel=time_unit)
     for axis in axes:
         if env_id in THRESHOLDS:
             axis.axhline(THRESHOLDS[env_id], color="black", linewidth=0.8, linestyle=":")
@@ -272,16 +320,16 @@ def insert_table(text: str, name: str, lines: list[str]) -> str:
 
 def main() -> None:
     """Write all tables and pictures."""
-    runs, throughput = read_runs(), read_throughput()
-    tables = make_tables(runs, throughput)
+    tables = make_tables()
     for page in PAGES:
         text = page.read_text()
         for name, lines in tables.items():
             text = insert_table(text, name, lines)
         page.write_text(text)
-    for env_id, groups in runs.items():
+    for env_id, groups in read_runs().items():
         draw_curves(env_id, groups, PICTURES / f"{env_id}.png")
-    draw_speeds(throughput, PICTURES / "throughput.png")
+    draw_speeds(read_throughput(), PICTURES / "throughput.png")
+    actor_learners.draw(actor_learners.read_all(), PICTURES / "actor_learners.png")
 
 
 if __name__ == "__main__":

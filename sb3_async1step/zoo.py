@@ -29,7 +29,10 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
 from sb3_async1step.common.optimizers import SharedRMSprop
 
-ALGORITHMS = {"async_one_step_q": AsyncOneStepQ, "async_one_step_sarsa": AsyncOneStepSarsa}
+ALGORITHMS: dict[str, type[AsyncOneStepQ] | type[AsyncOneStepSarsa]] = {
+    "async_one_step_q": AsyncOneStepQ,
+    "async_one_step_sarsa": AsyncOneStepSarsa,
+}
 OPTIMIZERS = {"shared_rmsprop": SharedRMSprop, "adam": th.optim.Adam}
 
 # Modules of rl_zoo3 that are scripts

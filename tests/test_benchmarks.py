@@ -2,17 +2,20 @@
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
 
+from benchmarks import actor_learners
 from benchmarks.learning import Run, SavedModel, find_checkpoints, find_parts, list_saved, result_path, run_and_evaluate
 from benchmarks.pqn import PQN
 from benchmarks.report import draw_curves, insert_table, make_learning_tables, read_runs, seconds_to
 from sb3_async1step.zoo import register
+
+SETTING = ("a worker for each", 2, 1)
 
 
 def make_run(curve=(100.0, 480.0, 470.0), final=(490.0, 500.0), seconds=40.0):
@@ -62,6 +65,14 @@ def test_tables_and_curves(tmp_path):
     )
     write(make_run(seconds=60.0), tmp_path, "CartPole-v1", "async_one_step_q", 3)
     write(make_run(final=(10.0, 11.0)), tmp_path, "MinAtar/Breakout-v0", "async_one_step_sarsa", 1)
+    for algo, curve, final, seconds in [
+        ("async_one_step_q", (-21.0, 1.0, -1.0), (19.0, 21.0), 7200.0),
+        ("dqn", (-21.0, -1.0, 0.0), (-3.0,), 3600.0),
+    ]:
+        run = make_run(curve, final, seconds)
+        run.command += " --seed 7 -n 1000000"
+        run.curve_seconds = [900.0, 1800.0, 2880.0]
+        write(run, tmp_path, "PongNoFrameskip-v4", algo, 7)
     runs = read_runs(tmp_path)
     tables = make_learning_tables(runs)
     assert tables["classic control"][2:] == [
@@ -72,10 +83,46 @@ def test_tables_and_curves(tmp_path):
         "| Acrobot-v1 (-90) |  |  |  |",
     ]
     assert tables["MinAtar"][2:] == ["| Breakout | AsyncOneStepSarsa | 1 | 10.5 ± 0.0 | 1 000 000 | 40 |"]
-    assert set(runs) == {"CartPole-v1", "MinAtar-Breakout-v0"}
+    start = "| PongNoFrameskip-v4"
+    assert tables["Atari"][2:] == [
+        f"{start} | AsyncOneStepQ | 7 | 20.0 ± 1.0 | 1.0 | 2.0 | 0: 0.5 (0.5); 10: 1.0 (2.0); 18: 1.0 (2.0) |",
+        f"{start} | DQN | 7 | -3.0 ± 0.0 | 1.0 | 1.0 | 0: 0.8 (0.8); 10: not reached; 18: not reached |",
+    ]
+    assert set(runs) == {"CartPole-v1", "MinAtar-Breakout-v0", "PongNoFrameskip-v4"}
     for env_id, groups in runs.items():
         draw_curves(env_id, groups, tmp_path / f"{env_id}.png")
     assert (tmp_path / "CartPole-v1.png").stat().st_size > 5000
+
+
+def test_study_of_actor_learners(tmp_path, monkeypatch):
+    """What was measured is not measured again; medians over the seeds, and gains over a single actor-learner."""
+    path = tmp_path / actor_learners.results_path("CartPole-v1", "async_one_step_q").name
+    steps = {1: (900, 1000, 1200), 2: (400, 500, 800), 4: (250, 250, float("inf"))}
+    for n_lanes, values in steps.items():
+        for seed, value in enumerate(values):
+            setting = actor_learners.Setting("one worker", n_lanes, seed)
+            measurement = actor_learners.Measurement(setting, value, value / 10, "2026-11-21", "x86_64, 2 cores")
+            actor_learners.append_measurement(path, measurement)
+            assert actor_learners.read_measurements(path)[setting] == measurement
+    studies = actor_learners.read_all(tmp_path)
+    assert list(studies) == [("CartPole-v1", "async_one_step_q")]
+    start = "| CartPole-v1 | AsyncOneStepQ |"
+    assert actor_learners.make_table(studies)[2:5] == [
+        f"{start} 1 | 3 | 1 000 | 1.0 | 100 | 1.0 | 1 000 | 1.0 | 100 | 1.0 | 1.0 | 1.0 |",
+        f"{start} 2 | 3 | 500 | 2.0 | 50 | 2.0 | not reached |  | not reached |  | 1.5 | 3.0 |",
+        f"{start} 4 | 3 | 250 | 4.0 | 25 | 4.0 | not reached |  | not reached |  | 1.6 | 6.3 |",
+    ]
+    actor_learners.draw(studies, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 5000
+
+    task = replace(actor_learners.TASKS["CartPole-v1"], reference_score=15.0, exploration_steps=100, max_steps=10_000)
+    monkeypatch.setitem(actor_learners.TASKS, "CartPole-v1", task)
+    easy = actor_learners.measure("CartPole-v1", "async_one_step_sarsa", actor_learners.Setting(*SETTING))
+    # 100 episodes of at least 9 steps
+    assert 900 < easy.steps < 10_000 and easy.steps % 2 == 0 and 0 < easy.seconds < 100
+    hard = replace(task, reference_score=501.0, max_steps=200)
+    monkeypatch.setitem(actor_learners.TASKS, "CartPole-v1", hard)
+    assert actor_learners.measure("CartPole-v1", "async_one_step_q", easy.setting).steps == float("inf")
 
 
 def test_tables_replace_what_was_between_the_marks():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.report import PAGES, insert_table, make_tables, read_runs, read_throughput
+from benchmarks.report import PAGES, insert_table, make_tables
 from sb3_async1step import AsyncOneStepQ
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +63,7 @@ def test_commands(path, tmp_path):
 
 
 def test_tables_are_those_of_the_results():
-    tables = make_tables(read_runs(), read_throughput())
+    tables = make_tables()
     for page in PAGES:
         text = page.read_text()
         for name, lines in tables.items():

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from sb3_async1step.common.actor_learner import ActorLearner, Transitions, WorkerState
 from sb3_async1step.common.exploration import BehaviourPolicy, ExplorationSchedule, allot_final_epsilons
+from sb3_async1step.common.heap import keep_freed_memory
 from sb3_async1step.common.intra_op_threads import count_usable_cores, intra_op_threads_for
 from sb3_async1step.common.model_file import check_saved_model, write_atomically
 from sb3_async1step.common.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
@@ -359,6 +360,8 @@ class AsyncAlgorithm(BaseAlgorithm):
         workers = self._make_workers(parts, groups, schedule)
         on_threads = self.backend == "threads" and len(workers) > 1
         make_pool = WORKER_POOLS["threads" if on_threads else "serial"]
+        if on_threads:
+            keep_freed_memory()
         with intra_op_threads_for(len(workers) if on_threads else 1):
             try:
                 self._pool = pool = make_pool(workers, self.num_timesteps, total_timesteps)

@@ -1,0 +1,302 @@
+"""
+Environment steps and seconds to a reference score against the number of actor-learners: the paper's Table 2.
+
+``python -m benchmarks.actor_learners --algo async_one_step_q --env CartPole-v1 --seeds 1 2 3 4 5``
+
+The actor-learners are lanes of one worker, or each has a worker (a thread) of its own, as in the paper. All else is
+the same for all numbers of them. Each training ends when the mean return of its last 100 episodes, exploration
+included, reaches the reference score. What is in the results' file already is not measured again, so that an
+interrupted study goes on. ``python -m benchmarks.report`` makes the table and the picture.
+"""
+
+import argparse
+import csv
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass, fields
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from stable_baselines3.common.env_util import make_vec_env
+
+from benchmarks.learning import RESULTS
+from sb3_async1step import MinAtarCNN
+from sb3_async1step.common.intra_op_threads import count_usable_cores
+from sb3_async1step.zoo import ALGORITHMS, register_minatar
+
+FOLDER = RESULTS / "actor_learners"
+N_ACTOR_LEARNERS = (1, 2, 4, 8, 16)
+LAYOUTS = ("one worker", "a worker for each")
+# Table 2 there: how many times less time several actor-learners, each on a core of its own, took than one
+PAPER_SPEEDUPS = {
+    "async_one_step_q": (1.0, 3.0, 6.3, 13.3, 24.1),
+    "async_one_step_sarsa": (1.0, 2.8, 5.9, 13.1, 22.1),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    What is to be learned, and the parameters that differ from the algorithms' defaults.
+
+    :param reference_score: mean return of the last 100 episodes at which a training ends
+    :param max_steps: environment steps at which it is given up
+    :param exploration_steps: environment steps over which epsilon is annealed, to 0.1 in all lanes
+    :param parameters: of the algorithm
+    """
+
+    reference_score: float
+    max_steps: int
+    exploration_steps: int
+    parameters: dict[str, Any]
+
+
+TASKS = {
+    "CartPole-v1": Task(
+        reference_score=195.0,
+        max_steps=300_000,
+        exploration_steps=20_000,
+        parameters={
+            "policy": "MlpPolicy",
+            "learning_rate": 1e-3,
+            "target_update_interval": 500,
+            "policy_kwargs": {"net_arch": [64, 64], "layer_norm": True},
+        },
+    ),
+    "MinAtar/Breakout-v0": Task(
+        reference_score=3.0,
+        max_steps=1_000_000,
+        exploration_steps=100_000,
+        parameters={
+            "policy": "CnnPolicy",
+            "learning_rate": 1e-3,
+            "target_update_interval": 2000,
+            "policy_kwargs": {"features_extractor_class": MinAtarCNN},
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """
+    :param layout: of ``LAYOUTS``
+    :param n_lanes: number of actor-learners
+    :param seed: of the training
+    """
+
+    layout: str
+    n_lanes: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """
+    :param setting: of the training
+    :param steps: environment steps to the reference score, infinite if they did not suffice
+    :param seconds: likewise
+    :param date: when it was measured
+    :param hardware: on what
+    """
+
+    setting: Setting
+    steps: float
+    seconds: float
+    date: str
+    hardware: str
+
+
+COLUMNS = [field.name for kind in (Setting, Measurement) for field in fields(kind) if field.name != "setting"]
+
+
+def results_path(env_id: str, algo: str) -> Path:
+    """
+    :param env_id: Gymnasium's id
+    :param algo: the Zoo's id
+    :return: file of the measurements
+    """
+    return FOLDER / f"{env_id.replace('/', '-')}_{algo}.csv"
+
+
+def read_measurements(path: Path) -> dict[Setting, Measurement]:
+    """
+    :param path: file of the measurements
+    :return: the measurements
+    """
+    if not path.exists():
+        return {}
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    measurements = [
+        Measurement(
+            setting=Setting(row["layout"], int(row["n_lanes"]), int(row["seed"])),
+            steps=float(row["steps"]),
+            seconds=float(row["seconds"]),
+            date=row["date"],
+            hardware=row["hardware"],
+        )
+        for row in rows
+    ]
+    return {measurement.setting: measurement for measurement in measurements}
+
+
+def append_measurement(path: Path, measurement: Measurement) -> None:
+    """
+    :param path: file of the measurements
+    :param measurement: a new one
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.writer(file)
+        if is_new:
+            writer.writerow(COLUMNS)
+        _, *figures = astuple(measurement)
+        writer.writerow([*asdict(measurement.setting).values(), *figures])
+
+
+def read_all(folder: Path = FOLDER) -> dict[tuple[str, str], list[Measurement]]:
+    """
+    :param folder: of the files
+    :return: the measurements by environment and algorithm, those tasks and algorithms only that have some
+    """
+    paths = {(env_id, algo): folder / results_path(env_id, algo).name for env_id in TASKS for algo in ALGORITHMS}
+    return {key: list(read_measurements(path).values()) for key, path in paths.items() if path.exists()}
+
+
+def median_of(measurements: Sequence[Measurement], figure: str, layout: str, n_lanes: int) -> float:
+    """
+    :param measurements: of one task and algorithm
+    :param figure: ``"steps"`` or ``"seconds"``
+    :param layout: of ``LAYOUTS``; for a single actor-learner there is no difference
+    :param n_lanes: number of actor-learners
+    :return: median over the seeds, NaN if there are none
+    """
+    layouts = (layout,) if n_lanes > 1 else LAYOUTS
+    chosen = [m for m in measurements if m.setting.layout in layouts and m.setting.n_lanes == n_lanes]
+    return float(np.median([getattr(m, figure) for m in chosen])) if chosen else np.nan
+
+
+def make_table(studies: dict[tuple[str, str], list[Measurement]]) -> list[str]:
+    """
+    :param studies: see :func:`read_all`
+    :return: lines of a table in Markdown
+    """
+    lines = [
+        "| environment | algorithm | actor-learners | seeds | steps, one worker | gain | seconds | faster "
+        "| steps, a worker for each | gain | seconds | faster | gain in the paper | faster in the paper |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (env_id, algo), measurements in studies.items():
+        for n_lanes, paper in zip(N_ACTOR_LEARNERS, PAPER_SPEEDUPS[algo], strict=True):
+            seeds = {m.setting.seed for m in measurements if m.setting.n_lanes == n_lanes}
+            cells = [env_id, ALGORITHMS[algo].__name__, n_lanes, len(seeds)]
+            for layout in LAYOUTS:
+                for figure in ("steps", "seconds"):
+                    median = median_of(measurements, figure, layout, n_lanes)
+                    gain = median_of(measurements, figure, layout, 1) / median
+                    is_known = np.isfinite(median)
+                    cells += [f"{median:,.0f}".replace(",", " ") if is_known else "not reached"]
+                    cells += [f"{gain:.1f}" if is_known else ""]
+            lines.append("| " + " | ".join(map(str, [*cells, f"{paper / n_lanes:.1f}", paper])) + " |")
+    return lines
+
+
+def draw(studies: dict[tuple[str, str], list[Measurement]], path: Path) -> None:
+    """
+    Draw the gain in data efficiency: steps of one actor-learner by steps of several.
+
+    :param studies: see :func:`read_all`
+    :param path: of the picture
+    """
+    figure, axes = plt.subplots(1, len(studies), figsize=(3 * len(studies), 3.2), layout="constrained", squeeze=False)
+    for axis, ((env_id, algo), measurements) in zip(axes[0], studies.items(), strict=True):
+        for layout in LAYOUTS:
+            steps = [median_of(measurements, "steps", layout, n_lanes) for n_lanes in N_ACTOR_LEARNERS]
+            axis.plot(N_ACTOR_LEARNERS, steps[0] / np.array(steps), marker="o", label=layout)
+        gains = np.array(PAPER_SPEEDUPS[algo]) / N_ACTOR_LEARNERS
+        axis.plot(N_ACTOR_LEARNERS, gains, color="black", linestyle=":", label="paper, 7 Atari games")
+        axis.set(xscale="log", title=f"{env_id}\n{ALGORITHMS[algo].__name__}", xlabel="actor-learners")
+        axis.set_xticks(N_ACTOR_LEARNERS, [str(n_lanes) for n_lanes in N_ACTOR_LEARNERS])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("gain in data efficiency")
+    axes[0][0].legend(fontsize="small")
+    figure.savefig(path, dpi=90, metadata={"Software": None})
+    plt.close(figure)
+
+
+def list_settings(seeds: Sequence[int]) -> list[Setting]:
+    """
+    :param seeds: of the trainings
+    :return: what there is to measure; a single actor-learner has one layout only
+    """
+    return [
+        Setting(layout, n_lanes, seed)
+        for seed in seeds
+        for n_lanes in N_ACTOR_LEARNERS
+        for layout in (LAYOUTS if n_lanes > 1 else LAYOUTS[:1])
+    ]
+
+
+def measure(env_id: str, algo: str, setting: Setting) -> Measurement:
+    """
+    Train until the reference score is reached.
+
+    :param env_id: Gymnasium's id
+    :param algo: the Zoo's id
+    :param setting: of the training
+    :return: what it took
+    """
+    task = TASKS[env_id]
+    model = ALGORITHMS[algo](
+        env=make_vec_env(env_id, n_envs=setting.n_lanes, seed=setting.seed, env_kwargs={"render_mode": None}),
+        n_workers=1 if setting.layout == "one worker" else setting.n_lanes,
+        exploration_fraction=task.exploration_steps / task.max_steps,
+        exploration_final_eps=0.1,
+        seed=setting.seed,
+        **task.parameters,
+    )
+
+    def is_not_there_yet(locals_: dict[str, Any], globals_: dict[str, Any]) -> bool:
+        episodes = model.ep_info_buffer
+        assert episodes is not None
+        is_there = len(episodes) == 100 and np.mean([episode["r"] for episode in episodes]) >= task.reference_score
+        return not is_there
+
+    start = time.perf_counter()
+    model.learn(task.max_steps, callback=is_not_there_yet)
+    seconds = round(time.perf_counter() - start, 1)
+    reached = not is_not_there_yet({}, {})
+    return Measurement(
+        setting,
+        steps=model.num_timesteps if reached else np.inf,
+        seconds=seconds if reached else np.inf,
+        date=str(date.today()),
+        hardware=f"{platform.machine()}, {count_usable_cores()} cores",
+    )
+
+
+def main() -> None:
+    """Measure all that the results' file does not have yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--algo", required=True, choices=ALGORITHMS)
+    parser.add_argument("--env", required=True, choices=TASKS)
+    parser.add_argument("--seeds", type=int, nargs="+", required=True)
+    arguments = parser.parse_args()
+    register_minatar()
+    path = results_path(arguments.env, arguments.algo)
+    for setting in list_settings(arguments.seeds):
+        if setting not in read_measurements(path):
+            measurement = measure(arguments.env, arguments.algo, setting)
+            append_measurement(path, measurement)
+            print(*asdict(setting).values(), measurement.steps, measurement.seconds, flush=True)
+
+
+if __name__ == "__main__":
+    main()
