@@ -5,6 +5,8 @@ ENV = PongNoFrameskip-v4
 STEPS =
 # Further options of `sb3-async1step train` or `enjoy`
 OPTIONS =
+# Atari's games run in ale_py's C++ engine
+VEC_ENV = $(if $(findstring NoFrameskip-v4,$(ENV)),--vec-env ale)
 
 PYTHON = python3
 BIN = .venv/bin
@@ -13,7 +15,8 @@ INSTALLED = .venv/installed
 .PHONY: train enjoy test test-slow lint type docs bench report
 
 train: $(INSTALLED)
-	$(BIN)/sb3-async1step train --algo $(ALGO) --env $(ENV) $(if $(STEPS),--n-timesteps $(STEPS)) --progress $(OPTIONS)
+	$(BIN)/sb3-async1step train --algo $(ALGO) --env $(ENV) $(if $(STEPS),--n-timesteps $(STEPS)) --progress \
+		$(VEC_ENV) $(OPTIONS)
 
 enjoy: $(INSTALLED)
 	$(BIN)/sb3-async1step enjoy --algo $(ALGO) --env $(ENV) --folder logs $(OPTIONS)

@@ -15,7 +15,9 @@ class NipsCNN(BaseFeaturesExtractor):
     :param observation_space: images, channels first, shape ``(n_channels, height, width)``
     :param features_dim: number of hidden units
     :param normalized_image: whether the images are normalized already, see SB3's ``NatureCNN``
-    :param layer_norm: whether a ``LayerNorm`` stands before each ReLU, as in PQN's network (Gallici et al. 2025)
+    :param layer_norm: whether a ``LayerNorm`` stands before each ReLU, as in PQN's network (Gallici et al. 2025), and
+        one without parameters at the input: a background that is not black moves all of a filter's weights together,
+        until the filter's ReLU is dead
     :raises ValueError: if the observations are not images
     """
 
@@ -35,6 +37,8 @@ class NipsCNN(BaseFeaturesExtractor):
             nn.Conv2d(16, 32, kernel_size=4, stride=2),
         )
         self.cnn = nn.Sequential()
+        if layer_norm:
+            self.cnn.append(nn.LayerNorm(observation_space.shape, elementwise_affine=False))
         for convolution in convolutions:
             self.cnn.append(convolution)
             if layer_norm:
