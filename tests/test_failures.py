@@ -152,6 +152,20 @@ def test_ctrl_c(algorithm, workers, seconds, tmp_path):
     assert_goes_on(model, tmp_path)
 
 
+def test_ctrl_c_while_gradients_are_switched_off(algorithm, workers, tmp_path):
+    """Between the two halves of a ``th.no_grad()`` block, when nothing would switch them on again."""
+
+    def press_ctrl_c(locals_, globals_):
+        th.set_grad_enabled(False)
+        raise KeyboardInterrupt
+
+    model = algorithm("MlpPolicy", make_env(3), **workers)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(10**9, callback=press_ctrl_c)
+    assert th.is_grad_enabled()
+    assert_goes_on(model, tmp_path)
+
+
 def test_ctrl_c_in_a_callback(algorithm, workers, tmp_path):
     def press_ctrl_c(locals_, globals_):
         os.kill(os.getpid(), signal.SIGINT)

@@ -362,7 +362,8 @@ class AsyncAlgorithm(BaseAlgorithm):
         make_pool = WORKER_POOLS["threads" if on_threads else "serial"]
         if on_threads:
             keep_freed_memory()
-        with intra_op_threads_for(len(workers) if on_threads else 1):
+        # Ctrl-C between the two halves of a th.no_grad() block leaves the process without gradients
+        with th.enable_grad(), intra_op_threads_for(len(workers) if on_threads else 1):
             try:
                 self._pool = pool = make_pool(workers, self.num_timesteps, total_timesteps)
                 self._lookers.wait_for_earlier_ones(pool)
