@@ -11,7 +11,6 @@ interrupted study goes on. ``python -m benchmarks.report`` makes the table and t
 
 import argparse
 import csv
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, fields
@@ -19,23 +18,16 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from stable_baselines3.common.env_util import make_vec_env
 
-from benchmarks.learning import RESULTS
+from benchmarks.learning import RESULTS, describe_hardware
 from sb3_async1step import MinAtarCNN
-from sb3_async1step.common.intra_op_threads import count_usable_cores
 from sb3_async1step.zoo import ALGORITHMS, register_minatar
 
 FOLDER = RESULTS / "actor_learners"
 N_ACTOR_LEARNERS = (1, 2, 4, 8, 16)
 LAYOUTS = ("one worker", "a worker for each")
-# Table 2 there: how many times less time several actor-learners, each on a core of its own, took than one
-PAPER_SPEEDUPS = {
-    "async_one_step_q": (1.0, 3.0, 6.3, 13.3, 24.1),
-    "async_one_step_sarsa": (1.0, 2.8, 5.9, 13.1, 22.1),
-}
 
 
 @dataclass(frozen=True)
@@ -169,68 +161,6 @@ def read_all(folder: Path = FOLDER) -> dict[tuple[str, str], list[Measurement]]:
     return {key: list(read_measurements(path).values()) for key, path in paths.items() if path.exists()}
 
 
-def median_of(measurements: Sequence[Measurement], figure: str, layout: str, n_lanes: int) -> float:
-    """
-    :param measurements: of one task and algorithm
-    :param figure: ``"steps"`` or ``"seconds"``
-    :param layout: of ``LAYOUTS``; for a single actor-learner there is no difference
-    :param n_lanes: number of actor-learners
-    :return: median over the seeds, NaN if there are none
-    """
-    layouts = (layout,) if n_lanes > 1 else LAYOUTS
-    chosen = [m for m in measurements if m.setting.layout in layouts and m.setting.n_lanes == n_lanes]
-    return float(np.median([getattr(m, figure) for m in chosen])) if chosen else np.nan
-
-
-def make_table(studies: dict[tuple[str, str], list[Measurement]]) -> list[str]:
-    """
-    :param studies: see :func:`read_all`
-    :return: lines of a table in Markdown
-    """
-    lines = [
-        "| environment | algorithm | actor-learners | seeds | steps, one worker | gain | seconds | faster "
-        "| steps, a worker for each | gain | seconds | faster | gain in the paper | faster in the paper |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for (env_id, algo), measurements in studies.items():
-        for n_lanes, paper in zip(N_ACTOR_LEARNERS, PAPER_SPEEDUPS[algo], strict=True):
-            seeds = {m.setting.seed for m in measurements if m.setting.n_lanes == n_lanes}
-            cells = [env_id, ALGORITHMS[algo].__name__, n_lanes, len(seeds)]
-            for layout in LAYOUTS:
-                for figure in ("steps", "seconds"):
-                    median = median_of(measurements, figure, layout, n_lanes)
-                    gain = median_of(measurements, figure, layout, 1) / median
-                    is_known = np.isfinite(median)
-                    cells += [f"{median:,.0f}".replace(",", " ") if is_known else "not reached"]
-                    cells += [f"{gain:.1f}" if is_known else ""]
-            lines.append("| " + " | ".join(map(str, [*cells, f"{paper / n_lanes:.1f}", paper])) + " |")
-    return lines
-
-
-def draw(studies: dict[tuple[str, str], list[Measurement]], path: Path) -> None:
-    """
-    Draw the gain in data efficiency: steps of one actor-learner by steps of several.
-
-    :param studies: see :func:`read_all`
-    :param path: of the picture
-    """
-    figure, axes = plt.subplots(1, len(studies), figsize=(3 * len(studies), 3.2), layout="constrained", squeeze=False)
-    for axis, ((env_id, algo), measurements) in zip(axes[0], studies.items(), strict=True):
-        for layout in LAYOUTS:
-            steps = [median_of(measurements, "steps", layout, n_lanes) for n_lanes in N_ACTOR_LEARNERS]
-            axis.plot(N_ACTOR_LEARNERS, steps[0] / np.array(steps), marker="o", label=layout)
-        gains = np.array(PAPER_SPEEDUPS[algo]) / N_ACTOR_LEARNERS
-        axis.plot(N_ACTOR_LEARNERS, gains, color="black", linestyle=":", label="paper, 7 Atari games")
-        axis.set(xscale="log", title=f"{env_id}\n{ALGORITHMS[algo].__name__}", xlabel="actor-learners")
-        axis.set_xticks(N_ACTOR_LEARNERS, [str(n_lanes) for n_lanes in N_ACTOR_LEARNERS])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("gain in data efficiency")
-    axes[0][0].legend(fontsize="small")
-    figure.savefig(path, dpi=90, metadata={"Software": None})
-    plt.close(figure)
-
-
 def list_settings(seeds: Sequence[int]) -> list[Setting]:
     """
     :param seeds: of the trainings
@@ -278,7 +208,7 @@ def measure(env_id: str, algo: str, setting: Setting) -> Measurement:
         steps=model.num_timesteps if reached else np.inf,
         seconds=seconds if reached else np.inf,
         date=str(date.today()),
-        hardware=f"{platform.machine()}, {count_usable_cores()} cores",
+        hardware=describe_hardware(),
     )
 
 

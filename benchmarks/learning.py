@@ -89,6 +89,13 @@ def result_path(results: Path, env_id: str, algo: str, seed: int) -> Path:
     return results / env_id.replace("/", "-") / f"{algo}_{seed}.json"
 
 
+def describe_hardware() -> str:
+    """
+    :return: processor and number of cores
+    """
+    return f"{platform.machine()}, {count_usable_cores()} cores"
+
+
 def find_parts(folder: Path) -> list[Path]:
     """
     :param folder: for the Zoo's logs of one training
@@ -229,7 +236,7 @@ def run_and_evaluate(env_id: str, algo: str, options: list[str], n_steps: int, n
     return Run(
         command=" ".join(["sb3-async1step", "train", *options, "-n", str(n_steps)]),
         date=str(date.today()),
-        hardware=f"{platform.machine()}, {count_usable_cores()} cores",
+        hardware=describe_hardware(),
         versions={name: version(name) for name in ("stable-baselines3", "torch", "gymnasium", "rl_zoo3")},
         n_steps=model.num_timesteps,
         n_env_steps=int(sum(load_results(str(part))["l"].sum() for part in parts)),

@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks import actor_learners
+from benchmarks.actor_learners import LAYOUTS, N_ACTOR_LEARNERS, Measurement, read_all
 from benchmarks.learning import RESULTS, Run
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +27,11 @@ ATARI = {"PongNoFrameskip-v4": (0.0, 10.0, 18.0), "BreakoutNoFrameskip-v4": (10.
 MINATAR = ("Breakout", "Asterix", "Freeway", "SpaceInvaders", "Seaquest")
 ALGORITHMS = {"async_one_step_q": "AsyncOneStepQ", "async_one_step_sarsa": "AsyncOneStepSarsa", "dqn": "DQN"}
 COLOURS = {"async_one_step_q": "C0", "async_one_step_sarsa": "C1", "dqn": "C7"}
+# Table 2 of the paper: how many times less time several actor-learners, each on a core of its own, took than one
+PAPER_SPEEDUPS = {
+    "async_one_step_q": (1.0, 3.0, 6.3, 13.3, 24.1),
+    "async_one_step_sarsa": (1.0, 2.8, 5.9, 13.1, 22.1),
+}
 
 Runs = dict[str, dict[str, list[Run]]]
 
@@ -188,6 +193,44 @@ def format_moment(run: Run, threshold: float) -> str:
     return f"{threshold:g}: {steps / 1e6:.1f} ({seconds / 3600:.1f})"
 
 
+def median_of(measurements: Sequence[Measurement], figure: str, layout: str, n_lanes: int) -> float:
+    """
+    :param measurements: of one task and algorithm
+    :param figure: ``"steps"`` or ``"seconds"``
+    :param layout: of ``LAYOUTS``; for a single actor-learner there is no difference
+    :param n_lanes: number of actor-learners
+    :return: median over the seeds, NaN if there are none
+    """
+    layouts = (layout,) if n_lanes > 1 else LAYOUTS
+    chosen = [m for m in measurements if m.setting.layout in layouts and m.setting.n_lanes == n_lanes]
+    return float(np.median([getattr(m, figure) for m in chosen])) if chosen else np.nan
+
+
+def actor_learners_table(studies: dict[tuple[str, str], list[Measurement]]) -> list[str]:
+    """
+    :param studies: see :func:`benchmarks.actor_learners.read_all`
+    :return: lines of a table in Markdown
+    """
+    lines = [
+        "| environment | algorithm | actor-learners | seeds | steps, one worker | gain | seconds | faster "
+        "| steps, a worker for each | gain | seconds | faster | gain in the paper | faster in the paper |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (env_id, algo), measurements in studies.items():
+        for n_lanes, paper in zip(N_ACTOR_LEARNERS, PAPER_SPEEDUPS[algo], strict=True):
+            seeds = {m.setting.seed for m in measurements if m.setting.n_lanes == n_lanes}
+            cells = [env_id, ALGORITHMS[algo], n_lanes, len(seeds)]
+            for layout in LAYOUTS:
+                for figure in ("steps", "seconds"):
+                    median = median_of(measurements, figure, layout, n_lanes)
+                    gain = median_of(measurements, figure, layout, 1) / median
+                    is_known = np.isfinite(median)
+                    cells += [format_count(median) if is_known else "not reached"]
+                    cells += [f"{gain:.1f}" if is_known else ""]
+            lines.append("| " + " | ".join(map(str, [*cells, f"{paper / n_lanes:.1f}", paper])) + " |")
+    return lines
+
+
 def speed_table(speeds: dict[str, list[float]], reference: str) -> list[str]:
     """
     :param speeds: agent steps per second in several measurements, by contender
@@ -246,7 +289,7 @@ def make_tables() -> dict[str, list[str]]:
     return {
         **make_learning_tables(read_runs()),
         **make_speed_tables(read_throughput()),
-        "actor-learners": actor_learners.make_table(actor_learners.read_all()),
+        "actor-learners": actor_learners_table(read_all()),
     }
 
 
@@ -267,6 +310,30 @@ def draw_speeds(throughput: dict[str, Any], path: Path) -> None:
     axes[1].minorticks_off()
     for axis in axes:
         axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=90, metadata={"Software": None})
+    plt.close(figure)
+
+
+def draw_actor_learners(studies: dict[tuple[str, str], list[Measurement]], path: Path) -> None:
+    """
+    Draw the gain in data efficiency: steps of one actor-learner by steps of several.
+
+    :param studies: see :func:`benchmarks.actor_learners.read_all`
+    :param path: of the picture
+    """
+    figure, axes = plt.subplots(1, len(studies), figsize=(3 * len(studies), 3.2), layout="constrained", squeeze=False)
+    for axis, ((env_id, algo), measurements) in zip(axes[0], studies.items(), strict=True):
+        for layout in LAYOUTS:
+            steps = [median_of(measurements, "steps", layout, n_lanes) for n_lanes in N_ACTOR_LEARNERS]
+            axis.plot(N_ACTOR_LEARNERS, steps[0] / np.array(steps), marker="o", label=layout)
+        gains = np.array(PAPER_SPEEDUPS[algo]) / N_ACTOR_LEARNERS
+        axis.plot(N_ACTOR_LEARNERS, gains, color="black", linestyle=":", label="paper, 7 Atari games")
+        axis.set(xscale="log", title=f"{env_id}\n{ALGORITHMS[algo]}", xlabel="actor-learners")
+        axis.set_xticks(N_ACTOR_LEARNERS, [str(n_lanes) for n_lanes in N_ACTOR_LEARNERS])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("gain in data efficiency")
+    axes[0][0].legend(fontsize="small")
     figure.savefig(path, dpi=90, metadata={"Software": None})
     plt.close(figure)
 
@@ -329,7 +396,8 @@ def main() -> None:
     for env_id, groups in read_runs().items():
         draw_curves(env_id, groups, PICTURES / f"{env_id}.png")
     draw_speeds(read_throughput(), PICTURES / "throughput.png")
-    actor_learners.draw(actor_learners.read_all(), PICTURES / "actor_learners.png")
+    if studies := read_all():
+        draw_actor_learners(studies, PICTURES / "actor_learners.png")
 
 
 if __name__ == "__main__":

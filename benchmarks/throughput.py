@@ -13,7 +13,6 @@ import functools
 import io
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -35,6 +34,7 @@ from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack
 
 from benchmarks import report
+from benchmarks.learning import describe_hardware
 from benchmarks.pqn import PQN
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
 from sb3_async1step.common.intra_op_threads import count_usable_cores
@@ -258,7 +258,7 @@ def main() -> None:
     results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
     results |= {
         "date": str(date.today()),
-        "hardware": f"{platform.machine()}, {count_usable_cores()} cores",
+        "hardware": describe_hardware(),
         "torch": th.__version__,
         "repeats": arguments.repeats,
         "seconds": arguments.seconds,

@@ -9,10 +9,18 @@ import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
 
-from benchmarks import actor_learners
+from benchmarks import actor_learners, report
 from benchmarks.learning import Run, SavedModel, find_checkpoints, find_parts, list_saved, result_path, run_and_evaluate
 from benchmarks.pqn import PQN
-from benchmarks.report import draw_curves, insert_table, make_learning_tables, read_runs, seconds_to
+from benchmarks.report import (
+    actor_learners_table,
+    draw_actor_learners,
+    draw_curves,
+    insert_table,
+    make_learning_tables,
+    read_runs,
+    seconds_to,
+)
 from sb3_async1step.zoo import register
 
 SETTING = ("a worker for each", 2, 1)
@@ -107,12 +115,12 @@ def test_study_of_actor_learners(tmp_path, monkeypatch):
     studies = actor_learners.read_all(tmp_path)
     assert list(studies) == [("CartPole-v1", "async_one_step_q")]
     start = "| CartPole-v1 | AsyncOneStepQ |"
-    assert actor_learners.make_table(studies)[2:5] == [
+    assert actor_learners_table(studies)[2:5] == [
         f"{start} 1 | 3 | 1 000 | 1.0 | 100 | 1.0 | 1 000 | 1.0 | 100 | 1.0 | 1.0 | 1.0 |",
         f"{start} 2 | 3 | 500 | 2.0 | 50 | 2.0 | not reached |  | not reached |  | 1.5 | 3.0 |",
         f"{start} 4 | 3 | 250 | 4.0 | 25 | 4.0 | not reached |  | not reached |  | 1.6 | 6.3 |",
     ]
-    actor_learners.draw(studies, tmp_path / "picture.png")
+    draw_actor_learners(studies, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 5000
 
     task = replace(actor_learners.TASKS["CartPole-v1"], reference_score=15.0, exploration_steps=100, max_steps=10_000)
@@ -123,6 +131,16 @@ def test_study_of_actor_learners(tmp_path, monkeypatch):
     hard = replace(task, reference_score=501.0, max_steps=200)
     monkeypatch.setitem(actor_learners.TASKS, "CartPole-v1", hard)
     assert actor_learners.measure("CartPole-v1", "async_one_step_q", easy.setting).steps == float("inf")
+
+
+def test_report_of_the_results_there_are(tmp_path, monkeypatch):
+    """Also while a study has no results yet."""
+    monkeypatch.setattr(report, "PAGES", ())
+    monkeypatch.setattr(report, "PICTURES", tmp_path)
+    monkeypatch.setattr(report, "read_all", dict)
+    report.main()
+    assert (tmp_path / "throughput.png").exists() and (tmp_path / "CartPole-v1.png").exists()
+    assert not (tmp_path / "actor_learners.png").exists()
 
 
 def test_tables_replace_what_was_between_the_marks():
