@@ -10,15 +10,15 @@ interrupted study goes on. ``python -m benchmarks.report`` makes the table and t
 """
 
 import argparse
-import csv
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from stable_baselines3.common.env_util import make_vec_env
 
 from benchmarks.learning import RESULTS, describe_hardware
@@ -73,8 +73,7 @@ TASKS = {
 }
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """
     :param layout: of ``LAYOUTS``
     :param n_lanes: number of actor-learners
@@ -86,24 +85,26 @@ class Setting:
     seed: int
 
 
-@dataclass(frozen=True)
-class Measurement:
+class Measurement(NamedTuple):
     """
-    :param setting: of the training
+    A row of the results' file.
+
+    :param layout: see :class:`Setting`
+    :param n_lanes: likewise
+    :param seed: likewise
     :param steps: environment steps to the reference score, infinite if they did not suffice
     :param seconds: likewise
     :param date: when it was measured
     :param hardware: on what
     """
 
-    setting: Setting
+    layout: str
+    n_lanes: int
+    seed: int
     steps: float
     seconds: float
     date: str
     hardware: str
-
-
-COLUMNS = [field.name for kind in (Setting, Measurement) for field in fields(kind) if field.name != "setting"]
 
 
 def results_path(env_id: str, algo: str) -> Path:
@@ -115,26 +116,12 @@ def results_path(env_id: str, algo: str) -> Path:
     return FOLDER / f"{env_id.replace('/', '-')}_{algo}.csv"
 
 
-def read_measurements(path: Path) -> dict[Setting, Measurement]:
+def read_measurements(path: Path) -> pd.DataFrame:
     """
     :param path: file of the measurements
-    :return: the measurements
+    :return: the measurements, none if there is no file
     """
-    if not path.exists():
-        return {}
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    measurements = [
-        Measurement(
-            setting=Setting(row["layout"], int(row["n_lanes"]), int(row["seed"])),
-            steps=float(row["steps"]),
-            seconds=float(row["seconds"]),
-            date=row["date"],
-            hardware=row["hardware"],
-        )
-        for row in rows
-    ]
-    return {measurement.setting: measurement for measurement in measurements}
+    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=Measurement._fields)
 
 
 def append_measurement(path: Path, measurement: Measurement) -> None:
@@ -143,22 +130,25 @@ def append_measurement(path: Path, measurement: Measurement) -> None:
     :param measurement: a new one
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.writer(file)
-        if is_new:
-            writer.writerow(COLUMNS)
-        _, *figures = astuple(measurement)
-        writer.writerow([*asdict(measurement.setting).values(), *figures])
+    pd.DataFrame([measurement]).to_csv(path, mode="a", header=not path.exists(), index=False)
 
 
-def read_all(folder: Path = FOLDER) -> dict[tuple[str, str], list[Measurement]]:
+def is_measured(measurements: pd.DataFrame, setting: Setting) -> bool:
+    """
+    :param measurements: see :func:`read_measurements`
+    :param setting: of a training
+    :return: whether they have it
+    """
+    return bool((measurements[list(Setting._fields)] == list(setting)).all(axis=1).any())
+
+
+def read_all(folder: Path = FOLDER) -> dict[tuple[str, str], pd.DataFrame]:
     """
     :param folder: of the files
     :return: the measurements by environment and algorithm, those tasks and algorithms only that have some
     """
     paths = {(env_id, algo): folder / results_path(env_id, algo).name for env_id in TASKS for algo in ALGORITHMS}
-    return {key: list(read_measurements(path).values()) for key, path in paths.items() if path.exists()}
+    return {key: read_measurements(path) for key, path in paths.items() if path.exists()}
 
 
 def list_settings(seeds: Sequence[int]) -> list[Setting]:
@@ -204,7 +194,7 @@ def measure(env_id: str, algo: str, setting: Setting) -> Measurement:
     seconds = round(time.perf_counter() - start, 1)
     reached = not is_not_there_yet({}, {})
     return Measurement(
-        setting,
+        *setting,
         steps=model.num_timesteps if reached else np.inf,
         seconds=seconds if reached else np.inf,
         date=str(date.today()),
@@ -222,10 +212,10 @@ def main() -> None:
     register_minatar()
     path = results_path(arguments.env, arguments.algo)
     for setting in list_settings(arguments.seeds):
-        if setting not in read_measurements(path):
+        if not is_measured(read_measurements(path), setting):
             measurement = measure(arguments.env, arguments.algo, setting)
             append_measurement(path, measurement)
-            print(*asdict(setting).values(), measurement.steps, measurement.seconds, flush=True)
+            print(*setting, measurement.steps, measurement.seconds, flush=True)
 
 
 if __name__ == "__main__":

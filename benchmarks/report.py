@@ -13,8 +13,9 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 
-from benchmarks.actor_learners import LAYOUTS, N_ACTOR_LEARNERS, Measurement, read_all
+from benchmarks.actor_learners import LAYOUTS, N_ACTOR_LEARNERS, read_all
 from benchmarks.learning import RESULTS, Run
 
 ROOT = Path(__file__).parent.parent
@@ -193,7 +194,7 @@ def format_moment(run: Run, threshold: float) -> str:
     return f"{threshold:g}: {steps / 1e6:.1f} ({seconds / 3600:.1f})"
 
 
-def median_of(measurements: Sequence[Measurement], figure: str, layout: str, n_lanes: int) -> float:
+def median_of(measurements: pd.DataFrame, figure: str, layout: str, n_lanes: int) -> float:
     """
     :param measurements: of one task and algorithm
     :param figure: ``"steps"`` or ``"seconds"``
@@ -202,11 +203,11 @@ def median_of(measurements: Sequence[Measurement], figure: str, layout: str, n_l
     :return: median over the seeds, NaN if there are none
     """
     layouts = (layout,) if n_lanes > 1 else LAYOUTS
-    chosen = [m for m in measurements if m.setting.layout in layouts and m.setting.n_lanes == n_lanes]
-    return float(np.median([getattr(m, figure) for m in chosen])) if chosen else np.nan
+    chosen = measurements.layout.isin(layouts) & (measurements.n_lanes == n_lanes)
+    return float(measurements.loc[chosen, figure].median())
 
 
-def actor_learners_table(studies: dict[tuple[str, str], list[Measurement]]) -> list[str]:
+def actor_learners_table(studies: dict[tuple[str, str], pd.DataFrame]) -> list[str]:
     """
     :param studies: see :func:`benchmarks.actor_learners.read_all`
     :return: lines of a table in Markdown
@@ -218,8 +219,8 @@ def actor_learners_table(studies: dict[tuple[str, str], list[Measurement]]) -> l
     ]
     for (env_id, algo), measurements in studies.items():
         for n_lanes, paper in zip(N_ACTOR_LEARNERS, PAPER_SPEEDUPS[algo], strict=True):
-            seeds = {m.setting.seed for m in measurements if m.setting.n_lanes == n_lanes}
-            cells = [env_id, ALGORITHMS[algo], n_lanes, len(seeds)]
+            n_seeds = measurements.seed[measurements.n_lanes == n_lanes].nunique()
+            cells = [env_id, ALGORITHMS[algo], n_lanes, n_seeds]
             for layout in LAYOUTS:
                 for figure in ("steps", "seconds"):
                     median = median_of(measurements, figure, layout, n_lanes)
@@ -314,7 +315,7 @@ def draw_speeds(throughput: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def draw_actor_learners(studies: dict[tuple[str, str], list[Measurement]], path: Path) -> None:
+def draw_actor_learners(studies: dict[tuple[str, str], pd.DataFrame], path: Path) -> None:
     """
     Draw the gain in data efficiency: steps of one actor-learner by steps of several.
 

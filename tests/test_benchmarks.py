@@ -23,7 +23,7 @@ from benchmarks.report import (
 )
 from sb3_async1step.zoo import register
 
-SETTING = ("a worker for each", 2, 1)
+SETTING = actor_learners.Setting("a worker for each", n_lanes=2, seed=1)
 
 
 def make_run(curve=(100.0, 480.0, 470.0), final=(490.0, 500.0), seconds=40.0):
@@ -109,9 +109,12 @@ def test_study_of_actor_learners(tmp_path, monkeypatch):
     for n_lanes, values in steps.items():
         for seed, value in enumerate(values):
             setting = actor_learners.Setting("one worker", n_lanes, seed)
-            measurement = actor_learners.Measurement(setting, value, value / 10, "2026-11-21", "x86_64, 2 cores")
+            assert not actor_learners.is_measured(actor_learners.read_measurements(path), setting)
+            measurement = actor_learners.Measurement(*setting, value, value / 10, "2026-11-21", "x86_64, 2 cores")
             actor_learners.append_measurement(path, measurement)
-            assert actor_learners.read_measurements(path)[setting] == measurement
+            measurements = actor_learners.read_measurements(path)
+            assert tuple(measurements.iloc[-1]) == measurement
+            assert actor_learners.is_measured(measurements, setting)
     studies = actor_learners.read_all(tmp_path)
     assert list(studies) == [("CartPole-v1", "async_one_step_q")]
     start = "| CartPole-v1 | AsyncOneStepQ |"
@@ -125,12 +128,12 @@ def test_study_of_actor_learners(tmp_path, monkeypatch):
 
     task = replace(actor_learners.TASKS["CartPole-v1"], reference_score=15.0, exploration_steps=100, max_steps=10_000)
     monkeypatch.setitem(actor_learners.TASKS, "CartPole-v1", task)
-    easy = actor_learners.measure("CartPole-v1", "async_one_step_sarsa", actor_learners.Setting(*SETTING))
+    easy = actor_learners.measure("CartPole-v1", "async_one_step_sarsa", SETTING)
     # 100 episodes of at least 9 steps
     assert 900 < easy.steps < 10_000 and easy.steps % 2 == 0 and 0 < easy.seconds < 100
     hard = replace(task, reference_score=501.0, max_steps=200)
     monkeypatch.setitem(actor_learners.TASKS, "CartPole-v1", hard)
-    assert actor_learners.measure("CartPole-v1", "async_one_step_q", easy.setting).steps == float("inf")
+    assert actor_learners.measure("CartPole-v1", "async_one_step_q", SETTING).steps == float("inf")
 
 
 def test_report_of_the_results_there_are(tmp_path, monkeypatch):
