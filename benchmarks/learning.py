@@ -4,7 +4,8 @@ Train with the RL Zoo, evaluate what it saved, and keep the figures in ``benchma
 ``python -m benchmarks.learning --algo async_one_step_q --env CartPole-v1 --seeds 1 2 3 4 5``
 
 The trainings themselves evaluate nothing, so that their seconds are those of learning alone; the Zoo saves a
-checkpoint now and then. Afterwards, each of these plays some episodes for the learning curve, and the last model 100.
+checkpoint now and then. Afterwards, each of these plays some episodes for the learning curve, and the last model 100,
+or in Atari's games as long as the Zoo's ``benchmark`` command lets it.
 A training that was interrupted goes on from its last checkpoint when the command is given again, and one that has
 ended is only evaluated again; remove its folder from the logs to repeat it.
 ``python -m benchmarks.report`` makes tables and pictures of the figures.
@@ -15,6 +16,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -41,6 +43,9 @@ from sb3_async1step.zoo import ALGORITHMS, hyperparams_path, register, register_
 RESULTS = Path(__file__).parent / "results"
 EVALUATION_SEED = 10_000
 N_FINAL_EPISODES = 100
+# Of the Zoo's benchmark: agent steps in all, and lanes that share them
+BENCHMARK_STEPS = 150_000
+BENCHMARK_LANES = 10
 # File with the peak memory of a training, in MiB
 PEAK_MEMORY = "peak_memory.txt"
 
@@ -212,13 +217,34 @@ def play(model: BaseAlgorithm, env: VecEnv, n_episodes: int, deterministic: bool
     return returns
 
 
-def run_and_evaluate(env_id: str, algo: str, options: list[str], n_steps: int, n_episodes: int, folder: Path) -> Run:
+def play_by_zoo(env_id: str, algo: str, folder: Path, n_steps: int) -> list[float]:
+    """
+    :param env_id: of an Atari game
+    :param algo: the Zoo's id
+    :param folder: of a training's logs
+    :param n_steps: agent steps
+    :return: return of each episode that the last model finishes in the Zoo's ``benchmark``
+    """
+    scores = folder / "benchmark"
+    # The command does not evaluate again what it finds there
+    shutil.rmtree(scores, ignore_errors=True)
+    command = [sys.executable, "-m", "sb3_async1step.zoo", "benchmark", "--no-hub", "--test-mode"]
+    command += ["--log-dir", str(folder), "--benchmark-dir", str(scores)]
+    command += ["--n-envs", str(BENCHMARK_LANES), "-n", str(n_steps // BENCHMARK_LANES)]
+    subprocess.run(command, check=True)
+    return load_results(str(scores / f"{algo}-{env_id}"))["r"].tolist()
+
+
+def run_and_evaluate(
+    env_id: str, algo: str, options: list[str], n_steps: int, n_episodes: int, n_benchmark_steps: int, folder: Path
+) -> Run:
     """
     :param env_id: Gymnasium's id
     :param algo: the Zoo's id
     :param options: of the Zoo's ``train``
     :param n_steps: agent steps
     :param n_episodes: episodes at each checkpoint
+    :param n_benchmark_steps: agent steps of the Zoo's benchmark, if it is an Atari game
     :param folder: for the Zoo's logs
     :return: the figures
     """
@@ -227,12 +253,16 @@ def run_and_evaluate(env_id: str, algo: str, options: list[str], n_steps: int, n
         train(options, n_steps, folder)
     parts = find_parts(folder)
     checkpoints, last = list_saved(parts, name)
+    is_atari = ExperimentManager.is_atari(env_id)
     # Atari's scores are those of policies that act at random now and then, in the Zoo as elsewhere
-    deterministic = not ExperimentManager.is_atari(env_id)
-    evaluate = partial(play, env=make_env(parts[-1], env_id, n_envs=20), deterministic=deterministic)
+    evaluate = partial(play, env=make_env(parts[-1], env_id, n_envs=20), deterministic=not is_atari)
     load = partial(ALGOS[algo].load, device="cpu")
     curve = [np.mean(evaluate(load(saved.path), n_episodes=n_episodes)) for saved in checkpoints.values()]
     model = load(last.path)
+    if is_atari:
+        final_returns = play_by_zoo(env_id, algo, folder, n_benchmark_steps)
+    else:
+        final_returns = evaluate(model, n_episodes=N_FINAL_EPISODES)
     return Run(
         command=" ".join(["sb3-async1step", "train", *options, "-n", str(n_steps)]),
         date=str(date.today()),
@@ -245,7 +275,7 @@ def run_and_evaluate(env_id: str, algo: str, options: list[str], n_steps: int, n
         curve_steps=list(checkpoints),
         curve_seconds=[saved.seconds for saved in checkpoints.values()],
         curve_returns=[round(float(value), 3) for value in curve],
-        final_returns=[round(value, 3) for value in evaluate(model, n_episodes=N_FINAL_EPISODES)],
+        final_returns=[round(value, 3) for value in final_returns],
     )
 
 
@@ -269,6 +299,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="agent steps, by default those of the hyperparameters' file")
     parser.add_argument("--checkpoints", type=int, default=20, help="how many models are saved on the way")
     parser.add_argument("--episodes", type=int, default=20, help="episodes that each of them plays")
+    parser.add_argument(
+        "--benchmark-steps", type=int, default=BENCHMARK_STEPS, help="agent steps of the Zoo's benchmark"
+    )
     parser.add_argument("--logs", type=Path, default=Path("logs/benchmarks"), help="folder for the Zoo's logs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
     arguments = parser.parse_args()
@@ -282,7 +315,9 @@ def main() -> None:
             options += ["--vec-env", "ale"]
         path = result_path(arguments.results, arguments.env, arguments.algo, seed)
         folder = arguments.logs / path.relative_to(arguments.results).with_suffix("")
-        run = run_and_evaluate(arguments.env, arguments.algo, options, n_steps, arguments.episodes, folder)
+        run = run_and_evaluate(
+            arguments.env, arguments.algo, options, n_steps, arguments.episodes, arguments.benchmark_steps, folder
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(run), indent=1) + "\n")
         mean = np.mean(run.final_returns)

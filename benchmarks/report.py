@@ -232,19 +232,28 @@ def actor_learners_table(studies: dict[tuple[str, str], pd.DataFrame]) -> list[s
     return lines
 
 
-def speed_table(speeds: dict[str, list[float]], reference: str) -> list[str]:
+def speed_table(contenders: dict[str, dict[str, Any]], reference: str) -> list[str]:
     """
-    :param speeds: agent steps per second in several measurements, by contender
+    :param contenders: what each contender did, see :meth:`benchmarks.throughput.Contender.stop`
     :param reference: the contender that the others are compared with
     :return: lines of a table in Markdown: medians, with the smallest and largest values, and their ratios
     """
-    lines = [f"| | steps/s | x {reference} |", "|---|---|---|"]
-    median_of_reference = statistics.median(speeds[reference])
-    for name, values in speeds.items():
-        median = statistics.median(values)
-        spread = f"{format_count(min(values))} to {format_count(max(values))}"
-        lines.append(f"| {name} | {format_count(median)} ({spread}) | {median / median_of_reference:.2f} |")
+    lines = [f"| | steps/s | x {reference} | MiB |", "|---|---|---|---|"]
+    medians = median_speeds(contenders)
+    for name, contender in contenders.items():
+        values = contender["steps_per_second"]
+        speed = f"{format_count(medians[name])} ({format_count(min(values))} to {format_count(max(values))})"
+        memory = format_count(contender["peak_memory_mib"])
+        lines.append(f"| {name} | {speed} | {medians[name] / medians[reference]:.2f} | {memory} |")
     return lines
+
+
+def median_speeds(contenders: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """
+    :param contenders: see :func:`speed_table`
+    :return: median of the agent steps per second of each
+    """
+    return {name: statistics.median(contender["steps_per_second"]) for name, contender in contenders.items()}
 
 
 def floor_table(floor: dict[str, float]) -> list[str]:
@@ -300,11 +309,11 @@ def draw_speeds(throughput: dict[str, Any], path: Path) -> None:
     :param path: of the picture
     """
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    contenders = {name: statistics.median(values) for name, values in throughput["contenders"].items()}
+    contenders = median_speeds(throughput["contenders"])
     axes[0].barh(list(contenders), list(contenders.values()))
     axes[0].invert_yaxis()
     axes[0].set(xlabel="agent steps per second", title="Learning on Pong, Nature CNN")
-    lanes = {int(name.split()[0]): statistics.median(values) for name, values in throughput["lanes"].items()}
+    lanes = {int(name.split()[0]): speed for name, speed in median_speeds(throughput["lanes"]).items()}
     axes[1].plot(list(lanes), list(lanes.values()), marker="o")
     axes[1].set(xscale="log", xlabel="lanes", ylabel="agent steps per second", title="AleVecEnv, n_workers='auto'")
     axes[1].set_xticks(list(lanes), [str(n) for n in lanes])

@@ -3,21 +3,25 @@ Agent steps per second while learning: on Pong with the Nature CNN next to SB3's
 and lanes, and next to the floor, the time that emulation and arithmetic alone take; on CartPole-v1 and LunarLander-v3
 next to DQN, all with the Zoo's hyperparameters.
 
-``make bench``, or ``python -m benchmarks.throughput``. The contenders of a comparison take turns within each repeat, so
-that a slow phase of the machine hits all of them; what counts are the medians and their ratios. Prints tables, and
-writes them to ``benchmarks/results/throughput.json`` and, as ``make report`` does, to the docs.
+``make bench``, or ``python -m benchmarks.throughput``. Each contender has a process of its own, as a user's training
+has. The contenders of a comparison take turns within each repeat, so that a slow phase of the machine hits all of them;
+what counts are the medians and their ratios. Prints tables, and writes them to ``benchmarks/results/throughput.json``
+and, as ``make report`` does, to the docs.
 """
 
 import argparse
 import functools
 import io
 import json
+import multiprocessing
 import os
+import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -37,6 +41,7 @@ from benchmarks import report
 from benchmarks.learning import describe_hardware
 from benchmarks.pqn import PQN
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
+from sb3_async1step.common.heap import keep_freed_memory
 from sb3_async1step.common.intra_op_threads import count_usable_cores
 from sb3_async1step.envs.ale_vec_env import AleVecEnv
 from sb3_async1step.zoo import AsyncExperimentManager, register
@@ -96,6 +101,7 @@ CONTENDERS: dict[str, MakeModel] = {
     "DQN, 1 env": lambda: DQN("CnnPolicy", make_env(1), buffer_size=10_000, seed=0),
     "A2C, 16 envs": lambda: A2C("CnnPolicy", make_env(N_LANES), seed=0),
     "AsyncOneStepQ, AtariWrapper": lambda: make_q(N_LANES, DummyVecEnv),
+    "AsyncOneStepQ, AtariWrapper, mixed precision": lambda: make_q(N_LANES, DummyVecEnv, mixed_precision=True),
     "AsyncOneStepQ, SubprocVecEnv": lambda: make_q(N_LANES, SubprocVecEnv),
     "AsyncOneStepQ, AleVecEnv": lambda: make_q(N_LANES),
     "AsyncOneStepSarsa, AleVecEnv": lambda: AsyncOneStepSarsa("CnnPolicy", make_env(N_LANES, AleVecEnv), seed=0),
@@ -131,56 +137,111 @@ CLASSIC: dict[str, dict[str, MakeModel]] = {
 COMPARISONS = {"contenders": CONTENDERS, "workers": WORKERS, "lanes": LANES, **CLASSIC}
 
 
-def measure(model: BaseAlgorithm | PQN, seconds: float) -> float:
+class Contender:
     """
-    :param model: learns on; warmed up already
+    A model that learns in a process of its own.
+
+    :param comparison: a key of ``COMPARISONS``
+    :param name: a key of that
+    """
+
+    def __init__(self, comparison: str, name: str) -> None:
+        self.process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        self.started = self.process.submit(start_learning, comparison, name)
+        self.measure: Callable[[float], float] = measure_on_one_core if name == ON_ONE_CORE else measure
+        self.speeds: list[float] = []
+
+    def take_turn(self, seconds: float) -> None:
+        """
+        Learn on, and note how fast.
+
+        :param seconds: how long, about
+        """
+        self.speeds.append(self.process.submit(self.measure, seconds).result())
+
+    def stop(self) -> dict[str, Any]:
+        """
+        End the process.
+
+        :return: agent steps per second in each turn, and the peak memory
+        """
+        peak_memory = self.process.submit(stop_learning).result()
+        self.process.shutdown()
+        return {"steps_per_second": self.speeds, "peak_memory_mib": peak_memory}
+
+
+# The functions that follow run in a contender's process
+_model: BaseAlgorithm | PQN
+
+
+def start_learning(comparison: str, name: str) -> None:
+    """
+    Make the model, and warm it up.
+
+    :param comparison: see :class:`Contender`
+    :param name: likewise
+    """
+    global _model
+    _model = COMPARISONS[comparison][name]()
+    _model.learn(WARM_UP_STEPS)
+
+
+def measure(seconds: float) -> float:
+    """
     :param seconds: how long, about
     :return: agent steps per second
     """
-    before, start = model.num_timesteps, time.perf_counter()
-    model.learn(
+    before, start = _model.num_timesteps, time.perf_counter()
+    _model.learn(
         10**9,
         callback=lambda locals_, globals_: time.perf_counter() - start < seconds,
         reset_num_timesteps=False,
         log_interval=None,  # type: ignore[arg-type]
     )
-    return (model.num_timesteps - before) / (time.perf_counter() - start)
+    return (_model.num_timesteps - before) / (time.perf_counter() - start)
 
 
-@contextmanager
-def pin_to_one_core() -> Iterator[None]:
-    """All threads of the process share one core inside the ``with`` block; PyTorch's operations have one thread."""
-    cores, n_threads = os.sched_getaffinity(0), th.get_num_threads()
-    try:
-        th.set_num_threads(1)
-        for thread in psutil.Process().threads():
-            os.sched_setaffinity(thread.id, {min(cores)})
-        yield
-    finally:
-        for thread in psutil.Process().threads():
-            os.sched_setaffinity(thread.id, cores)
-        th.set_num_threads(n_threads)
-
-
-def compare(contenders: dict[str, MakeModel], repeats: int, seconds: float) -> dict[str, list[float]]:
+def measure_on_one_core(seconds: float) -> float:
     """
-    :param contenders: makers of models, by name
-    :param repeats: how often each is measured, in turns
+    :param seconds: how long, about
+    :return: agent steps per second, if all threads of the process share one core
+    """
+    th.set_num_threads(1)
+    for thread in psutil.Process().threads():
+        os.sched_setaffinity(thread.id, {min(os.sched_getaffinity(0))})
+    return measure(seconds)
+
+
+def stop_learning() -> float:
+    """
+    :return: peak resident memory of the process, and what its children (``SubprocVecEnv``'s) have of their own, in MiB
+    """
+    children = [child.memory_full_info().uss for child in psutil.Process().children(recursive=True)]
+    assert _model.env is not None
+    _model.env.close()
+    # Kibibytes on Linux
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return round((own + sum(children)) / 2**20, 1)
+
+
+def compare(
+    comparison: str, repeats: int, seconds: float, take_part: Callable[[], object] = lambda: None
+) -> dict[str, dict[str, Any]]:
+    """
+    :param comparison: a key of ``COMPARISONS``
+    :param repeats: how often each contender is measured, in turns
     :param seconds: length of a measurement
-    :return: agent steps per second
+    :param take_part: has a turn, too
+    :return: what each of them did, see :meth:`Contender.stop`
     """
-    models = {name: make() for name, make in contenders.items()}
-    for model in models.values():
-        model.learn(WARM_UP_STEPS)
-    speeds: dict[str, list[float]] = {name: [] for name in models}
+    contenders = {name: Contender(comparison, name) for name in COMPARISONS[comparison]}
+    for contender in contenders.values():
+        contender.started.result()
     for _ in range(repeats):
-        for name, model in models.items():
-            with pin_to_one_core() if name == ON_ONE_CORE else nullcontext():
-                speeds[name].append(measure(model, seconds))
-    for model in models.values():
-        assert model.env is not None
-        model.env.close()
-    return speeds
+        for contender in contenders.values():
+            contender.take_turn(seconds)
+        take_part()
+    return {name: contender.stop() for name, contender in contenders.items()}
 
 
 def time_call(function: Callable[[], Any], repeats: int = 30) -> float:
@@ -198,14 +259,15 @@ def time_call(function: Callable[[], Any], repeats: int = 30) -> float:
     return statistics.median(times)
 
 
-def measure_floor(n_lanes: int) -> dict[str, float]:
+def measure_floor() -> dict[str, float]:
     """
     The work that can't be avoided, done by one core with nothing around it: emulation in the engine, and the
-    arithmetic of the same networks at the same batch sizes as of a worker with this many lanes.
+    arithmetic of the same networks at the same batch sizes as of a worker with its share of the lanes.
 
-    :param n_lanes: lanes of a worker
     :return: microseconds for each agent step, by part
     """
+    keep_freed_memory()
+    n_lanes = N_LANES // min(count_usable_cores(), N_LANES)
     model = make_q(n_lanes, n_workers=1)
     n_rollout = n_lanes * model.update_interval
     engine = AtariVectorEnv("pong", n_lanes, num_threads=1, stack_num=1)
@@ -241,7 +303,19 @@ def measure_floor(n_lanes: int) -> dict[str, float]:
         }
     finally:
         th.set_num_threads(n_threads)
+        assert model.env is not None
+        model.env.close()
     return {name: 1e6 * seconds for name, seconds in parts.items()}
+
+
+def fraction_of_floor(results: dict[str, Any]) -> float:
+    """
+    :param results: of all measurements
+    :return: the speed as a fraction of the workers' if each had a core and did nothing but the floor's work
+    """
+    seconds = sum(results["floor"].values()) / 1e6
+    speed = statistics.median(results["contenders"]["AsyncOneStepQ, AleVecEnv"]["steps_per_second"])
+    return speed * seconds / min(count_usable_cores(), N_LANES)
 
 
 def main() -> None:
@@ -255,7 +329,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
+    is_partial = set(arguments.only) != set(COMPARISONS)
+    results = json.loads(arguments.results.read_text()) if is_partial else {}
     results |= {
         "date": str(date.today()),
         "hardware": describe_hardware(),
@@ -263,18 +338,15 @@ def main() -> None:
         "repeats": arguments.repeats,
         "seconds": arguments.seconds,
     }
-    n_workers = min(count_usable_cores(), N_LANES)
-    # Before and after all others: the machine's speed may drift
-    floors = [measure_floor(N_LANES // n_workers)]
-    results |= {name: compare(COMPARISONS[name], arguments.repeats, arguments.seconds) for name in arguments.only}
-    floors.append(measure_floor(N_LANES // n_workers))
-    if "contenders" in arguments.only:
-        results["floor"] = {part: statistics.mean(floor[part] for floor in floors) for part in floors[0]}
-    floor_speed = 1e6 * n_workers / sum(results["floor"].values())
-    fraction = statistics.median(results["contenders"]["AsyncOneStepQ, AleVecEnv"]) / floor_speed
+    floors: list[dict[str, float]] = []
+    for name in arguments.only:
+        take_part = (lambda: floors.append(measure_floor())) if name == "contenders" else (lambda: None)
+        results[name] = compare(name, arguments.repeats, arguments.seconds, take_part)
+    if floors:
+        results["floor"] = {part: statistics.median(floor[part] for floor in floors) for part in floors[0]}
     for name, table in report.make_speed_tables(results).items():
         print(name, *table, "", sep="\n")
-    print(f"AsyncOneStepQ with AleVecEnv reaches {fraction:.0%} of the floor.")
+    print(f"AsyncOneStepQ with AleVecEnv reaches {fraction_of_floor(results):.0%} of the floor.")
     arguments.results.write_text(json.dumps(results, indent=1) + "\n")
     if arguments.results == RESULTS:
         report.main()
