@@ -10,7 +10,16 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
 
 from benchmarks import actor_learners, report
-from benchmarks.learning import Run, SavedModel, find_checkpoints, find_parts, list_saved, result_path, run_and_evaluate
+from benchmarks.learning import (
+    Run,
+    SavedModel,
+    find_checkpoints,
+    find_parts,
+    list_saved,
+    play_by_zoo,
+    result_path,
+    run_and_evaluate,
+)
 from benchmarks.pqn import PQN
 from benchmarks.report import (
     actor_learners_table,
@@ -203,6 +212,10 @@ def test_an_interrupted_training_goes_on_and_an_ended_one_is_not_repeated(tmp_pa
     assert f"-i {tmp_path}" not in second.command and second.command.endswith("-n 1920")
     again = run_and_evaluate(env_id, algo, options, n_steps=1920, n_episodes=1, n_benchmark_steps=0, folder=tmp_path)
     assert asdict(again) == asdict(second)
+
+    # As for Atari's scores; none of the 10 lanes takes more than 500 steps to the end of its episode
+    returns = play_by_zoo(env_id, algo, tmp_path, n_steps=5010)
+    assert len(returns) >= 10 and all(8 <= episode_return <= 500 for episode_return in returns)
 
 
 def test_pqn_learns_from_lambda_returns(monkeypatch):

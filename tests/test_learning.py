@@ -33,7 +33,7 @@ def walk_the_cliff(algorithm):
     """Returns of the greedy policy, and of the one that explores with epsilon 0.1 as in training."""
     # With one-hot observations and no hidden layer, the network is a table
     model = algorithm(
-        "MlpPolicy", make_vec_env(make_cliff, 8, seed=0), seed=0, n_workers=2, backend="serial", learning_rate=0.05,
+        "MlpPolicy", make_vec_env(make_cliff, 8, seed=0), seed=0, n_workers=1, learning_rate=0.05,
         update_interval=1,
         target_update_interval=100, exploration_initial_eps=0.1, exploration_final_eps=0.1, eval_eps=0.1,
         max_grad_norm=1e9, policy_kwargs={"net_arch": [], "optimizer_class": th.optim.Adam},
