@@ -235,16 +235,13 @@ def play_by_zoo(env_id: str, algo: str, folder: Path, n_steps: int) -> list[floa
     return load_results(str(scores / f"{algo}-{env_id}"))["r"].tolist()
 
 
-def run_and_evaluate(
-    env_id: str, algo: str, options: list[str], n_steps: int, n_episodes: int, n_benchmark_steps: int, folder: Path
-) -> Run:
+def run_and_evaluate(env_id: str, algo: str, options: list[str], n_steps: int, n_episodes: int, folder: Path) -> Run:
     """
     :param env_id: Gymnasium's id
     :param algo: the Zoo's id
     :param options: of the Zoo's ``train``
     :param n_steps: agent steps
     :param n_episodes: episodes at each checkpoint
-    :param n_benchmark_steps: agent steps of the Zoo's benchmark, if it is an Atari game
     :param folder: for the Zoo's logs
     :return: the figures
     """
@@ -260,7 +257,7 @@ def run_and_evaluate(
     curve = [np.mean(evaluate(load(saved.path), n_episodes=n_episodes)) for saved in checkpoints.values()]
     model = load(last.path)
     if is_atari:
-        final_returns = play_by_zoo(env_id, algo, folder, n_benchmark_steps)
+        final_returns = play_by_zoo(env_id, algo, folder, BENCHMARK_STEPS)
     else:
         final_returns = evaluate(model, n_episodes=N_FINAL_EPISODES)
     return Run(
@@ -299,9 +296,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="agent steps, by default those of the hyperparameters' file")
     parser.add_argument("--checkpoints", type=int, default=20, help="how many models are saved on the way")
     parser.add_argument("--episodes", type=int, default=20, help="episodes that each of them plays")
-    parser.add_argument(
-        "--benchmark-steps", type=int, default=BENCHMARK_STEPS, help="agent steps of the Zoo's benchmark"
-    )
     parser.add_argument("--logs", type=Path, default=Path("logs/benchmarks"), help="folder for the Zoo's logs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
     arguments = parser.parse_args()
@@ -315,9 +309,7 @@ def main() -> None:
             options += ["--vec-env", "ale"]
         path = result_path(arguments.results, arguments.env, arguments.algo, seed)
         folder = arguments.logs / path.relative_to(arguments.results).with_suffix("")
-        run = run_and_evaluate(
-            arguments.env, arguments.algo, options, n_steps, arguments.episodes, arguments.benchmark_steps, folder
-        )
+        run = run_and_evaluate(arguments.env, arguments.algo, options, n_steps, arguments.episodes, folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(run), indent=1) + "\n")
         mean = np.mean(run.final_returns)

@@ -49,6 +49,8 @@ from sb3_async1step.zoo import AsyncExperimentManager, register
 ENV_ID = "PongNoFrameskip-v4"
 RESULTS = Path(__file__).parent / "results" / "throughput.json"
 N_LANES = 16
+# What n_workers="auto" makes of these
+N_WORKERS = min(count_usable_cores(), N_LANES)
 # DQN learns from step 100 on with its defaults, and from 1000 on with the Zoo's hyperparameters
 WARM_UP_STEPS = 1100
 
@@ -267,7 +269,7 @@ def measure_floor() -> dict[str, float]:
     :return: microseconds for each agent step, by part
     """
     keep_freed_memory()
-    n_lanes = N_LANES // min(count_usable_cores(), N_LANES)
+    n_lanes = N_LANES // N_WORKERS
     model = make_q(n_lanes, n_workers=1)
     n_rollout = n_lanes * model.update_interval
     engine = AtariVectorEnv("pong", n_lanes, num_threads=1, stack_num=1)
@@ -315,7 +317,7 @@ def fraction_of_floor(results: dict[str, Any]) -> float:
     """
     seconds = sum(results["floor"].values()) / 1e6
     speed = statistics.median(results["contenders"]["AsyncOneStepQ, AleVecEnv"]["steps_per_second"])
-    return speed * seconds / min(count_usable_cores(), N_LANES)
+    return speed * seconds / N_WORKERS
 
 
 def main() -> None:

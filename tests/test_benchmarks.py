@@ -200,17 +200,17 @@ def test_an_interrupted_training_goes_on_and_an_ended_one_is_not_repeated(tmp_pa
     register()
     env_id, algo = "CartPole-v1", "async_one_step_q"
     options = ["--algo", algo, "--env", env_id, "--seed", "1", "--eval-freq", "-1", "--save-freq", "640"]
-    first = run_and_evaluate(env_id, algo, options, n_steps=1280, n_episodes=1, n_benchmark_steps=0, folder=tmp_path)
+    first = run_and_evaluate(env_id, algo, options, n_steps=1280, n_episodes=1, folder=tmp_path)
     assert first.n_steps == 1280 and first.curve_steps == [640, 1280]
     # As if it had been killed on the way to 1920 steps, after the first checkpoint
     (tmp_path / algo / "CartPole-v1_1" / "CartPole-v1.zip").unlink()
     (tmp_path / algo / "CartPole-v1_1" / "rl_model_1280_steps.zip").unlink()
-    second = run_and_evaluate(env_id, algo, options, n_steps=1920, n_episodes=1, n_benchmark_steps=0, folder=tmp_path)
+    second = run_and_evaluate(env_id, algo, options, n_steps=1920, n_episodes=1, folder=tmp_path)
     assert second.n_steps == 1920 and second.curve_steps == [640, 1280, 1920]
     assert second.curve_seconds[0] == first.curve_seconds[0]
     assert sorted(second.curve_seconds) == second.curve_seconds and second.seconds >= second.curve_seconds[-1]
     assert f"-i {tmp_path}" not in second.command and second.command.endswith("-n 1920")
-    again = run_and_evaluate(env_id, algo, options, n_steps=1920, n_episodes=1, n_benchmark_steps=0, folder=tmp_path)
+    again = run_and_evaluate(env_id, algo, options, n_steps=1920, n_episodes=1, folder=tmp_path)
     assert asdict(again) == asdict(second)
 
     # As for Atari's scores; none of the 10 lanes takes more than 500 steps to the end of its episode
