@@ -60,9 +60,9 @@ TASKS = {
         },
     ),
     "MinAtar/Breakout-v0": Task(
-        reference_score=3.0,
+        reference_score=1.5,
         max_steps=1_000_000,
-        exploration_steps=100_000,
+        exploration_steps=50_000,
         parameters={
             "policy": "CnnPolicy",
             "learning_rate": 1e-3,

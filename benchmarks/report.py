@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
 from benchmarks.actor_learners import LAYOUTS, N_ACTOR_LEARNERS, read_all
 from benchmarks.learning import RESULTS, Run
@@ -25,6 +26,13 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "guid
 # A mean return that counts as having learned the task, by the result's folder
 THRESHOLDS = {"CartPole-v1": 475.0, "Acrobot-v1": -90.0, "MountainCar-v0": -120.0, "LunarLander-v3": 180.0}
 ATARI = {"PongNoFrameskip-v4": (0.0, 10.0, 18.0), "BreakoutNoFrameskip-v4": (10.0, 30.0, 100.0)}
+# Means and standard deviations over the episodes of one training of 10 million agent steps each, from the Zoo's
+# benchmark.md
+ZOO_SCORES = {
+    "PongNoFrameskip-v4": {"DQN": (20.602, 0.613), "A2C": (17.292, 3.214), "PPO": (20.989, 0.105)},
+    "BreakoutNoFrameskip-v4": {"DQN": (358.327, 61.981), "A2C": (279.793, 122.177), "PPO": (398.033, 33.328)},
+}
+ZOO_LINES = {"DQN": "--", "A2C": "-.", "PPO": ":"}
 MINATAR = ("Breakout", "Asterix", "Freeway", "SpaceInvaders", "Seaquest")
 ALGORITHMS = {"async_one_step_q": "AsyncOneStepQ", "async_one_step_sarsa": "AsyncOneStepSarsa", "dqn": "DQN"}
 COLOURS = {"async_one_step_q": "C0", "async_one_step_sarsa": "C1", "dqn": "C7"}
@@ -165,7 +173,7 @@ def minatar_table(runs: Runs) -> list[str]:
 def atari_table(runs: Runs) -> list[str]:
     """
     :param runs: all of them
-    :return: lines of a table in Markdown, one for each training
+    :return: lines of a table in Markdown, one for each training, and the Zoo's scores of the same games
     """
     lines = [
         "| game | algorithm | seed | mean return | million steps | hours | million steps (hours) to a mean return of |",
@@ -179,6 +187,9 @@ def atari_table(runs: Runs) -> list[str]:
                 cells = [env_id, name, seed, score, f"{run.n_steps / 1e6:.1f}", f"{run.seconds / 3600:.1f}"]
                 cells += ["; ".join(format_moment(run, threshold) for threshold in thresholds)]
                 lines.append(f"| {' | '.join(cells)} |")
+        if env_id in runs:
+            for name, (mean, deviation) in ZOO_SCORES[env_id].items():
+                lines.append(f"| {env_id} | {name}, published by the Zoo | | {mean:.1f} ± {deviation:.1f} | 10.0 | | |")
     return lines
 
 
@@ -348,34 +359,65 @@ def draw_actor_learners(studies: dict[tuple[str, str], pd.DataFrame], path: Path
     plt.close(figure)
 
 
+def draw_mean(axis: Axes, positions: list[np.ndarray], runs: list[Run], colour: str, label: str) -> None:
+    """
+    Draw the mean over the seeds and its 95 % confidence band.
+
+    :param axis: to draw in
+    :param positions: of each run's checkpoints
+    :param runs: of one algorithm
+    :param colour: of Matplotlib
+    :param label: name of the algorithm
+    """
+    grid = np.linspace(max(p[0] for p in positions), min(p[-1] for p in positions), 50)
+    curves = [np.interp(grid, p, run.curve_returns) for p, run in zip(positions, runs, strict=True)]
+    mean = np.mean(curves, axis=0)
+    # Of the mean, from the spread between seeds
+    band = 1.96 * np.std(curves, axis=0, ddof=min(1, len(curves) - 1)) / np.sqrt(len(curves))
+    axis.plot(grid, mean, color=colour, label=f"{label}, {len(runs)} seeds")
+    axis.fill_between(grid, mean - band, mean + band, color=colour, alpha=0.2, linewidth=0)
+
+
+def draw_each(axis: Axes, positions: list[np.ndarray], runs: list[Run], colour: str, label: str) -> None:
+    """
+    Draw each run, where there are too few seeds for a confidence band.
+
+    :param axis: see :func:`draw_mean`
+    :param positions: likewise
+    :param runs: likewise
+    :param colour: likewise
+    :param label: likewise
+    """
+    for run_positions, run in zip(positions, runs, strict=True):
+        axis.plot(run_positions, run.curve_returns, color=colour, label=label)
+        label = ""
+
+
 def draw_curves(env_id: str, groups: dict[str, list[Run]], path: Path) -> None:
     """
-    Draw mean and 95 % confidence band over the seeds, over steps and over seconds.
+    Draw the learning curves over steps and over seconds, for Atari beside the scores that the Zoo publishes.
 
     :param env_id: title
     :param groups: runs by algorithm
     :param path: of the picture
     """
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
-    time_unit, seconds_in_it = ("hours", 3600) if env_id in ATARI else ("seconds", 1)
+    draw, time_unit, seconds_in_it = (draw_each, "hours", 3600) if env_id in ATARI else (draw_mean, "seconds", 1)
     for algo, name in ALGORITHMS.items():
         if algo not in groups:
             continue
         runs = groups[algo]
         for axis, attribute, unit in zip(axes, ("curve_steps", "curve_seconds"), (1, seconds_in_it), strict=True):
             positions = [np.array(getattr(run, attribute)) / unit for run in runs]
-            grid = np.linspace(max(p[0] for p in positions), min(p[-1] for p in positions), 50)
-            curves = [np.interp(grid, p, run.curve_returns) for p, run in zip(positions, runs, strict=True)]
-            mean = np.mean(curves, axis=0)
-            # Of the mean, from the spread between seeds
-            band = 1.96 * np.std(curves, axis=0, ddof=min(1, len(curves) - 1)) / np.sqrt(len(curves))
-            axis.plot(grid, mean, color=COLOURS[algo], label=f"{name}, {len(runs)} seeds")
-            axis.fill_between(grid, mean - band, mean + band, color=COLOURS[algo], alpha=0.2, linewidth=0)
+            draw(axis, positions, runs, COLOURS[algo], name)
     axes[0].set(xlabel="agent steps", ylabel="mean return", title=env_id)
     axes[1].set(xlabel=time_unit)
     for axis in axes:
         if env_id in THRESHOLDS:
             axis.axhline(THRESHOLDS[env_id], color="black", linewidth=0.8, linestyle=":")
+        for name, (score, _) in ZOO_SCORES.get(env_id, {}).items():
+            label = f"{name}, the Zoo's score"
+            axis.axhline(score, color="black", linewidth=0.8, linestyle=ZOO_LINES[name], label=label)
         axis.grid(alpha=0.3)
     axes[1].legend(fontsize="small")
     path.parent.mkdir(exist_ok=True)

@@ -104,6 +104,9 @@ def test_tables_and_curves(tmp_path):
     assert tables["Atari"][2:] == [
         f"{start} | AsyncOneStepQ | 7 | 20.0 ± 1.0 | 1.0 | 2.0 | 0: 0.5 (0.5); 10: 1.0 (2.0); 18: 1.0 (2.0) |",
         f"{start} | DQN | 7 | -3.0 ± 0.0 | 1.0 | 1.0 | 0: 0.8 (0.8); 10: not reached; 18: not reached |",
+        f"{start} | DQN, published by the Zoo | | 20.6 ± 0.6 | 10.0 | | |",
+        f"{start} | A2C, published by the Zoo | | 17.3 ± 3.2 | 10.0 | | |",
+        f"{start} | PPO, published by the Zoo | | 21.0 ± 0.1 | 10.0 | | |",
     ]
     assert set(runs) == {"CartPole-v1", "MinAtar-Breakout-v0", "PongNoFrameskip-v4"}
     for env_id, groups in runs.items():
