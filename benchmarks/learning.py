@@ -252,6 +252,7 @@ def run_and_evaluate(env_id: str, algo: str, options: list[str], n_steps: int, n
     checkpoints, last = list_saved(parts, name)
     is_atari = ExperimentManager.is_atari(env_id)
     # Atari's scores are those of policies that act at random now and then, in the Zoo as elsewhere
+    # With a lane for each of a checkpoint's episodes, none plays for nothing
     evaluate = partial(play, env=make_env(parts[-1], env_id, n_envs=n_episodes), deterministic=not is_atari)
     load = partial(ALGOS[algo].load, device="cpu")
     curve = [np.mean(evaluate(load(saved.path), n_episodes=n_episodes)) for saved in checkpoints.values()]
