@@ -30,12 +30,15 @@ def read_commands(path):
 
 
 def shorten(words):
-    """The same command with small budgets."""
-    replaced = {"-n": "400", "--n-trials": "2", "--steps": "400", "--seeds": "1", "--save-freq": "200"}
+    """The same command with small budgets, and one seed."""
+    replaced = {"-n": "400", "--n-trials": "2", "--steps": "400", "--save-freq": "200"}
     words = [replaced.get(before, word) for before, word in zip(["", *words], words, strict=False)]
+    words = shlex.split(re.sub(r"--seeds( \d+)+", "--seeds 1", shlex.join(words)))
     if words[:2] == ["sb3-async1step", "train"]:
         # No steps without these; the evaluations would take longer than the training
         words += ["--eval-freq", "-1"] + ([] if "-n" in words else ["-n", "400"])
+        # Each of Atari's 128 lanes takes 0.2 seconds to load its game
+        words += ["-params", "n_envs:4"] if "--vec-env" in words else []
     if words[:2] == ["sb3-async1step", "enjoy"]:
         words += ["--no-render"] + ([] if "-n" in words else ["-n", "100"])
     if words[:3] == ["python", "-m", "benchmarks.learning"]:
