@@ -205,17 +205,16 @@ def format_moment(run: Run, threshold: float) -> str:
     return f"{threshold:g}: {steps / 1e6:.1f} ({seconds / 3600:.1f})"
 
 
-def median_of(measurements: pd.DataFrame, figure: str, layout: str, n_lanes: int) -> float:
+def format_spread(values: pd.Series) -> str:
     """
-    :param measurements: of one task and algorithm
-    :param figure: ``"steps"`` or ``"seconds"``
-    :param layout: of ``LAYOUTS``; for a single actor-learner there is no difference
-    :param n_lanes: number of actor-learners
-    :return: median over the seeds, NaN if there are none
+    :param values: steps or seconds of each seed, infinite if they did not suffice
+    :return: median, smallest and largest
     """
-    layouts = (layout,) if n_lanes > 1 else LAYOUTS
-    chosen = measurements.layout.isin(layouts) & (measurements.n_lanes == n_lanes)
-    return float(measurements.loc[chosen, figure].median())
+    median, smallest, largest = (
+        format_count(value) if np.isfinite(value) else "not reached"
+        for value in (values.median(), values.min(), values.max())
+    )
+    return f"{median} ({smallest} to {largest})"
 
 
 def actor_learners_table(studies: dict[tuple[str, str], pd.DataFrame]) -> list[str]:
@@ -224,22 +223,19 @@ def actor_learners_table(studies: dict[tuple[str, str], pd.DataFrame]) -> list[s
     :return: lines of a table in Markdown
     """
     lines = [
-        "| environment | algorithm | actor-learners | seeds | steps, one worker | gain | seconds | faster "
-        "| steps, a worker for each | gain | seconds | faster | gain in the paper | faster in the paper |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| environment | algorithm | actor-learners | in | seeds | steps | gain | in the paper "
+        "| seconds | faster | in the paper |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (env_id, algo), measurements in studies.items():
-        for n_lanes, paper in zip(N_ACTOR_LEARNERS, PAPER_SPEEDUPS[algo], strict=True):
-            n_seeds = measurements.seed[measurements.n_lanes == n_lanes].nunique()
-            cells = [env_id, ALGORITHMS[algo], n_lanes, n_seeds]
-            for layout in LAYOUTS:
-                for figure in ("steps", "seconds"):
-                    median = median_of(measurements, figure, layout, n_lanes)
-                    gain = median_of(measurements, figure, layout, 1) / median
-                    is_known = np.isfinite(median)
-                    cells += [format_count(median) if is_known else "not reached"]
-                    cells += [f"{gain:.1f}" if is_known else ""]
-            lines.append("| " + " | ".join(map(str, [*cells, f"{paper / n_lanes:.1f}", paper])) + " |")
+        alone = measurements[measurements.n_lanes == 1]
+        for (n_lanes, layout), several in measurements.groupby(["n_lanes", "layout"], sort=False):
+            paper = PAPER_SPEEDUPS[algo][N_ACTOR_LEARNERS.index(n_lanes)]
+            cells = [env_id, ALGORITHMS[algo], n_lanes, layout, several.seed.nunique()]
+            for figure, in_paper in (("steps", paper / n_lanes), ("seconds", paper)):
+                gain = alone[figure].median() / several[figure].median()
+                cells += [format_spread(several[figure]), f"{gain:.2f}" if gain > 0 else "", f"{in_paper:.1f}"]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
 
 
@@ -337,18 +333,21 @@ def draw_speeds(throughput: dict[str, Any], path: Path) -> None:
 
 def draw_actor_learners(studies: dict[tuple[str, str], pd.DataFrame], path: Path) -> None:
     """
-    Draw the gain in data efficiency: steps of one actor-learner by steps of several.
+    Draw the gain in data efficiency: median steps of one actor-learner by those of several, with the seeds' range.
 
     :param studies: see :func:`benchmarks.actor_learners.read_all`
     :param path: of the picture
     """
     figure, axes = plt.subplots(1, len(studies), figsize=(3 * len(studies), 3.2), layout="constrained", squeeze=False)
     for axis, ((env_id, algo), measurements) in zip(axes[0], studies.items(), strict=True):
+        alone = measurements.steps[measurements.n_lanes == 1].median()
         for layout in LAYOUTS:
-            steps = [median_of(measurements, "steps", layout, n_lanes) for n_lanes in N_ACTOR_LEARNERS]
-            axis.plot(N_ACTOR_LEARNERS, steps[0] / np.array(steps), marker="o", label=layout)
-        gains = np.array(PAPER_SPEEDUPS[algo]) / N_ACTOR_LEARNERS
-        axis.plot(N_ACTOR_LEARNERS, gains, color="black", linestyle=":", label="paper, 7 Atari games")
+            chosen = measurements[(measurements.layout == layout) | (measurements.n_lanes == 1)]
+            gains = (alone / chosen.steps).groupby(chosen.n_lanes).agg(["median", "min", "max"])
+            ranges = [gains["median"] - gains["min"], gains["max"] - gains["median"]]
+            axis.errorbar(gains.index, gains["median"], ranges, marker="o", capsize=3, label=layout)
+        paper = np.array(PAPER_SPEEDUPS[algo]) / N_ACTOR_LEARNERS
+        axis.plot(N_ACTOR_LEARNERS, paper, color="black", linestyle=":", label="paper, 7 Atari games")
         axis.set(xscale="log", title=f"{env_id}\n{ALGORITHMS[algo]}", xlabel="actor-learners")
         axis.set_xticks(N_ACTOR_LEARNERS, [str(n_lanes) for n_lanes in N_ACTOR_LEARNERS])
         axis.minorticks_off()

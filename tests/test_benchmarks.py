@@ -115,12 +115,13 @@ def test_tables_and_curves(tmp_path):
 
 
 def test_study_of_actor_learners(tmp_path, monkeypatch):
-    """What was measured is not measured again; medians over the seeds, and gains over a single actor-learner."""
+    """What was measured is not measured again; medians and ranges of the seeds, and gains over one actor-learner."""
     path = tmp_path / actor_learners.results_path("CartPole-v1", "async_one_step_q").name
     steps = {1: (900, 1000, 1200), 2: (400, 500, 800), 4: (250, 250, float("inf"))}
-    for n_lanes, values in steps.items():
+    measured = [(n_lanes, "one worker", values) for n_lanes, values in steps.items()]
+    for n_lanes, layout, values in [*measured, (2, "a worker for each", (float("inf"),) * 3)]:
         for seed, value in enumerate(values):
-            setting = actor_learners.Setting("one worker", n_lanes, seed)
+            setting = actor_learners.Setting(layout, n_lanes, seed)
             assert not actor_learners.is_measured(actor_learners.read_measurements(path), setting)
             measurement = actor_learners.Measurement(*setting, value, value / 10, "2026-11-21", "x86_64, 2 cores")
             actor_learners.append_measurement(path, measurement)
@@ -130,10 +131,12 @@ def test_study_of_actor_learners(tmp_path, monkeypatch):
     studies = actor_learners.read_all(tmp_path)
     assert list(studies) == [("CartPole-v1", "async_one_step_q")]
     start = "| CartPole-v1 | AsyncOneStepQ |"
-    assert actor_learners_table(studies)[2:5] == [
-        f"{start} 1 | 3 | 1 000 | 1.0 | 100 | 1.0 | 1 000 | 1.0 | 100 | 1.0 | 1.0 | 1.0 |",
-        f"{start} 2 | 3 | 500 | 2.0 | 50 | 2.0 | not reached |  | not reached |  | 1.5 | 3.0 |",
-        f"{start} 4 | 3 | 250 | 4.0 | 25 | 4.0 | not reached |  | not reached |  | 1.6 | 6.3 |",
+    not_reached = "not reached (not reached to not reached)"
+    assert actor_learners_table(studies)[2:] == [
+        f"{start} 1 | one worker | 3 | 1 000 (900 to 1 200) | 1.00 | 1.0 | 100 (90 to 120) | 1.00 | 1.0 |",
+        f"{start} 2 | one worker | 3 | 500 (400 to 800) | 2.00 | 1.5 | 50 (40 to 80) | 2.00 | 3.0 |",
+        f"{start} 4 | one worker | 3 | 250 (250 to not reached) | 4.00 | 1.6 | 25 (25 to not reached) | 4.00 | 6.3 |",
+        f"{start} 2 | a worker for each | 3 | {not_reached} |  | 1.5 | {not_reached} |  | 3.0 |",
     ]
     draw_actor_learners(studies, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 5000
