@@ -229,13 +229,13 @@ def actor_learners_table(studies: dict[tuple[str, str], pd.DataFrame]) -> list[s
     ]
     for (env_id, algo), measurements in studies.items():
         alone = measurements[measurements.n_lanes == 1]
-        for (n_lanes, layout), several in measurements.groupby(["n_lanes", "layout"], sort=False):
-            paper = PAPER_SPEEDUPS[algo][N_ACTOR_LEARNERS.index(n_lanes)]
-            cells = [env_id, ALGORITHMS[algo], n_lanes, layout, several.seed.nunique()]
-            for figure, in_paper in (("steps", paper / n_lanes), ("seconds", paper)):
-                gain = alone[figure].median() / several[figure].median()
-                cells += [format_spread(several[figure]), f"{gain:.2f}" if gain > 0 else "", f"{in_paper:.1f}"]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
+        for n_lanes, paper in zip(N_ACTOR_LEARNERS, PAPER_SPEEDUPS[algo], strict=True):
+            for layout, several in measurements[measurements.n_lanes == n_lanes].groupby("layout", sort=False):
+                cells = [env_id, ALGORITHMS[algo], n_lanes, layout, several.seed.nunique()]
+                for figure, in_paper in (("steps", paper / n_lanes), ("seconds", paper)):
+                    gain = alone[figure].median() / several[figure].median()
+                    cells += [format_spread(several[figure]), f"{gain:.2f}" if gain > 0 else "", f"{in_paper:.1f}"]
+                lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
 
 

@@ -135,8 +135,8 @@ def test_study_of_actor_learners(tmp_path, monkeypatch):
     assert actor_learners_table(studies)[2:] == [
         f"{start} 1 | one worker | 3 | 1 000 (900 to 1 200) | 1.00 | 1.0 | 100 (90 to 120) | 1.00 | 1.0 |",
         f"{start} 2 | one worker | 3 | 500 (400 to 800) | 2.00 | 1.5 | 50 (40 to 80) | 2.00 | 3.0 |",
-        f"{start} 4 | one worker | 3 | 250 (250 to not reached) | 4.00 | 1.6 | 25 (25 to not reached) | 4.00 | 6.3 |",
         f"{start} 2 | a worker for each | 3 | {not_reached} |  | 1.5 | {not_reached} |  | 3.0 |",
+        f"{start} 4 | one worker | 3 | 250 (250 to not reached) | 4.00 | 1.6 | 25 (25 to not reached) | 4.00 | 6.3 |",
     ]
     draw_actor_learners(studies, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 5000
