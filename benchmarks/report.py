@@ -205,14 +205,14 @@ def format_moment(run: Run, threshold: float) -> str:
     return f"{threshold:g}: {steps / 1e6:.1f} ({seconds / 3600:.1f})"
 
 
-def format_spread(values: pd.Series) -> str:
+def format_spread(values: list[float]) -> str:
     """
-    :param values: steps or seconds of each seed, infinite if they did not suffice
+    :param values: one for each repeat; steps or seconds are infinite if they did not suffice
     :return: median, smallest and largest
     """
     median, smallest, largest = (
         format_count(value) if np.isfinite(value) else "not reached"
-        for value in (values.median(), values.min(), values.max())
+        for value in (statistics.median(values), min(values), max(values))
     )
     return f"{median} ({smallest} to {largest})"
 
@@ -234,7 +234,8 @@ def actor_learners_table(studies: dict[tuple[str, str], pd.DataFrame]) -> list[s
                 cells = [env_id, ALGORITHMS[algo], n_lanes, layout, several.seed.nunique()]
                 for figure, in_paper in (("steps", paper / n_lanes), ("seconds", paper)):
                     gain = alone[figure].median() / several[figure].median()
-                    cells += [format_spread(several[figure]), f"{gain:.2f}" if gain > 0 else "", f"{in_paper:.1f}"]
+                    cells += [format_spread(several[figure].tolist())]
+                    cells += [f"{gain:.2f}" if gain > 0 else "", f"{in_paper:.1f}"]
                 lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
 
@@ -248,8 +249,7 @@ def speed_table(contenders: dict[str, dict[str, Any]], reference: str) -> list[s
     lines = [f"| | steps/s | x {reference} | MiB |", "|---|---|---|---|"]
     medians = median_speeds(contenders)
     for name, contender in contenders.items():
-        values = contender["steps_per_second"]
-        speed = f"{format_count(medians[name])} ({format_count(min(values))} to {format_count(max(values))})"
+        speed = format_spread(contender["steps_per_second"])
         memory = format_count(contender["peak_memory_mib"])
         lines.append(f"| {name} | {speed} | {medians[name] / medians[reference]:.2f} | {memory} |")
     return lines
