@@ -60,7 +60,7 @@ def test_commands(path, tmp_path):
         # What make's targets do is seen where they are used; here, that they exist
         command = ["make", "--dry-run", "-C", str(ROOT), *words[1:]] if words[0] == "make" else shorten(words)
         result = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100, check=False
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250, check=False
         )
         assert result.returncode == 0, f"{shlex.join(words)}\n{result.stdout}{result.stderr}"
 
@@ -79,7 +79,7 @@ def test_python_example(code, tmp_path):
     assert n_calls > 0
     result = subprocess.run(
         [sys.executable, "-c", short],
-        cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False,
+        cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
 

@@ -9,6 +9,7 @@ import optuna
 import pytest
 import torch as th
 import yaml
+from stable_baselines3.common.monitor import load_results
 
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa, MinAtarCNN
 from sb3_async1step.zoo import ALGORITHMS, OPTIMIZERS, hyperparams_path, main, sample_hyperparams
@@ -17,7 +18,7 @@ from sb3_async1step.zoo import ALGORITHMS, OPTIMIZERS, hyperparams_path, main, s
 def run(arguments, cwd, code=0):
     """``sb3-async1step`` with these arguments; returns what it printed."""
     command = [str(Path(sys.executable).parent / "sb3-async1step"), *arguments.split()]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=110, check=False)
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=250, check=False)
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout + result.stderr
 
@@ -127,14 +128,14 @@ def test_optimize(tmp_path):
 
 def test_more_options_of_train(tmp_path):
     run(
-        "train --algo async_one_step_sarsa --env CartPole-v1 -n 100 --eval-freq -1 --vec-env subproc -uuid "
+        "train --algo async_one_step_sarsa --env CartPole-v1 -n 400 --eval-freq -1 --vec-env subproc -uuid "
         "--env-kwargs sutton_barto_reward:True -params n_envs:2 n_workers:2",
         cwd=tmp_path,
     )
     (folder,) = (tmp_path / "logs" / "async_one_step_sarsa").glob("CartPole-v1_1_*-*")
-    assert AsyncOneStepSarsa.load(folder / "CartPole-v1.zip").num_timesteps == 100
-    rewards = [line.split(",")[0] for line in (folder / "0.monitor.csv").read_text().splitlines()[2:]]
-    assert set(rewards) == {"-1.0"}
+    assert AsyncOneStepSarsa.load(folder / "CartPole-v1.zip").num_timesteps == 400
+    # Of both lanes: one may have made nearly all of the steps
+    assert set(load_results(str(folder))["r"]) == {-1.0}
     assert "install W&B" in run("train --algo async_one_step_q --env CartPole-v1 --track", cwd=tmp_path, code=1)
 
 
