@@ -25,7 +25,7 @@ from stable_baselines3.common.vec_env import (
     VecTransposeImage,
 )
 
-from sb3_async1step import NipsCNN
+from sb3_async1step import MinAtarCNN, NipsCNN
 from tests.envs import RandomWalkEnv, make_env
 
 
@@ -301,6 +301,15 @@ def test_nips_cnn(algorithm):
     assert layers[False] == [convolution, relu, convolution, relu, flatten, linear, relu, linear]
     with_norms = [norm, convolution, norm, relu, convolution, norm, relu, flatten, linear, norm, relu, linear]
     assert layers[True] == with_norms
+
+
+def test_minatar_cnn(algorithm):
+    """The network of Young and Tian (2019), and nothing behind it."""
+    env = SampleEnv(spaces.Box(0, 1, (10, 10, 4), dtype=bool))
+    q_net = algorithm("CnnPolicy", env, policy_kwargs={"features_extractor_class": MinAtarCNN}).q_net
+    assert [tuple(parameter.shape) for parameter in q_net.parameters()] == [
+        (16, 4, 3, 3), (16,), (128, 1024), (128,), (3, 128), (3,),
+    ]  # fmt: skip
 
 
 def test_mixed_precision(algorithm, tmp_path):

@@ -14,7 +14,7 @@ from stable_baselines3.dqn.policies import QNetwork as DQNQNetwork
 from torch import nn
 
 from sb3_async1step.common.optimizers import SharedRMSprop
-from sb3_async1step.common.torch_layers import NipsCNN
+from sb3_async1step.common.torch_layers import MinAtarCNN, NipsCNN
 
 
 class QNetwork(DQNQNetwork):
@@ -139,7 +139,7 @@ class CnnPolicy(MlpPolicy, DQNCnnPolicy):
         **kwargs: Any,
     ) -> None:
         # DQN knows this of NatureCNN only
-        if net_arch is None and features_extractor_class is NipsCNN:
+        if net_arch is None and features_extractor_class in (NipsCNN, MinAtarCNN):
             net_arch = []
         super().__init__(
             observation_space,
