@@ -49,23 +49,23 @@ class Task:
 
 TASKS = {
     "CartPole-v1": Task(
-        reference_score=195.0,
-        max_steps=300_000,
+        reference_score=150.0,
+        max_steps=200_000,
         exploration_steps=20_000,
         parameters={
             "policy": "MlpPolicy",
-            "learning_rate": 1e-3,
+            "learning_rate": 5e-4,
             "target_update_interval": 500,
             "policy_kwargs": {"net_arch": [64, 64], "layer_norm": True},
         },
     ),
     "MinAtar/Breakout-v0": Task(
-        reference_score=1.5,
-        max_steps=1_000_000,
-        exploration_steps=50_000,
+        reference_score=1.0,
+        max_steps=200_000,
+        exploration_steps=10_000,
         parameters={
             "policy": "CnnPolicy",
-            "learning_rate": 1e-3,
+            "learning_rate": 3e-4,
             "target_update_interval": 2000,
             "policy_kwargs": {"features_extractor_class": MinAtarCNN},
         },

@@ -4,6 +4,7 @@ Tables and pictures of all that is in ``benchmarks/results``: ``make report``.
 Tables go between the marks ``<!-- NAME -->`` and ``<!-- end of NAME -->`` of the pages, pictures to ``docs/pictures``.
 """
 
+import itertools
 import json
 import re
 import statistics
@@ -26,6 +27,8 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "guid
 # A mean return that counts as having learned the task, by the result's folder
 THRESHOLDS = {"CartPole-v1": 475.0, "Acrobot-v1": -90.0, "MountainCar-v0": -120.0, "LunarLander-v3": 180.0}
 ATARI = {"PongNoFrameskip-v4": (0.0, 10.0, 18.0), "BreakoutNoFrameskip-v4": (10.0, 30.0, 100.0)}
+# The game on which ours and DQN are compared by the clock
+RACE = "PongNoFrameskip-v4"
 # Means and standard deviations over the episodes of one training of 10 million agent steps each, from the Zoo's
 # benchmark.md
 ZOO_SCORES = {
@@ -182,15 +185,45 @@ def atari_table(runs: Runs) -> list[str]:
     for env_id, thresholds in ATARI.items():
         for algo, name in ALGORITHMS.items():
             for run in runs.get(env_id, {}).get(algo, []):
-                seed = run.command.split("--seed ")[1].split()[0]
                 score = f"{np.mean(run.final_returns):.1f} ± {np.std(run.final_returns):.1f}"
-                cells = [env_id, name, seed, score, f"{run.n_steps / 1e6:.1f}", f"{run.seconds / 3600:.1f}"]
+                cells = [env_id, name, read_seed(run), score, f"{run.n_steps / 1e6:.1f}", f"{run.seconds / 3600:.1f}"]
                 cells += ["; ".join(format_moment(run, threshold) for threshold in thresholds)]
                 lines.append(f"| {' | '.join(cells)} |")
         if env_id in runs:
             for name, (mean, deviation) in ZOO_SCORES[env_id].items():
                 lines.append(f"| {env_id} | {name}, published by the Zoo | | {mean:.1f} ± {deviation:.1f} | 10.0 | | |")
     return lines
+
+
+def race_table(runs: Runs) -> list[str]:
+    """
+    How far DQN was on Pong when ours had learned it.
+
+    :param runs: all of them
+    :return: lines of a table in Markdown, one for each training of ours and each of DQN's that lasted as long
+    """
+    groups = runs.get(RACE, {})
+    goal = ATARI[RACE][-1]
+    lines = [f"| training | seed | minutes to {goal:g} | agent steps of DQN by then | its best mean return |"]
+    lines += ["|---|---|---|---|---|"]
+    ours = [(name, run) for algo, name in ALGORITHMS.items() if algo != "dqn" for run in groups.get(algo, [])]
+    for (name, run), dqn in itertools.product(ours, groups.get("dqn", [])):
+        _, seconds = first_to_reach(run, goal)
+        n_checkpoints = int(np.searchsorted(dqn.curve_seconds, seconds, side="right"))
+        if n_checkpoints == 0 or dqn.seconds < seconds:
+            continue
+        cells = [name, read_seed(run), f"{seconds / 60:.0f}", format_count(dqn.curve_steps[n_checkpoints - 1])]
+        cells += [f"{max(dqn.curve_returns[:n_checkpoints]):.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def read_seed(run: Run) -> str:
+    """
+    :param run: a run
+    :return: its seed
+    """
+    return run.command.split("--seed ")[1].split()[0]
 
 
 def format_moment(run: Run, threshold: float) -> str:
@@ -296,6 +329,7 @@ def make_learning_tables(runs: Runs) -> dict[str, list[str]]:
         "classic control in short": short_table(runs),
         "MinAtar": minatar_table(runs),
         "Atari": atari_table(runs),
+        "race": race_table(runs),
     }
 
 

@@ -84,7 +84,8 @@ def test_tables_and_curves(tmp_path):
     write(make_run(final=(10.0, 11.0)), tmp_path, "MinAtar/Breakout-v0", "async_one_step_sarsa", 1)
     for algo, curve, final, seconds in [
         ("async_one_step_q", (-21.0, 1.0, -1.0), (19.0, 21.0), 7200.0),
-        ("dqn", (-21.0, -1.0, 0.0), (-3.0,), 3600.0),
+        ("async_one_step_sarsa", (-21.0, 1.0, 18.0), (19.0,), 7200.0),
+        ("dqn", (-21.0, 0.0, -1.0), (-3.0,), 3600.0),
     ]:
         run = make_run(curve, final, seconds)
         run.command += " --seed 7 -n 1000000"
@@ -103,11 +104,14 @@ def test_tables_and_curves(tmp_path):
     start = "| PongNoFrameskip-v4"
     assert tables["Atari"][2:] == [
         f"{start} | AsyncOneStepQ | 7 | 20.0 ± 1.0 | 1.0 | 2.0 | 0: 0.5 (0.5); 10: 1.0 (2.0); 18: 1.0 (2.0) |",
-        f"{start} | DQN | 7 | -3.0 ± 0.0 | 1.0 | 1.0 | 0: 0.8 (0.8); 10: not reached; 18: not reached |",
+        f"{start} | AsyncOneStepSarsa | 7 | 19.0 ± 0.0 | 1.0 | 2.0 | 0: 0.5 (0.5); 10: 0.8 (0.8); 18: 0.8 (0.8) |",
+        f"{start} | DQN | 7 | -3.0 ± 0.0 | 1.0 | 1.0 | 0: 0.5 (0.5); 10: not reached; 18: not reached |",
         f"{start} | DQN, published by the Zoo | | 20.6 ± 0.6 | 10.0 | | |",
         f"{start} | A2C, published by the Zoo | | 17.3 ± 3.2 | 10.0 | | |",
         f"{start} | PPO, published by the Zoo | | 21.0 ± 0.1 | 10.0 | | |",
     ]
+    # Q-learning reached 18 after DQN had ended
+    assert tables["race"][2:] == ["| AsyncOneStepSarsa | 7 | 48 | 750 000 | 0.0 |"]
     assert set(runs) == {"CartPole-v1", "MinAtar-Breakout-v0", "PongNoFrameskip-v4"}
     for env_id, groups in runs.items():
         draw_curves(env_id, groups, tmp_path / f"{env_id}.png")
