@@ -49,7 +49,7 @@ class Task:
 
 TASKS = {
     "CartPole-v1": Task(
-        reference_score=150.0,
+        reference_score=100.0,
         max_steps=200_000,
         exploration_steps=20_000,
         parameters={

@@ -79,7 +79,7 @@ def test_seeds_and_no_ops():
     """Like SB3's, the number of no-ops is at most 30, and follows from the seed."""
 
     def count_frames(seed):
-        env = make_atari_env("SpaceInvadersNoFrameskip-v4", 20, seed=seed, vec_env_cls=AleVecEnv)
+        env = make_atari_env("SpaceInvadersNoFrameskip-v4", 12, seed=seed, vec_env_cls=AleVecEnv)
         env.reset()
         frames = [info["episode_frame_number"] for info in env.reset_infos]
         env.close()

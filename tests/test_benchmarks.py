@@ -9,7 +9,7 @@ import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
 
-from benchmarks import actor_learners, report
+from benchmarks import actor_learners, learning, report
 from benchmarks.learning import (
     Run,
     SavedModel,
@@ -27,6 +27,7 @@ from benchmarks.report import (
     draw_curves,
     insert_table,
     make_learning_tables,
+    race_table,
     read_runs,
     seconds_to,
 )
@@ -110,8 +111,11 @@ def test_tables_and_curves(tmp_path):
         f"{start} | A2C, published by the Zoo | | 17.3 ± 3.2 | 10.0 | | |",
         f"{start} | PPO, published by the Zoo | | 21.0 ± 0.1 | 10.0 | | |",
     ]
-    # Q-learning reached 18 after DQN had ended
-    assert tables["race"][2:] == ["| AsyncOneStepSarsa | 7 | 48 | 750 000 | 0.0 |"]
+    throughput = {"contenders": {"DQN, 1 env": {"steps_per_second": [90.0, 200.0, 190.0]}}}
+    assert race_table(runs, throughput)[2:] == [
+        "| AsyncOneStepQ | 7 | 120 | 1 468 000 | 0.0 (until 1 000 000) |",
+        "| AsyncOneStepSarsa | 7 | 48 | 647 200 | 0.0 |",
+    ]
     assert set(runs) == {"CartPole-v1", "MinAtar-Breakout-v0", "PongNoFrameskip-v4"}
     for env_id, groups in runs.items():
         draw_curves(env_id, groups, tmp_path / f"{env_id}.png")
@@ -206,8 +210,9 @@ def test_time_of_a_training_in_parts(tmp_path):
     )
 
 
-def test_an_interrupted_training_goes_on_and_an_ended_one_is_not_repeated(tmp_path):
+def test_an_interrupted_training_goes_on_and_an_ended_one_is_not_repeated(tmp_path, monkeypatch):
     register()
+    monkeypatch.setattr(learning, "N_FINAL_EPISODES", 10)
     env_id, algo = "CartPole-v1", "async_one_step_q"
     options = ["--algo", algo, "--env", env_id, "--seed", "1", "--eval-freq", "-1", "--save-freq", "640"]
     first = run_and_evaluate(env_id, algo, options, n_steps=1280, n_episodes=1, folder=tmp_path)

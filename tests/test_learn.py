@@ -69,15 +69,15 @@ def test_groups_of_unequal_size_overshoot_by_less_than_a_vector_step(total):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("interval", [3, 37, 1000])
+@pytest.mark.parametrize("interval", [3, 37, 400])
 def test_target_syncs_exactly_once_for_each_multiple(algorithm, backend, interval):
     spy = Spy()
     model = algorithm("MlpPolicy", make_env(4), n_workers=4, target_update_interval=interval, backend=backend)
-    model.learn(3000, callback=spy)
-    assert spy.shared.n_target_syncs == 3000 // interval
+    model.learn(1300, callback=spy)
+    assert spy.shared.n_target_syncs == 1300 // interval
     # The phase goes on
-    model.learn(500, callback=spy, reset_num_timesteps=False)
-    assert spy.shared.n_target_syncs == 3500 // interval - 3000 // interval
+    model.learn(400, callback=spy, reset_num_timesteps=False)
+    assert spy.shared.n_target_syncs == 1700 // interval - 1300 // interval
 
 
 @pytest.mark.parametrize("n_workers", [1, 3])
@@ -278,9 +278,9 @@ def test_staleness_is_measured(lock_updates):
             seen.extend(update.gradient_staleness for update in self.locals["transitions"].updates)
             return True
 
-    model.learn(8000, callback=Collect(), log_interval=None)
+    model.learn(4000, callback=Collect(), log_interval=None)
     assert min(seen) == 0
-    assert 0 < max(seen) <= 8000
+    assert 0 < max(seen) <= 4000
     serial = AsyncOneStepQ("MlpPolicy", make_env(8), n_workers=8, update_interval=1, backend="serial")
     seen.clear()
     serial.learn(800, callback=Collect(), log_interval=None)

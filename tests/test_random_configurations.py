@@ -45,7 +45,7 @@ def configurations(draw):
         "space": name,
         "n_lanes": n_lanes,
         # Starting processes takes seconds
-        "vec_env": draw(st.sampled_from([DummyVecEnv] * 19 + [SubprocVecEnv])),
+        "vec_env": draw(st.sampled_from([DummyVecEnv] * 49 + [SubprocVecEnv])),
         "max_steps": draw(st.integers(1, 9)),
         "wrappers": [wrapper for wrapper in wrappers if not (wrapper == "stack" and name in UNSTACKABLE)],
         "algorithm": draw(st.sampled_from([AsyncOneStepQ, AsyncOneStepSarsa])),
