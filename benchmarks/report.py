@@ -4,7 +4,6 @@ Tables and pictures of all that is in ``benchmarks/results``: ``make report``.
 Tables go between the marks ``<!-- NAME -->`` and ``<!-- end of NAME -->`` of the pages, pictures to ``docs/pictures``.
 """
 
-import itertools
 import json
 import re
 import statistics
@@ -204,7 +203,7 @@ def race_table(runs: Runs, throughput: dict[str, Any]) -> list[str]:
 
     :param runs: all of them
     :param throughput: what ``benchmarks/throughput.py`` wrote
-    :return: lines of a table in Markdown, one for each training of ours and each of DQN's
+    :return: lines of a table in Markdown, one for each training of ours
     """
     groups = runs.get(RACE, {})
     goal = ATARI[RACE][-1]
@@ -212,16 +211,26 @@ def race_table(runs: Runs, throughput: dict[str, Any]) -> list[str]:
     lines = [f"| training | seed | minutes to {goal:g} | DQN's agent steps by then | its best mean return |"]
     lines += ["|---|---|---|---|---|"]
     ours = [(name, run) for algo, name in ALGORITHMS.items() if algo != "dqn" for run in groups.get(algo, [])]
-    for (name, run), dqn in itertools.product(ours, groups.get("dqn", [])):
+    for name, run in ours:
         _, seconds = first_to_reach(run, goal)
         if not np.isfinite(seconds):
             continue
         n_steps = DQN_LEARNING_STARTS + seconds * dqn_speed
-        best = max(value for steps, value in zip(dqn.curve_steps, dqn.curve_returns, strict=True) if steps <= n_steps)
-        until = "" if n_steps <= dqn.n_steps else f" (until {format_count(dqn.n_steps)})"
-        cells = [name, read_seed(run), f"{seconds / 60:.0f}", format_count(n_steps), f"{best:.1f}{until}"]
+        best = "; ".join(format_best(dqn, n_steps) for dqn in groups.get("dqn", []))
+        cells = [name, read_seed(run), f"{seconds / 60:.0f}", format_count(n_steps), best]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def format_best(run: Run, n_steps: float) -> str:
+    """
+    :param run: a run
+    :param n_steps: agent steps
+    :return: its seed and the best mean return of its checkpoints until then, and how long it lasted if that is shorter
+    """
+    best = max(value for steps, value in zip(run.curve_steps, run.curve_returns, strict=True) if steps <= n_steps)
+    until = "" if n_steps <= run.n_steps else f" (until {format_count(run.n_steps)})"
+    return f"seed {read_seed(run)}: {best:.1f}{until}"
 
 
 def read_seed(run: Run) -> str:

@@ -123,18 +123,21 @@ def test_wrappers_monitor_files_and_evaluation(tmp_path):
 
 @pytest.mark.parametrize("n_workers", [1, 3])
 def test_learning(algorithm, n_workers):
-    n_threads = psutil.Process().num_threads()
-    env = VecFrameStack(make_atari_env("PongNoFrameskip-v4", 3, seed=0, vec_env_cls=AleVecEnv), 4)
-    model = algorithm("CnnPolicy", env, n_workers=n_workers, policy_kwargs={"features_extractor_class": NipsCNN})
-    model.learn(90)
-    assert model.learn(60, reset_num_timesteps=False).num_timesteps == 150
-    assert model.get_env().unwrapped is env.venv
-    # The whole is where its parts left it
-    observation, _, _, _ = env.step(np.zeros(3, dtype=int))
-    assert [info["frame_number"] > 200 for info in env.venv.step(np.zeros(3, dtype=int))[3]] == [True] * 3
-    assert observation.shape == (3, 84, 84, 4)
-    env.close()
-    assert psutil.Process().num_threads() <= n_threads + 1
+    n_threads = []
+    for _ in range(2):
+        env = VecFrameStack(make_atari_env("PongNoFrameskip-v4", 3, seed=0, vec_env_cls=AleVecEnv), 4)
+        model = algorithm("CnnPolicy", env, n_workers=n_workers, policy_kwargs={"features_extractor_class": NipsCNN})
+        model.learn(45)
+        assert model.learn(30, reset_num_timesteps=False).num_timesteps == 75
+        assert model.get_env().unwrapped is env.venv
+        observation, _, _, infos = env.step(np.zeros(3, dtype=int))
+        assert observation.shape == (3, 84, 84, 4)
+        # The whole is where its parts left it, after at most 30 no-ops each; threads need not share the steps equally
+        assert 0 <= sum(info["frame_number"] for info in infos) - 4 * (75 + 3) <= 3 * 30
+        env.close()
+        n_threads.append(psutil.Process().num_threads())
+    # The first time, PyTorch starts some that stay
+    assert n_threads[1] <= n_threads[0]
 
 
 def test_reset_after_an_interrupted_step():

@@ -113,8 +113,8 @@ def test_tables_and_curves(tmp_path):
     ]
     throughput = {"contenders": {"DQN, 1 env": {"steps_per_second": [90.0, 200.0, 190.0]}}}
     assert race_table(runs, throughput)[2:] == [
-        "| AsyncOneStepQ | 7 | 120 | 1 468 000 | 0.0 (until 1 000 000) |",
-        "| AsyncOneStepSarsa | 7 | 48 | 647 200 | 0.0 |",
+        "| AsyncOneStepQ | 7 | 120 | 1 468 000 | seed 7: 0.0 (until 1 000 000) |",
+        "| AsyncOneStepSarsa | 7 | 48 | 647 200 | seed 7: 0.0 |",
     ]
     assert set(runs) == {"CartPole-v1", "MinAtar-Breakout-v0", "PongNoFrameskip-v4"}
     for env_id, groups in runs.items():
