@@ -447,7 +447,8 @@ def test_set_env(algorithm):
     model.learn(40, reset_num_timesteps=False)
     assert model.get_env() is other
     assert model.num_timesteps == 80
-    assert all(len(env.unwrapped.tape) > 5 for env in other.envs)
+    # Threads need not share the steps equally
+    assert sum(len(env.unwrapped.tape) - env.unwrapped.tape.count("reset") for env in other.envs) == 40
     with pytest.raises(ValueError, match="spaces do not match"):
         model.set_env(DummyVecEnv([lambda: gym.make("CartPole-v1")] * 4))
 
