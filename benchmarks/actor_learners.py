@@ -22,7 +22,7 @@ import pandas as pd
 from stable_baselines3.common.env_util import make_vec_env
 
 from benchmarks.learning import RESULTS, describe_hardware
-from sb3_async1step import MinAtarCNN
+from sb3_async1step import MinAtarCNN, SharedRMSprop
 from sb3_async1step.zoo import ALGORITHMS, register_minatar
 
 FOLDER = RESULTS / "actor_learners"
@@ -33,7 +33,7 @@ LAYOUTS = ("one worker", "a worker for each")
 @dataclass(frozen=True)
 class Task:
     """
-    What is to be learned, and the parameters that differ from the algorithms' defaults.
+    What is to be learned, and the parameters that differ from the paper's.
 
     :param reference_score: mean return of the last 100 episodes at which a training ends
     :param max_steps: environment steps at which it is given up
@@ -56,7 +56,7 @@ TASKS = {
             "policy": "MlpPolicy",
             "learning_rate": 5e-4,
             "target_update_interval": 500,
-            "policy_kwargs": {"net_arch": [64, 64], "layer_norm": True},
+            "policy_kwargs": {"optimizer_class": SharedRMSprop, "net_arch": [64, 64], "layer_norm": True},
         },
     ),
     "MinAtar/Breakout-v0": Task(
@@ -67,7 +67,11 @@ TASKS = {
             "policy": "CnnPolicy",
             "learning_rate": 3e-4,
             "target_update_interval": 2000,
-            "policy_kwargs": {"features_extractor_class": MinAtarCNN},
+            "policy_kwargs": {
+                "optimizer_class": SharedRMSprop,
+                "features_extractor_class": MinAtarCNN,
+                "layer_norm": False,
+            },
         },
     ),
 }
@@ -174,13 +178,16 @@ def measure(env_id: str, algo: str, setting: Setting) -> Measurement:
     :return: what it took
     """
     task = TASKS[env_id]
+    parameters = ALGORITHMS[algo].paper_hyperparams() | {
+        "exploration_fraction": task.exploration_steps / task.max_steps,
+        "exploration_final_eps": 0.1,
+        **task.parameters,
+    }
     model = ALGORITHMS[algo](
         env=make_vec_env(env_id, n_envs=setting.n_lanes, seed=setting.seed, env_kwargs={"render_mode": None}),
         n_workers=1 if setting.layout == "one worker" else setting.n_lanes,
-        exploration_fraction=task.exploration_steps / task.max_steps,
-        exploration_final_eps=0.1,
         seed=setting.seed,
-        **task.parameters,
+        **parameters,
     )
 
     def is_not_there_yet(locals_: dict[str, Any], globals_: dict[str, Any]) -> bool:

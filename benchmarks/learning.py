@@ -36,7 +36,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from sb3_async1step.common.intra_op_threads import count_usable_cores
+from sb3_async1step.common.parallelism import count_usable_cores
 from sb3_async1step.envs.ale_vec_env import AleVecEnv
 from sb3_async1step.zoo import ALGORITHMS, hyperparams_path, register, register_minatar
 

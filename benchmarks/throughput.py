@@ -35,6 +35,7 @@ from ale_py.vector_env import AtariVectorEnv
 from stable_baselines3 import A2C, DQN
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_atari_env
+from stable_baselines3.common.torch_layers import NatureCNN
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack
 
 from benchmarks import report
@@ -42,7 +43,7 @@ from benchmarks.learning import describe_hardware
 from benchmarks.pqn import PQN
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
 from sb3_async1step.common.heap import keep_freed_memory
-from sb3_async1step.common.intra_op_threads import count_usable_cores
+from sb3_async1step.common.parallelism import count_usable_cores
 from sb3_async1step.envs.ale_vec_env import AleVecEnv
 from sb3_async1step.zoo import AsyncExperimentManager, register
 
@@ -69,19 +70,27 @@ def make_env(n_envs: int, vec_env_class: type[VecEnv] = DummyVecEnv) -> VecEnv:
     return VecFrameStack(envs, n_stack=4)
 
 
-def make_q(
-    n_lanes: int, vec_env_class: type[VecEnv] = AleVecEnv, n_workers: Any = "auto", mixed_precision: bool = False
-) -> AsyncOneStepQ:
+def make_ours(
+    algorithm: type[AsyncOneStepQ] | type[AsyncOneStepSarsa],
+    n_lanes: int = N_LANES,
+    vec_env_class: type[VecEnv] = AleVecEnv,
+    n_workers: int | str = "auto",
+    mixed_precision: bool = False,
+) -> AsyncOneStepQ | AsyncOneStepSarsa:
     """
+    :param algorithm: the class
     :param n_lanes: number of lanes
     :param vec_env_class: what runs the games
     :param n_workers: number of workers
     :param mixed_precision: whether the CNN computes in bfloat16
-    :return: the model, with its defaults but for these
+    :return: the model, with the paper's settings but for the Nature CNN, which the others have, too
     """
-    env = make_env(n_lanes, vec_env_class)
-    policy_kwargs = {"mixed_precision": mixed_precision}
-    return AsyncOneStepQ("CnnPolicy", env, n_workers=n_workers, policy_kwargs=policy_kwargs, seed=0)
+    hyperparams = algorithm.paper_hyperparams()
+    hyperparams["policy_kwargs"] |= {"features_extractor_class": NatureCNN, "mixed_precision": mixed_precision}
+    return algorithm("CnnPolicy", make_env(n_lanes, vec_env_class), n_workers=n_workers, seed=0, **hyperparams)
+
+
+make_q = functools.partial(make_ours, AsyncOneStepQ)
 
 
 def make_by_zoo(algo: str, env_id: str) -> BaseAlgorithm:
@@ -102,12 +111,12 @@ CONTENDERS: dict[str, MakeModel] = {
     # Its defaults; the buffer is smaller, to fit any machine
     "DQN, 1 env": lambda: DQN("CnnPolicy", make_env(1), buffer_size=10_000, seed=0),
     "A2C, 16 envs": lambda: A2C("CnnPolicy", make_env(N_LANES), seed=0),
-    "AsyncOneStepQ, AtariWrapper": lambda: make_q(N_LANES, DummyVecEnv),
-    "AsyncOneStepQ, AtariWrapper, mixed precision": lambda: make_q(N_LANES, DummyVecEnv, mixed_precision=True),
-    "AsyncOneStepQ, SubprocVecEnv": lambda: make_q(N_LANES, SubprocVecEnv),
-    "AsyncOneStepQ, AleVecEnv": lambda: make_q(N_LANES),
-    "AsyncOneStepSarsa, AleVecEnv": lambda: AsyncOneStepSarsa("CnnPolicy", make_env(N_LANES, AleVecEnv), seed=0),
-    "AsyncOneStepQ, AleVecEnv, mixed precision": lambda: make_q(N_LANES, mixed_precision=True),
+    "AsyncOneStepQ, AtariWrapper": lambda: make_q(vec_env_class=DummyVecEnv),
+    "AsyncOneStepQ, AtariWrapper, mixed precision": lambda: make_q(vec_env_class=DummyVecEnv, mixed_precision=True),
+    "AsyncOneStepQ, SubprocVecEnv": lambda: make_q(vec_env_class=SubprocVecEnv),
+    "AsyncOneStepQ, AleVecEnv": make_q,
+    "AsyncOneStepSarsa, AleVecEnv": lambda: make_ours(AsyncOneStepSarsa),
+    "AsyncOneStepQ, AleVecEnv, mixed precision": lambda: make_q(mixed_precision=True),
     "PQN, AleVecEnv": lambda: PQN(make_env(N_LANES, AleVecEnv)),
 }
 # A single worker's games are emulated on the other cores, too, while it waits for them, but for this one

@@ -454,10 +454,17 @@ def test_set_env(algorithm):
 
 
 def test_set_env_with_another_number_of_lanes(algorithm):
-    """SB3's answer, as DQN gives it: load the model with the new env instead."""
-    model = algorithm("MlpPolicy", make_env(4), n_workers=2)
-    with pytest.raises(AssertionError, match="number of environments to be set is different"):
-        model.set_env(make_env(2))
+    model = algorithm("MlpPolicy", make_env(4), n_workers=2).learn(40)
+    with pytest.raises(ValueError, match=r"has 2 lane\(s\) and the model's last one had 4: it has to be reset"):
+        model.set_env(make_env(2), force_reset=False)
+    assert model.n_envs == model.get_env().num_envs == 4
+    with pytest.raises(ValueError, match="spaces do not match"):
+        model.set_env(DummyVecEnv([lambda: gym.make("CartPole-v1")] * 2))
+    assert model.n_envs == 4
+    other = make_env(2)
+    model.set_env(other)
+    assert model.learn(20, reset_num_timesteps=False).num_timesteps == 60
+    assert sum(len(env.unwrapped.tape) - env.unwrapped.tape.count("reset") for env in other.envs) == 20
 
 
 def test_parameters_go_round(algorithm, tmp_path):

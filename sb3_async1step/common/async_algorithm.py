@@ -13,11 +13,14 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from gymnasium.vector.utils import create_empty_array
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
+from stable_baselines3.common.utils import LinearSchedule, check_for_correct_spaces, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch.nn import functional as F
@@ -25,8 +28,14 @@ from torch.nn import functional as F
 from sb3_async1step.common.actor_learner import ActorLearner, Transitions, WorkerState
 from sb3_async1step.common.exploration import BehaviourPolicy, ExplorationSchedule, allot_final_epsilons
 from sb3_async1step.common.heap import keep_freed_memory
-from sb3_async1step.common.intra_op_threads import count_usable_cores, intra_op_threads_for
 from sb3_async1step.common.model_file import check_saved_model, write_atomically
+from sb3_async1step.common.optimizers import SharedRMSprop
+from sb3_async1step.common.parallelism import (
+    SMALL_NETWORK,
+    count_multiplications,
+    count_usable_cores,
+    intra_op_threads_for,
+)
 from sb3_async1step.common.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_async1step.common.rollout import Observations, Rollout, concatenate_observations, slice_observations
 from sb3_async1step.common.shared_parameters import SharedParameters
@@ -37,6 +46,10 @@ from sb3_async1step.common.worker_pool import Lookers, SerialWorkerPool, ThreadW
 SelfAsyncAlgorithm = TypeVar("SelfAsyncAlgorithm", bound="AsyncAlgorithm")
 
 LOSSES = {"mse": F.mse_loss, "huber": F.smooth_l1_loss}
+#: Annealed to zero, as in the paper (section 8 of its supplement)
+DEFAULT_LEARNING_RATE = LinearSchedule(1e-3, 0.0, 1.0)
+#: As many lanes as the paper had actor-learners (section 5.1)
+DEFAULT_N_ENVS = 16
 WORKER_POOLS: dict[str, type[WorkerPool]] = {"threads": ThreadWorkerPool, "serial": SerialWorkerPool}
 
 
@@ -48,12 +61,17 @@ class AsyncAlgorithm(BaseAlgorithm):
     a thread that acts in all its lanes in one batch, and applies its gradients to the shared online network without
     waiting for the others.
 
-    :param policy: ``MlpPolicy``, ``CnnPolicy``, ``MultiInputPolicy`` (DQN's, with shared RMSProp), or a ``DQNPolicy``
+    :param policy: ``MlpPolicy``, ``CnnPolicy``, ``MultiInputPolicy`` (DQN's, with layer normalization), or a
+        ``DQNPolicy``
     :param env: the environment to learn from (if registered in Gym, can be str)
-    :param learning_rate: learning rate, or a function of the progress remaining (from 1 to 0)
+    :param learning_rate: learning rate, or a function of the progress remaining (from 1 to 0); by default annealed
+        linearly to zero
     :param gamma: discount factor
+    :param n_envs: number of env lanes to make if ``env`` is an id, by default 16, as many as the paper had
+        actor-learners. An env object has its own number
     :param n_workers: number of worker threads, at most the number of env lanes; ``"auto"`` for as many as there are
-        usable cores. With one worker, all runs on the calling thread and any VecEnv will do
+        usable cores, or one if the network is so small that several would only wait for Python's interpreter lock.
+        With one worker, all runs on the calling thread and any VecEnv will do
     :param update_interval: vector steps of a worker's lanes between two updates (the paper's I_AsyncUpdate); a
         worker with a single lane also updates at the end of an episode, as in the paper
     :param target_update_interval: environment steps, over all lanes, between two updates of the target network
@@ -77,7 +95,7 @@ class AsyncAlgorithm(BaseAlgorithm):
     :param seed: seed of all random generators
     :param device: ``"auto"`` means the CPU, which these methods are made for; an explicit device is honoured
     :param _init_setup_model: whether to build the networks at the creation of the instance
-    :raises ValueError: if a parameter is out of range
+    :raises ValueError: if a parameter is out of range, or ``env`` has another number of lanes than ``n_envs``
     :raises TypeError: if the env can't be split among ``n_workers``
     """
 
@@ -98,18 +116,19 @@ class AsyncAlgorithm(BaseAlgorithm):
         self,
         policy: str | type[DQNPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = 7e-4,
+        learning_rate: float | Schedule = DEFAULT_LEARNING_RATE,
         gamma: float = 0.99,
+        n_envs: int | None = None,
         n_workers: int | str = "auto",
-        update_interval: int = 5,
-        target_update_interval: int = 10_000,
+        update_interval: int = 1,
+        target_update_interval: int = 500,
         tau: float = 1.0,
-        exploration_fraction: float = 0.1,
+        exploration_fraction: float = 0.3,
         exploration_initial_eps: float = 1.0,
         exploration_final_eps: float | Sequence[float] = (0.1, 0.01, 0.5),
         exploration_final_probs: Sequence[float] = (0.4, 0.3, 0.3),
         eval_eps: float = 0.01,
-        max_grad_norm: float = 40.0,
+        max_grad_norm: float = 10.0,
         loss: str = "mse",
         lock_updates: bool = False,
         backend: str = "threads",
@@ -123,7 +142,7 @@ class AsyncAlgorithm(BaseAlgorithm):
     ) -> None:
         super().__init__(
             policy,
-            env,
+            make_lanes(env, n_envs, seed, verbose),
             learning_rate,
             policy_kwargs=policy_kwargs,
             stats_window_size=stats_window_size,
@@ -159,6 +178,30 @@ class AsyncAlgorithm(BaseAlgorithm):
             self._setup_model()
             if self.env is not None:
                 self._check_n_workers(self.env)
+
+    @classmethod
+    def paper_hyperparams(cls) -> dict[str, Any]:
+        """
+        The paper's settings (sections 4 and 5.1, and section 8 of its supplement), which are made for 16 lanes of
+        Atari games and millions of steps::
+
+            AsyncOneStepQ("CnnPolicy", env, **AsyncOneStepQ.paper_hyperparams())
+
+        Its layout, one thread for each actor-learner, is ``n_workers=env.num_envs``.
+
+        :return: arguments of the constructor
+        """
+        return {
+            "learning_rate": LinearSchedule(7e-4, 0.0, 1.0),
+            "update_interval": 5,
+            "target_update_interval": 10_000,
+            "exploration_fraction": 0.1,
+            "exploration_final_eps": (0.1, 0.01, 0.5),
+            "exploration_final_probs": (0.4, 0.3, 0.3),
+            "max_grad_norm": 40.0,
+            "loss": "mse",
+            "policy_kwargs": {"optimizer_class": SharedRMSprop, "layer_norm": False},
+        }
 
     def _setup_runtime(self) -> None:
         """What is never saved."""
@@ -235,17 +278,9 @@ class AsyncAlgorithm(BaseAlgorithm):
         :param env: the training env
         :return: the number of workers for it
         """
-        unsplittable = find_unsplittable(env)
         if self.n_workers == "auto":
-            n_workers = min(count_usable_cores(), env.num_envs)
-            if unsplittable is not None and n_workers > 1:
-                warnings.warn(
-                    f"{unsplittable.__name__} can't be split among several workers, so there will be only one. "
-                    "See sb3_async1step.split_vec_env for how to register a VecEnv class.",
-                    stacklevel=4,
-                )
-                return 1
-            return n_workers
+            return self._choose_n_workers(env)
+        unsplittable = find_unsplittable(env)
         n_workers = int(self.n_workers)
         if unsplittable is not None and n_workers > 1:
             raise TypeError(
@@ -256,6 +291,23 @@ class AsyncAlgorithm(BaseAlgorithm):
             # The model was loaded with another env than it was made for
             warnings.warn(f"n_workers={n_workers}, but there are only {env.num_envs} env lanes to share.", stacklevel=4)
         return min(n_workers, env.num_envs)
+
+    def _choose_n_workers(self, env: VecEnv) -> int:
+        n_workers = 1 if self._network_is_small() else min(count_usable_cores(), env.num_envs)
+        unsplittable = find_unsplittable(env)
+        if n_workers == 1 or unsplittable is None:
+            return n_workers
+        warnings.warn(
+            f"{unsplittable.__name__} can't be split among several workers, so there will be only one. "
+            "See sb3_async1step.split_vec_env for how to register a VecEnv class.",
+            stacklevel=5,
+        )
+        return 1
+
+    def _network_is_small(self) -> bool:
+        observation = obs_as_tensor(create_empty_array(self.observation_space, n=1, fn=np.zeros), self.device)
+        # The target network, which is always in evaluation mode: batch norm can't learn from a single observation
+        return count_multiplications(self.q_net_target, observation) < SMALL_NETWORK
 
     # ------------------------------------------------------------------ algorithm
 
@@ -310,6 +362,7 @@ class AsyncAlgorithm(BaseAlgorithm):
         assert self.env is not None, "You must set the environment before calling learn()"
         if self._pool is not None:
             raise RuntimeError("This model's learn() is running already; another thread or a callback called it again.")
+        warn_of_a_single_lane(self.env, type(self).__name__)
         if reset_num_timesteps or self._last_obs is None:
             # The env is about to be reset
             self._worker_states = None
@@ -363,7 +416,7 @@ class AsyncAlgorithm(BaseAlgorithm):
         if on_threads:
             keep_freed_memory()
         # Ctrl-C between the two halves of a th.no_grad() block leaves the process without gradients
-        with th.enable_grad(), intra_op_threads_for(len(workers) if on_threads else 1):
+        with th.enable_grad(), intra_op_threads_for(len(workers) if on_threads else 1, self._network_is_small()):
             try:
                 self._pool = pool = make_pool(workers, self.num_timesteps, total_timesteps)
                 self._lookers.wait_for_earlier_ones(pool)
@@ -575,6 +628,25 @@ class AsyncAlgorithm(BaseAlgorithm):
                 for worker in self._pool.workers:
                     worker.renew_optimizer()
 
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        Set the training env. Unlike SB3's other algorithms, it may have another number of lanes than the last one:
+        a model that was made from an env's id has many, of which its user may not know.
+
+        :param env: the env
+        :param force_reset: whether the next ``learn()`` resets it, which other lanes have to be
+        :raises ValueError: if its spaces are others, or other lanes shall not be reset
+        """
+        env = self._wrap_env(env, self.verbose)
+        check_for_correct_spaces(env, self.observation_space, self.action_space)
+        if env.num_envs != self.n_envs and not force_reset:
+            raise ValueError(
+                f"The env has {env.num_envs} lane(s) and the model's last one had {self.n_envs}: "
+                "it has to be reset, so leave force_reset out."
+            )
+        self.n_envs = env.num_envs
+        super().set_env(env, force_reset)
+
     def get_vec_normalize_env(self) -> VecNormalize | None:
         """
         :return: the ``VecNormalize`` wrapper of the training env, if there is one. Inside a callback, its statistics
@@ -589,6 +661,45 @@ class AsyncAlgorithm(BaseAlgorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []
+
+
+def make_lanes(env: GymEnv | str | None, n_envs: int | None, seed: int | None, verbose: int) -> GymEnv | None:
+    """
+    :param env: an env, or the id of one that is registered in Gymnasium
+    :param n_envs: number of lanes, by default ``DEFAULT_N_ENVS`` of an id, and what there is of an env
+    :param seed: seed of the lanes' action spaces
+    :param verbose: 1 or more to print what is made
+    :return: the env, or so many lanes of the one that the id names
+    :raises ValueError: if ``n_envs`` is no positive whole number, or not the number of the env's lanes
+    """
+    _check("n_envs", n_envs, n_envs is None or (_is_whole(n_envs) and n_envs >= 1), "a whole number of at least 1")
+    if isinstance(env, str):
+        n_lanes = n_envs or DEFAULT_N_ENVS
+        if verbose >= 1:
+            print(f"Creating {n_lanes} environments from the given name '{env}'")
+        return make_vec_env(env, n_envs=n_lanes, seed=seed)
+    n_lanes = env.num_envs if isinstance(env, VecEnv) else 1
+    if n_envs is not None and env is not None and n_envs != n_lanes:
+        raise ValueError(
+            f"n_envs={n_envs}, but the env has {n_lanes} lane(s): n_envs is for an env's id. "
+            f"Make a VecEnv of {n_envs} lanes by stable_baselines3.common.env_util.make_vec_env, or leave n_envs out."
+        )
+    return env
+
+
+def warn_of_a_single_lane(env: VecEnv, algorithm: str) -> None:
+    """
+    :param env: the training env
+    :param algorithm: name of the algorithm's class
+    """
+    if env.num_envs == 1:
+        warnings.warn(
+            f"{algorithm} learns from a single env lane, that is, with one actor-learner and from one transition at a "
+            "time: without a replay buffer, this is slow and seldom learns well. Give it the env's id (then it makes "
+            f"{DEFAULT_N_ENVS} lanes), or a VecEnv of several: "
+            f"stable_baselines3.common.env_util.make_vec_env(..., n_envs={DEFAULT_N_ENVS}).",
+            stacklevel=3,
+        )
 
 
 def close_progress_bars(callback: BaseCallback) -> None:
@@ -612,6 +723,6 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _check(name: str, value: object, is_valid: bool | np.bool, allowed: str) -> None:
+def _check(name: str, value: object, is_valid: bool | np.bool_, allowed: str) -> None:
     if not is_valid:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")

@@ -1,11 +1,17 @@
-"""DQN's policies, with the paper's optimizer."""
+"""DQN's policies, with layer normalization and mixed precision."""
 
 from typing import Any
 
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space, preprocess_obs
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureCNN, create_mlp
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    CombinedExtractor,
+    FlattenExtractor,
+    NatureCNN,
+    create_mlp,
+)
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.dqn.policies import CnnPolicy as DQNCnnPolicy
 from stable_baselines3.dqn.policies import DQNPolicy
@@ -13,8 +19,11 @@ from stable_baselines3.dqn.policies import MultiInputPolicy as DQNMultiInputPoli
 from stable_baselines3.dqn.policies import QNetwork as DQNQNetwork
 from torch import nn
 
-from sb3_async1step.common.optimizers import SharedRMSprop
 from sb3_async1step.common.torch_layers import MinAtarCNN, NipsCNN
+
+#: CNNs of this package, whose constructors take ``layer_norm``
+CNNS_WITH_LAYER_NORM = (NipsCNN, MinAtarCNN)
+CNNS_WITH_HIDDEN_LAYER = (*CNNS_WITH_LAYER_NORM, NatureCNN)
 
 
 class QNetwork(DQNQNetwork):
@@ -22,8 +31,8 @@ class QNetwork(DQNQNetwork):
     DQN's Q-network.
 
     :param args: see SB3's ``QNetwork``
-    :param layer_norm: see :class:`MlpPolicy`
-    :param mixed_precision: likewise
+    :param layer_norm: whether a ``LayerNorm`` stands before the activation of each hidden layer of ``net_arch``
+    :param mixed_precision: whether the features extractor computes in bfloat16
     :param kwargs: see SB3's ``QNetwork``
     """
 
@@ -32,19 +41,16 @@ class QNetwork(DQNQNetwork):
         self.mixed_precision = mixed_precision
         self.normalizes_image = self.normalize_images and is_image_space(self.observation_space)
         if layer_norm:
-            self._add_layer_norms()
-
-    def _add_layer_norms(self) -> None:
-        if len(self.net_arch) == 0:
-            raise ValueError(
-                "layer_norm=True normalizes the hidden layers of net_arch, but net_arch is empty: give it some, as in "
-                "policy_kwargs=dict(net_arch=[256], layer_norm=True). A features extractor's layers are its own."
+            assert isinstance(self.action_space, spaces.Discrete)
+            self.q_net = nn.Sequential(
+                *create_mlp(
+                    self.features_dim,
+                    int(self.action_space.n),
+                    self.net_arch,
+                    self.activation_fn,
+                    post_linear_modules=[nn.LayerNorm],
+                )
             )
-        assert isinstance(self.action_space, spaces.Discrete)
-        n_actions = int(self.action_space.n)
-        norms: list[type[nn.Module]] = [nn.LayerNorm]
-        layers = create_mlp(self.features_dim, n_actions, self.net_arch, self.activation_fn, post_linear_modules=norms)
-        self.q_net = nn.Sequential(*layers)
 
     def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
         """
@@ -69,19 +75,23 @@ class QNetwork(DQNQNetwork):
 
 class MlpPolicy(DQNPolicy):
     """
-    DQN's policy with Q-network and target network, and :class:`SharedRMSprop` as its optimizer.
+    DQN's policy with Q-network and target network, layer normalization, and Adam as its optimizer.
 
     :param observation_space: observation space
     :param action_space: action space
     :param lr_schedule: learning rate schedule
-    :param optimizer_class: any torch optimizer
-    :param layer_norm: whether each hidden layer of ``net_arch`` is followed by a ``LayerNorm``, which keeps values
-        that are learned without replay from diverging (Gallici et al. 2025, "Simplifying Deep Temporal Difference
-        Learning")
+    :param net_arch: hidden layers behind the features extractor: two of 128 units by default, none behind a CNN that
+        ends in a hidden layer of its own
+    :param features_extractor_class: what computes features from the observations
+    :param features_extractor_kwargs: further parameters of the features extractor
+    :param optimizer_class: any torch optimizer; only the updates of :class:`SharedRMSprop` can go without a lock
+    :param optimizer_kwargs: further parameters of the optimizer
+    :param layer_norm: whether a ``LayerNorm`` stands before the activation of each hidden layer: those of ``net_arch``,
+        and those of :class:`NipsCNN` and :class:`MinAtarCNN`. It keeps values that are learned without replay from
+        diverging (Gallici et al. 2025, "Simplifying Deep Temporal Difference Learning")
     :param mixed_precision: whether the features extractor computes in bfloat16 (``torch.autocast``), which is faster
         where the processor can; weights, gradients, the layers of ``net_arch`` and the Q-values stay in float32
     :param kwargs: further parameters of SB3's ``DQNPolicy``
-    :raises ValueError: if there is no hidden layer that ``layer_norm`` could follow
     """
 
     def __init__(
@@ -89,15 +99,33 @@ class MlpPolicy(DQNPolicy):
         observation_space: spaces.Space,
         action_space: spaces.Discrete,
         lr_schedule: Schedule,
-        optimizer_class: type[th.optim.Optimizer] = SharedRMSprop,
-        layer_norm: bool = False,
+        net_arch: list[int] | None = None,
+        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        layer_norm: bool = True,
         mixed_precision: bool = False,
         **kwargs: Any,
     ) -> None:
         # DQNPolicy's constructor makes the networks
         self.layer_norm = layer_norm
         self.mixed_precision = mixed_precision
-        super().__init__(observation_space, action_space, lr_schedule, optimizer_class=optimizer_class, **kwargs)
+        if net_arch is None:
+            net_arch = [] if issubclass(features_extractor_class, CNNS_WITH_HIDDEN_LAYER) else [128, 128]
+        if issubclass(features_extractor_class, CNNS_WITH_LAYER_NORM):
+            features_extractor_kwargs = {"layer_norm": layer_norm, **(features_extractor_kwargs or {})}
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            net_arch=net_arch,
+            features_extractor_class=features_extractor_class,
+            features_extractor_kwargs=features_extractor_kwargs,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            **kwargs,
+        )
 
     def make_q_net(self) -> QNetwork:
         """
@@ -124,9 +152,8 @@ class CnnPolicy(MlpPolicy, DQNCnnPolicy):
     :param observation_space: observation space
     :param action_space: action space
     :param lr_schedule: learning rate schedule
-    :param net_arch: hidden layers behind the features extractor; by default none behind a CNN that ends in one
-    :param features_extractor_class: ``NatureCNN`` by default, or the paper's :class:`NipsCNN`
-    :param kwargs: further parameters of SB3's ``DQNPolicy``
+    :param features_extractor_class: the paper's :class:`NipsCNN` by default
+    :param kwargs: further parameters of :class:`MlpPolicy`
     """
 
     def __init__(
@@ -134,22 +161,41 @@ class CnnPolicy(MlpPolicy, DQNCnnPolicy):
         observation_space: spaces.Space,
         action_space: spaces.Discrete,
         lr_schedule: Schedule,
-        net_arch: list[int] | None = None,
-        features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN,
+        features_extractor_class: type[BaseFeaturesExtractor] = NipsCNN,
         **kwargs: Any,
     ) -> None:
-        # DQN knows this of NatureCNN only
-        if net_arch is None and features_extractor_class in (NipsCNN, MinAtarCNN):
-            net_arch = []
         super().__init__(
             observation_space,
             action_space,
             lr_schedule,
-            net_arch=net_arch,
             features_extractor_class=features_extractor_class,
             **kwargs,
         )
 
 
 class MultiInputPolicy(MlpPolicy, DQNMultiInputPolicy):
-    """:class:`MlpPolicy` for dict observations."""
+    """
+    :class:`MlpPolicy` for dict observations.
+
+    :param observation_space: observation space
+    :param action_space: action space
+    :param lr_schedule: learning rate schedule
+    :param features_extractor_class: SB3's ``CombinedExtractor`` by default
+    :param kwargs: further parameters of :class:`MlpPolicy`
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Dict,
+        action_space: spaces.Discrete,
+        lr_schedule: Schedule,
+        features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            features_extractor_class=features_extractor_class,
+            **kwargs,
+        )

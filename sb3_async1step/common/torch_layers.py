@@ -1,10 +1,55 @@
 """Networks that extract features from images."""
 
+from collections.abc import Sequence
+
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
+
+
+def create_cnn(image_shape: Sequence[int], convolutions: Sequence[nn.Conv2d], layer_norm: bool) -> nn.Sequential:
+    """
+    Stack convolutions, each with a ReLU, and flatten the result.
+
+    :param image_shape: shape of an image, ``(n_channels, height, width)``
+    :param convolutions: the convolutions
+    :param layer_norm: whether a ``LayerNorm`` stands before each ReLU
+    :return: a module that turns images of shape ``(n, n_channels, height, width)`` into an array of shape ``(n, -1)``
+    """
+    cnn = nn.Sequential()
+    image = th.zeros(1, *image_shape)
+    for convolution in convolutions:
+        image = convolution(image)
+        cnn.append(convolution)
+        if layer_norm:
+            cnn.append(nn.LayerNorm(image.shape[1:]))
+        cnn.append(nn.ReLU())
+    return cnn.append(nn.Flatten())
+
+
+def create_hidden_layer(n_inputs: int, n_units: int, layer_norm: bool) -> nn.Sequential:
+    """
+    :param n_inputs: number of inputs
+    :param n_units: number of hidden units
+    :param layer_norm: whether a ``LayerNorm`` stands before the ReLU
+    :return: a fully connected layer with a ReLU
+    """
+    layer = nn.Sequential(nn.Linear(n_inputs, n_units))
+    if layer_norm:
+        layer.append(nn.LayerNorm(n_units))
+    return layer.append(nn.ReLU())
+
+
+def count_outputs(module: nn.Module, input_shape: Sequence[int]) -> int:
+    """
+    :param module: a module
+    :param input_shape: shape of one of its inputs
+    :return: number of features that the module computes from it
+    """
+    with th.no_grad():
+        return int(module(th.zeros(1, *input_shape)).shape[1])
 
 
 class NipsCNN(BaseFeaturesExtractor):
@@ -31,24 +76,14 @@ class NipsCNN(BaseFeaturesExtractor):
         super().__init__(observation_space, features_dim)
         if not is_image_space(observation_space, check_channels=False, normalized_image=normalized_image):
             raise ValueError(f"NipsCNN needs images (uint8, or normalized_image=True), got {observation_space}")
-        images = th.as_tensor(observation_space.sample()[None]).float()
         convolutions = (
             nn.Conv2d(observation_space.shape[0], 16, kernel_size=8, stride=4),
             nn.Conv2d(16, 32, kernel_size=4, stride=2),
         )
-        self.cnn = nn.Sequential()
+        self.cnn = create_cnn(observation_space.shape, convolutions, layer_norm)
         if layer_norm:
-            self.cnn.append(nn.LayerNorm(observation_space.shape, elementwise_affine=False))
-        for convolution in convolutions:
-            self.cnn.append(convolution)
-            if layer_norm:
-                self.cnn.append(nn.LayerNorm(self.cnn(images).shape[1:]))
-            self.cnn.append(nn.ReLU())
-        self.cnn.append(nn.Flatten())
-        self.linear = nn.Sequential(nn.Linear(self.cnn(images).shape[1], features_dim))
-        if layer_norm:
-            self.linear.append(nn.LayerNorm(features_dim))
-        self.linear.append(nn.ReLU())
+            self.cnn.insert(0, nn.LayerNorm(observation_space.shape, elementwise_affine=False))
+        self.linear = create_hidden_layer(count_outputs(self.cnn, observation_space.shape), features_dim, layer_norm)
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         """
@@ -64,13 +99,15 @@ class MinAtarCNN(BaseFeaturesExtractor):
 
     :param observation_space: MinAtar's binary images, channels last, shape ``(height, width, n_channels)``
     :param features_dim: number of hidden units
+    :param layer_norm: whether a ``LayerNorm`` stands before each ReLU
     """
 
-    def __init__(self, observation_space: spaces.Box, features_dim: int = 128) -> None:
+    def __init__(self, observation_space: spaces.Box, features_dim: int = 128, layer_norm: bool = False) -> None:
         super().__init__(observation_space, features_dim)
         height, width, n_channels = observation_space.shape
-        self.cnn = nn.Sequential(nn.Conv2d(n_channels, 16, kernel_size=3), nn.ReLU(), nn.Flatten())
-        self.linear = nn.Sequential(nn.Linear(16 * (height - 2) * (width - 2), features_dim), nn.ReLU())
+        image_shape = (n_channels, height, width)
+        self.cnn = create_cnn(image_shape, [nn.Conv2d(n_channels, 16, kernel_size=3)], layer_norm)
+        self.linear = create_hidden_layer(count_outputs(self.cnn, image_shape), features_dim, layer_norm)
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         """

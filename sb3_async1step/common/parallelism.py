@@ -1,0 +1,77 @@
+"""How many workers pay off, and how many of torch's intra-op threads each of them gets."""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
+
+#: A network with fewer multiplications for each observation is done before threads have shared the work: on CartPole
+#: and MinAtar (0.02 and 0.2 million) one thread is fastest, on Atari (3 million and more) as many as there are cores
+SMALL_NETWORK = 1_000_000
+
+# Several models may learn at the same time: what torch had before the first of them began
+_lock = threading.Lock()
+_n_blocks = 0
+_original = 1
+
+
+def count_usable_cores() -> int:
+    """
+    :return: number of cores that this process may use
+    """
+    # Linux alone can tell
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def count_multiplications(network: nn.Module, observation: PyTorchObs) -> int:
+    """
+    :param network: a network in evaluation mode
+    :param observation: a batch of one observation
+    :return: multiplications in the network's linear layers and convolutions
+    """
+    n_multiplications = 0
+
+    def count(module: nn.Module, inputs: Any, output: th.Tensor) -> None:
+        nonlocal n_multiplications
+        # Each weight is used once for each output of its filter or unit
+        weight = module.weight
+        assert isinstance(weight, th.Tensor)
+        n_multiplications += weight.numel() * output.numel() // weight.shape[0]
+
+    layers = [m for m in network.modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        with th.no_grad():
+            network(observation)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return n_multiplications
+
+
+@contextmanager
+def intra_op_threads_for(n_workers: int, network_is_small: bool) -> Iterator[None]:
+    """
+    Give each worker an equal share of torch's intra-op threads inside the ``with`` block, at least one.
+
+    :param n_workers: number of workers that compute at the same time
+    :param network_is_small: whether their network gains nothing from several threads: then each worker has one
+    """
+    global _original, _n_blocks
+    with _lock:
+        if _n_blocks == 0:
+            _original = th.get_num_threads()
+        _n_blocks += 1
+    # Each thread has a number of its own; those that it starts inherit it
+    th.set_num_threads(1 if network_is_small else max(1, _original // n_workers))
+    try:
+        yield
+    finally:
+        th.set_num_threads(_original)
+        with _lock:
+            _n_blocks -= 1
