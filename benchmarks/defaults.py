@@ -63,11 +63,11 @@ PONG = "PongNoFrameskip-v4"
 TASKS = {
     "CartPole-v1": Task(475.0, 200_000),
     "Acrobot-v1": Task(-100.0, 300_000),
-    "LunarLander-v3": Task(100.0, 1_000_000),
+    "LunarLander-v3": Task(100.0, 500_000),
     "MinAtar/Breakout-v0": Task(
         8.0, 1_000_000, policy="CnnPolicy", policy_kwargs={"features_extractor_class": MinAtarCNN}
     ),
-    PONG: Task(-10.0, 3_000_000, n_dqn_steps=300_000, policy="CnnPolicy", n_final_episodes=20),
+    PONG: Task(-10.0, 2_000_000, n_dqn_steps=300_000, policy="CnnPolicy", n_final_episodes=20),
 }
 
 

@@ -321,6 +321,23 @@ def floor_table(floor: dict[str, float]) -> list[str]:
     return lines + [f"| {name} | {format_count(microseconds)} |" for name, microseconds in parts]
 
 
+def auto_table(comparisons: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """
+    :param comparisons: of ``n_workers="auto"`` with fixed settings, by "auto, ENV, N lanes"
+    :return: the lines of a table, a row for each comparison
+    """
+    lines = ["| | `auto`, steps/s | best fixed setting, steps/s | ratio |", "|---|---|---|---|"]
+    for name, contenders in comparisons.items():
+        medians = median_speeds(contenders)
+        auto = medians.pop("auto")
+        best = max(medians, key=lambda setting: medians[setting])
+        lines.append(
+            f"| {name.removeprefix('auto, ')} | {format_spread(contenders['auto']['steps_per_second'])} "
+            f"| {best}: {format_spread(contenders[best]['steps_per_second'])} | {auto / medians[best]:.2f} |"
+        )
+    return lines
+
+
 def make_speed_tables(throughput: dict[str, Any]) -> dict[str, list[str]]:
     """
     :param throughput: what ``benchmarks/throughput.py`` wrote
@@ -331,6 +348,9 @@ def make_speed_tables(throughput: dict[str, Any]) -> dict[str, list[str]]:
         for name in ("contenders", "workers", "lanes", *THRESHOLDS)
         if name in throughput
     }
+    autos = {name: comparison for name, comparison in throughput.items() if name.startswith("auto, ")}
+    if autos:
+        tables["auto"] = auto_table(autos)
     return {**tables, "floor": floor_table(throughput["floor"])}
 
 

@@ -1,7 +1,7 @@
 """
 Agent steps per second while learning: on Pong with the Nature CNN next to SB3's DQN and A2C and to PQN, over workers
-and lanes, and next to the floor, the time that emulation and arithmetic alone take; on CartPole-v1 and LunarLander-v3
-next to DQN, all with the Zoo's hyperparameters.
+and lanes, and next to the floor, the time that emulation and arithmetic alone take; with ``n_workers="auto"`` next to
+fixed numbers of workers and threads; on CartPole-v1 and LunarLander-v3 next to DQN, all with the Zoo's hyperparameters.
 
 ``make bench``, or ``python -m benchmarks.throughput``. Each contender has a process of its own, as a user's training
 has. The contenders of a comparison take turns within each repeat, so that a slow phase of the machine hits all of them;
@@ -42,6 +42,7 @@ from benchmarks import report
 from benchmarks.learning import describe_hardware
 from benchmarks.pqn import PQN
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
+from sb3_async1step.common import async_algorithm
 from sb3_async1step.common.heap import keep_freed_memory
 from sb3_async1step.common.parallelism import count_usable_cores
 from sb3_async1step.envs.ale_vec_env import AleVecEnv
@@ -93,6 +94,26 @@ def make_ours(
 make_q = functools.partial(make_ours, AsyncOneStepQ)
 
 
+def make_with_threads(
+    env_id: str, n_lanes: int, n_workers: int | str = "auto", n_threads: int | None = None
+) -> AsyncOneStepQ:
+    """
+    :param env_id: CartPole or Pong
+    :param n_lanes: number of lanes
+    :param n_workers: number of workers
+    :param n_threads: number of torch's threads for each worker, by default what the model chooses
+    :return: the model, with its defaults but for these
+    """
+    if n_threads is not None:
+        assert isinstance(n_workers, int)
+        # No network is so small that it gets a single thread
+        async_algorithm.SMALL_NETWORK = 0
+        th.set_num_threads(n_workers * n_threads)
+    if env_id == ENV_ID:
+        return AsyncOneStepQ("CnnPolicy", make_env(n_lanes), n_workers=n_workers, seed=0)
+    return AsyncOneStepQ("MlpPolicy", env_id, n_envs=n_lanes, n_workers=n_workers, seed=0)
+
+
 def make_by_zoo(algo: str, env_id: str) -> BaseAlgorithm:
     """
     :param algo: Zoo id of an algorithm
@@ -136,6 +157,27 @@ LANES: dict[str, MakeModel] = {
     f"{n} lanes": lambda n=n: make_q(n)  # type: ignore[misc]
     for n in (1, 2, 4, 8, 16, 32, 64, 128)
 }
+# What n_workers="auto" chooses, next to numbers of workers and of torch's threads for each of them
+AUTO: dict[str, dict[str, MakeModel]] = {
+    f"auto, {env_id}, {n_lanes} lanes": {
+        "auto": functools.partial(make_with_threads, env_id, n_lanes),
+        **{
+            f"{n_workers} workers, {n_threads} threads each": functools.partial(
+                make_with_threads, env_id, n_lanes, n_workers, n_threads
+            )
+            for n_workers in (1, 2, 4)
+            for n_threads in (1, 2)
+            if n_workers <= n_lanes
+        },
+    }
+    for env_id, n_lanes in (
+        ("CartPole-v1", 1),
+        ("CartPole-v1", 4),
+        ("CartPole-v1", 16),
+        ("CartPole-v1", 64),
+        (ENV_ID, 16),
+    )
+}
 CLASSIC: dict[str, dict[str, MakeModel]] = {
     env_id: {
         # DQN first, which the others are compared with
@@ -145,7 +187,7 @@ CLASSIC: dict[str, dict[str, MakeModel]] = {
     for env_id in ("CartPole-v1", "LunarLander-v3")
 }
 
-COMPARISONS = {"contenders": CONTENDERS, "workers": WORKERS, "lanes": LANES, **CLASSIC}
+COMPARISONS = {"contenders": CONTENDERS, "workers": WORKERS, "lanes": LANES, **AUTO, **CLASSIC}
 
 
 class Contender:

@@ -75,12 +75,12 @@ class QNetwork(DQNQNetwork):
 
 class MlpPolicy(DQNPolicy):
     """
-    DQN's policy with Q-network and target network, layer normalization, and Adam as its optimizer.
+    DQN's policy with Q-network and target network, and Adam as its optimizer.
 
     :param observation_space: observation space
     :param action_space: action space
     :param lr_schedule: learning rate schedule
-    :param net_arch: hidden layers behind the features extractor: two of 128 units by default, none behind a CNN that
+    :param net_arch: hidden layers behind the features extractor: two of 256 units by default, none behind a CNN that
         ends in a hidden layer of its own
     :param features_extractor_class: what computes features from the observations
     :param features_extractor_kwargs: further parameters of the features extractor
@@ -104,7 +104,7 @@ class MlpPolicy(DQNPolicy):
         features_extractor_kwargs: dict[str, Any] | None = None,
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
-        layer_norm: bool = True,
+        layer_norm: bool = False,
         mixed_precision: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -112,7 +112,7 @@ class MlpPolicy(DQNPolicy):
         self.layer_norm = layer_norm
         self.mixed_precision = mixed_precision
         if net_arch is None:
-            net_arch = [] if issubclass(features_extractor_class, CNNS_WITH_HIDDEN_LAYER) else [128, 128]
+            net_arch = [] if issubclass(features_extractor_class, CNNS_WITH_HIDDEN_LAYER) else [256, 256]
         if issubclass(features_extractor_class, CNNS_WITH_LAYER_NORM):
             features_extractor_kwargs = {"layer_norm": layer_norm, **(features_extractor_kwargs or {})}
         super().__init__(
@@ -147,12 +147,13 @@ class MlpPolicy(DQNPolicy):
 
 class CnnPolicy(MlpPolicy, DQNCnnPolicy):
     """
-    :class:`MlpPolicy` for images.
+    :class:`MlpPolicy` for images, with layer normalization.
 
     :param observation_space: observation space
     :param action_space: action space
     :param lr_schedule: learning rate schedule
     :param features_extractor_class: the paper's :class:`NipsCNN` by default
+    :param layer_norm: see :class:`MlpPolicy`
     :param kwargs: further parameters of :class:`MlpPolicy`
     """
 
@@ -162,6 +163,7 @@ class CnnPolicy(MlpPolicy, DQNCnnPolicy):
         action_space: spaces.Discrete,
         lr_schedule: Schedule,
         features_extractor_class: type[BaseFeaturesExtractor] = NipsCNN,
+        layer_norm: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -169,6 +171,7 @@ class CnnPolicy(MlpPolicy, DQNCnnPolicy):
             action_space,
             lr_schedule,
             features_extractor_class=features_extractor_class,
+            layer_norm=layer_norm,
             **kwargs,
         )
 
