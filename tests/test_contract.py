@@ -13,7 +13,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureCNN
 from stable_baselines3.common.vec_env import (
     DummyVecEnv,
     SubprocVecEnv,
@@ -102,7 +102,7 @@ def test_observation_spaces(algorithm, name, n_workers, tmp_path):
     ("policy", "space", "message"),
     [
         ("MlpPolicy", spaces.Dict({"speed": box(2)}), "You must use `MultiInputPolicy`"),
-        ("CnnPolicy", box(4), "You should use NatureCNN only with images"),
+        ("CnnPolicy", box(4), "NipsCNN needs images"),
         ("LstmPolicy", box(4), "Policy LstmPolicy unknown"),
     ],
 )
@@ -270,7 +270,7 @@ def test_layer_norm(algorithm, tmp_path):
 def test_layer_norm_needs_hidden_layers(algorithm):
     env = make_vec_env(lambda: FakeImageEnv(screen_height=40, screen_width=40), n_envs=2)
     with pytest.raises(ValueError, match=r"give it some, as in policy_kwargs=dict\(net_arch=\[256\], layer_norm=True"):
-        algorithm("CnnPolicy", env, policy_kwargs={"layer_norm": True})
+        algorithm("CnnPolicy", env, policy_kwargs={"layer_norm": True, "features_extractor_class": NatureCNN})
 
 
 @pytest.mark.parametrize("dtype", [th.uint8, th.float32])
@@ -342,8 +342,12 @@ def test_mixed_precision(algorithm, tmp_path):
     [
         {"net_arch": []},
         {"net_arch": [4, 4], "activation_fn": th.nn.Tanh},
-        {"optimizer_class": th.optim.Adam, "optimizer_kwargs": {"eps": 1e-5, "weight_decay": 1e-4}},
-        {"optimizer_class": th.optim.SGD, "optimizer_kwargs": {"momentum": 0.9}},
+        {
+            "net_arch": [8],
+            "optimizer_class": th.optim.Adam,
+            "optimizer_kwargs": {"eps": 1e-5, "weight_decay": 1e-4},
+        },
+        {"net_arch": [8], "optimizer_class": th.optim.SGD, "optimizer_kwargs": {"momentum": 0.9}},
     ],
 )
 def test_policy_kwargs_of_dqn(algorithm, policy_kwargs):

@@ -25,7 +25,7 @@ def make_images(n_envs):
 # ---------------------------------------------------------------------- lanes
 
 
-@pytest.mark.parametrize(("n_envs", "n_lanes"), [(None, 16), (3, 3), (1, 1)])
+@pytest.mark.parametrize(("n_envs", "n_lanes"), [(None, 32), (3, 3), (1, 1)])
 def test_an_env_id_makes_lanes(algorithm, n_envs, n_lanes, capsys):
     model = algorithm("MlpPolicy", "CartPole-v1", n_envs=n_envs, seed=0, verbose=1)
     assert model.n_envs == model.get_env().num_envs == n_lanes
@@ -39,7 +39,7 @@ def test_the_seed_decides_the_lanes_of_an_env_id(algorithm):
     np.testing.assert_array_equal(first, same)
     assert not np.array_equal(first, other)
     # No two lanes are alike
-    assert len(np.unique(first, axis=0)) == 16
+    assert len(np.unique(first, axis=0)) == 32
 
 
 def test_an_env_has_its_own_number_of_lanes(algorithm):
@@ -50,9 +50,7 @@ def test_an_env_has_its_own_number_of_lanes(algorithm):
 
 @pytest.mark.parametrize("make", [lambda: make_env(4), lambda: gym.make("CartPole-v1")])
 def test_another_number_of_lanes_than_the_env_has_is_refused(algorithm, make):
-    with pytest.raises(
-        ValueError, match=r"n_envs=3, but the env has \d lane\(s\): .* an env's id.*make_vec"
-    ):
+    with pytest.raises(ValueError, match=r"n_envs=3, but the env has \d lane\(s\): .* an env's id.*make_vec"):
         algorithm("MlpPolicy", make(), n_envs=3)
 
 
@@ -76,7 +74,7 @@ def test_envs_that_come_later_may_have_other_numbers_of_lanes(algorithm, tmp_pat
 
 
 def test_a_single_lane_is_said_to_learn_badly(algorithm):
-    message = f"{algorithm.__name__} learns from a single env lane.*Give it the env's id.*makes 16 lanes.*make_vec_env"
+    message = f"{algorithm.__name__} learns from a single env lane.*Give it the env's id.*makes 32 lanes.*make_vec_env"
     with pytest.warns(UserWarning, match=message) as record:
         algorithm("MlpPolicy", gym.make("CartPole-v1")).learn(10)
     # Where the user called learn()
@@ -146,8 +144,8 @@ def kinds_of(module):
 
 def test_default_networks(algorithm):
     mlp = algorithm("MlpPolicy", make_env(2)).q_net
-    assert kinds_of(mlp.q_net) == ["Linear", "LayerNorm", "ReLU"] * 2 + ["Linear"]
-    assert [layer.out_features for layer in mlp.q_net if hasattr(layer, "out_features")] == [128, 128, 3]
+    assert kinds_of(mlp.q_net) == ["Linear", "ReLU"] * 2 + ["Linear"]
+    assert [layer.out_features for layer in mlp.q_net if hasattr(layer, "out_features")] == [256, 256, 3]
     cnn = algorithm("CnnPolicy", make_images(2)).q_net
     assert isinstance(cnn.features_extractor, NipsCNN)
     assert kinds_of(cnn) == [

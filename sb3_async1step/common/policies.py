@@ -84,14 +84,17 @@ class MlpPolicy(DQNPolicy):
         ends in a hidden layer of its own
     :param features_extractor_class: what computes features from the observations
     :param features_extractor_kwargs: further parameters of the features extractor
+    :param normalize_images: whether images are divided by 255
     :param optimizer_class: any torch optimizer; only the updates of :class:`SharedRMSprop` can go without a lock
     :param optimizer_kwargs: further parameters of the optimizer
     :param layer_norm: whether a ``LayerNorm`` stands before the activation of each hidden layer: those of ``net_arch``,
         and those of :class:`NipsCNN` and :class:`MinAtarCNN`. It keeps values that are learned without replay from
-        diverging (Gallici et al. 2025, "Simplifying Deep Temporal Difference Learning")
+        diverging (Gallici et al. 2025, "Simplifying Deep Temporal Difference Learning"). By default, networks with one
+        of these CNNs have it and others don't: small networks learn small differences between large values worse
     :param mixed_precision: whether the features extractor computes in bfloat16 (``torch.autocast``), which is faster
         where the processor can; weights, gradients, the layers of ``net_arch`` and the Q-values stay in float32
     :param kwargs: further parameters of SB3's ``DQNPolicy``
+    :raises ValueError: if there is no hidden layer that ``layer_norm`` could normalize
     """
 
     def __init__(
@@ -102,19 +105,31 @@ class MlpPolicy(DQNPolicy):
         net_arch: list[int] | None = None,
         features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
         features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
-        layer_norm: bool = False,
+        layer_norm: bool | None = None,
         mixed_precision: bool = False,
         **kwargs: Any,
     ) -> None:
+        if net_arch is None:
+            net_arch = [] if issubclass(features_extractor_class, CNNS_WITH_HIDDEN_LAYER) else [256, 256]
+        extractor_takes_layer_norm = issubclass(features_extractor_class, CNNS_WITH_LAYER_NORM)
+        if layer_norm is None:
+            layer_norm = extractor_takes_layer_norm
+        if extractor_takes_layer_norm:
+            features_extractor_kwargs = {"layer_norm": layer_norm, **(features_extractor_kwargs or {})}
+        elif layer_norm and len(net_arch) == 0:
+            raise ValueError(
+                f"layer_norm=True normalizes hidden layers, but {features_extractor_class.__name__}'s are its own and "
+                "net_arch is empty: give it some, as in policy_kwargs=dict(net_arch=[256], layer_norm=True)."
+            )
+        if issubclass(features_extractor_class, NipsCNN) and not normalize_images:
+            # As SB3 does for its own CNNs
+            features_extractor_kwargs = {"normalized_image": True, **(features_extractor_kwargs or {})}
         # DQNPolicy's constructor makes the networks
         self.layer_norm = layer_norm
         self.mixed_precision = mixed_precision
-        if net_arch is None:
-            net_arch = [] if issubclass(features_extractor_class, CNNS_WITH_HIDDEN_LAYER) else [256, 256]
-        if issubclass(features_extractor_class, CNNS_WITH_LAYER_NORM):
-            features_extractor_kwargs = {"layer_norm": layer_norm, **(features_extractor_kwargs or {})}
         super().__init__(
             observation_space,
             action_space,
@@ -122,6 +137,7 @@ class MlpPolicy(DQNPolicy):
             net_arch=net_arch,
             features_extractor_class=features_extractor_class,
             features_extractor_kwargs=features_extractor_kwargs,
+            normalize_images=normalize_images,
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
             **kwargs,
@@ -147,13 +163,12 @@ class MlpPolicy(DQNPolicy):
 
 class CnnPolicy(MlpPolicy, DQNCnnPolicy):
     """
-    :class:`MlpPolicy` for images, with layer normalization.
+    :class:`MlpPolicy` for images.
 
     :param observation_space: observation space
     :param action_space: action space
     :param lr_schedule: learning rate schedule
     :param features_extractor_class: the paper's :class:`NipsCNN` by default
-    :param layer_norm: see :class:`MlpPolicy`
     :param kwargs: further parameters of :class:`MlpPolicy`
     """
 
@@ -163,7 +178,6 @@ class CnnPolicy(MlpPolicy, DQNCnnPolicy):
         action_space: spaces.Discrete,
         lr_schedule: Schedule,
         features_extractor_class: type[BaseFeaturesExtractor] = NipsCNN,
-        layer_norm: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -171,7 +185,6 @@ class CnnPolicy(MlpPolicy, DQNCnnPolicy):
             action_space,
             lr_schedule,
             features_extractor_class=features_extractor_class,
-            layer_norm=layer_norm,
             **kwargs,
         )
 
