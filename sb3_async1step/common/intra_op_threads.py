@@ -1,4 +1,4 @@
-"""Divide torch's intra-op threads among the workers."""
+"""Divide PyTorch's intra-op threads among the workers."""
 
 import os
 import threading
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch as th
 
-# Several models may learn at the same time: what torch had before the first of them began
+# Several models may learn at the same time. The number of threads to restore is the one before the first of them began
 _lock = threading.Lock()
 _n_blocks = 0
 _original = 1
@@ -17,14 +17,14 @@ def count_usable_cores() -> int:
     """
     :return: number of cores that this process may use
     """
-    # Linux alone can tell
+    # Only Linux has sched_getaffinity
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
 def intra_op_threads_for(n_workers: int) -> Iterator[None]:
     """
-    Give each worker an equal share of torch's intra-op threads inside the ``with`` block, at least one.
+    Give each worker an equal share of PyTorch's intra-op threads inside the ``with`` block, but at least one.
 
     :param n_workers: number of workers that compute at the same time
     """
@@ -33,7 +33,7 @@ def intra_op_threads_for(n_workers: int) -> Iterator[None]:
         if _n_blocks == 0:
             _original = th.get_num_threads()
         _n_blocks += 1
-    # Each thread has a number of its own; those that it starts inherit it
+    # The number is set for the calling thread, and inherited by the threads that it starts
     th.set_num_threads(max(1, _original // n_workers))
     try:
         yield
