@@ -1,4 +1,4 @@
-"""One worker: it acts in its env lanes, learns from its transitions, and applies its gradients to the shared network."""
+"""One worker, which acts in its env lanes, learns from its transitions, and updates the shared network."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
