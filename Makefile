@@ -12,7 +12,7 @@ PYTHON = python3
 BIN = .venv/bin
 INSTALLED = .venv/installed
 
-.PHONY: train enjoy test test-slow lint type docs bench report
+.PHONY: train enjoy test test-slow format lint type commit-checks docs bench report
 
 train: $(INSTALLED)
 	$(BIN)/sb3-async1step train --algo $(ALGO) --env $(ENV) $(if $(STEPS),--n-timesteps $(STEPS)) --progress \
@@ -28,12 +28,22 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
+format: $(INSTALLED)
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 type: $(INSTALLED)
 	$(BIN)/mypy
+
+# One after another, also with make --jobs
+commit-checks:
+	$(MAKE) format
+	$(MAKE) lint
+	$(MAKE) type
 
 docs: $(INSTALLED)
 	$(BIN)/sphinx-build -W -b html docs docs/_build/html

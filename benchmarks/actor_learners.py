@@ -1,12 +1,12 @@
 """
-Environment steps and seconds to a reference score against the number of actor-learners: the paper's Table 2.
+Environment steps and seconds until a reference score, for several numbers of actor-learners: the paper's Table 2.
 
 ``python -m benchmarks.actor_learners --algo async_one_step_q --env CartPole-v1 --seeds 1 2 3 4 5``
 
-The actor-learners are lanes of one worker, or each has a worker (a thread) of its own, as in the paper. All else is
-the same for all numbers of them. Each training ends when the mean return of its last 100 episodes, exploration
-included, reaches the reference score. What is in the results' file already is not measured again, so that an
-interrupted study goes on. ``python -m benchmarks.report`` makes the table and the picture.
+The actor-learners are the lanes of one worker, or each has a worker (a thread) of its own, as in the paper. Nothing
+else differs between the numbers of actor-learners. Each training ends when the mean return of its last 100 episodes,
+including exploration, reaches the reference score. Measurements that are in the file of results already are not
+repeated, so that an interrupted study continues. ``python -m benchmarks.report`` makes the table and the picture.
 """
 
 import argparse
@@ -33,12 +33,12 @@ LAYOUTS = ("one worker", "a worker for each")
 @dataclass(frozen=True)
 class Task:
     """
-    What is to be learned, and the parameters that differ from the paper's.
+    A task to be learned, with the parameters that differ from the paper's.
 
     :param reference_score: mean return of the last 100 episodes at which a training ends
-    :param max_steps: environment steps at which it is given up
-    :param exploration_steps: environment steps over which epsilon is annealed, to 0.1 in all lanes
-    :param parameters: of the algorithm
+    :param max_steps: number of environment steps after which a training is given up
+    :param exploration_steps: number of environment steps over which epsilon is annealed, to 0.1 in all lanes
+    :param parameters: parameters of the algorithm
     """
 
     reference_score: float
@@ -79,9 +79,11 @@ TASKS = {
 
 class Setting(NamedTuple):
     """
-    :param layout: of ``LAYOUTS``
+    The setting of a training.
+
+    :param layout: one of ``LAYOUTS``
     :param n_lanes: number of actor-learners
-    :param seed: of the training
+    :param seed: seed of the training
     """
 
     layout: str
@@ -91,15 +93,15 @@ class Setting(NamedTuple):
 
 class Measurement(NamedTuple):
     """
-    A row of the results' file.
+    A row in the file of results.
 
-    :param layout: see :class:`Setting`
-    :param n_lanes: likewise
-    :param seed: likewise
-    :param steps: environment steps to the reference score, infinite if they did not suffice
-    :param seconds: likewise
-    :param date: when it was measured
-    :param hardware: on what
+    :param layout: layout, see :class:`Setting`
+    :param n_lanes: number of actor-learners
+    :param seed: seed of the training
+    :param steps: number of environment steps until the reference score, infinite if it was not reached
+    :param seconds: seconds until the reference score, infinite if it was not reached
+    :param date: date of the measurement
+    :param hardware: processor and number of cores
     """
 
     layout: str
@@ -113,25 +115,25 @@ class Measurement(NamedTuple):
 
 def results_path(env_id: str, algo: str) -> Path:
     """
-    :param env_id: Gymnasium's id
-    :param algo: the Zoo's id
-    :return: file of the measurements
+    :param env_id: id of the environment in Gymnasium
+    :param algo: name of the algorithm in the Zoo
+    :return: path of the file of measurements
     """
     return FOLDER / f"{env_id.replace('/', '-')}_{algo}.csv"
 
 
 def read_measurements(path: Path) -> pd.DataFrame:
     """
-    :param path: file of the measurements
-    :return: the measurements, none if there is no file
+    :param path: path of the file of measurements
+    :return: the measurements, an empty table if there is no file
     """
     return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=Measurement._fields)
 
 
 def append_measurement(path: Path, measurement: Measurement) -> None:
     """
-    :param path: file of the measurements
-    :param measurement: a new one
+    :param path: path of the file of measurements
+    :param measurement: the measurement to append
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     pd.DataFrame([measurement]).to_csv(path, mode="a", header=not path.exists(), index=False)
@@ -139,17 +141,17 @@ def append_measurement(path: Path, measurement: Measurement) -> None:
 
 def is_measured(measurements: pd.DataFrame, setting: Setting) -> bool:
     """
-    :param measurements: see :func:`read_measurements`
-    :param setting: of a training
-    :return: whether they have it
+    :param measurements: the measurements, see :func:`read_measurements`
+    :param setting: the setting of a training
+    :return: whether they contain this setting
     """
     return bool((measurements[list(Setting._fields)] == list(setting)).all(axis=1).any())
 
 
 def read_all(folder: Path = FOLDER) -> dict[tuple[str, str], pd.DataFrame]:
     """
-    :param folder: of the files
-    :return: the measurements by environment and algorithm, those tasks and algorithms only that have some
+    :param folder: folder of the files
+    :return: the measurements by environment and algorithm, for those that have some
     """
     paths = {(env_id, algo): folder / results_path(env_id, algo).name for env_id in TASKS for algo in ALGORITHMS}
     return {key: read_measurements(path) for key, path in paths.items() if path.exists()}
@@ -157,8 +159,8 @@ def read_all(folder: Path = FOLDER) -> dict[tuple[str, str], pd.DataFrame]:
 
 def list_settings(seeds: Sequence[int]) -> list[Setting]:
     """
-    :param seeds: of the trainings
-    :return: what there is to measure; a single actor-learner has one layout only
+    :param seeds: seeds of the trainings
+    :return: all settings to measure; for a single actor-learner there is only one layout
     """
     return [
         Setting(layout, n_lanes, seed)
@@ -172,10 +174,10 @@ def measure(env_id: str, algo: str, setting: Setting) -> Measurement:
     """
     Train until the reference score is reached.
 
-    :param env_id: Gymnasium's id
-    :param algo: the Zoo's id
-    :param setting: of the training
-    :return: what it took
+    :param env_id: id of the environment in Gymnasium
+    :param algo: name of the algorithm in the Zoo
+    :param setting: the setting of the training
+    :return: the measurement
     """
     task = TASKS[env_id]
     parameters = ALGORITHMS[algo].paper_hyperparams() | {
@@ -210,7 +212,7 @@ def measure(env_id: str, algo: str, setting: Setting) -> Measurement:
 
 
 def main() -> None:
-    """Measure all that the results' file does not have yet."""
+    """Measure all settings that are not in the file of results yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algo", required=True, choices=ALGORITHMS)
     parser.add_argument("--env", required=True, choices=TASKS)

@@ -1,8 +1,8 @@
 """
-Kill a training at random moments while it saves, and load what it leaves.
+Kill trainings at random moments while they save, and load the files that they leave.
 
-``python -m benchmarks.kills``. Each training continues from the last file, saves every few hundred milliseconds (over
-and over to one name, and to numbered names), and is ended by SIGKILL. Every file that is found must load and predict.
+``python -m benchmarks.kills``. Each training continues from the last file, saves every few hundred milliseconds (to the
+same name again and again, and to numbered names), and is ended by SIGKILL. Every file must load and predict.
 """
 
 import argparse
@@ -23,9 +23,11 @@ LATEST = "latest.zip"
 
 def train(folder: Path, interval: float, has_started: Event) -> None:
     """
-    :param folder: where to continue from and to save to
+    Train until killed.
+
+    :param folder: folder of the files to continue from and to save to
     :param interval: seconds between two saves
-    :param has_started: set at the first save
+    :param has_started: event that is set after the first save
     """
     env = make_vec_env("CartPole-v1", n_envs=4)
     latest = folder / LATEST

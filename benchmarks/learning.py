@@ -1,14 +1,14 @@
 """
-Train with the RL Zoo, evaluate what it saved, and keep the figures in ``benchmarks/results``.
+Train with the RL Zoo, evaluate the saved models, and store the results in ``benchmarks/results``.
 
 ``python -m benchmarks.learning --algo async_one_step_q --env CartPole-v1 --seeds 1 2 3 4 5``
 
-The trainings themselves evaluate nothing, so that their seconds are those of learning alone; the Zoo saves a
-checkpoint now and then. Afterwards, each of these plays some episodes for the learning curve, and the last model 100,
-or in Atari's games as long as the Zoo's ``benchmark`` command lets it.
-A training that was interrupted goes on from its last checkpoint when the command is given again, and one that has
-ended is only evaluated again; remove its folder from the logs to repeat it.
-``python -m benchmarks.report`` makes tables and pictures of the figures.
+There is no evaluation during the trainings, so that their seconds are those of learning alone; the Zoo saves
+checkpoints at regular intervals. Afterwards, each checkpoint plays some episodes for the learning curve. The last model
+plays 100 episodes, or, on Atari games, as many steps as in the Zoo's ``benchmark`` command.
+If the command is given again, a training that was interrupted continues from its last checkpoint, and one that has
+finished is only evaluated again; to repeat it, remove its folder from the logs.
+``python -m benchmarks.report`` makes tables and pictures of the results.
 """
 
 import argparse
@@ -43,30 +43,30 @@ from sb3_async1step.zoo import ALGORITHMS, hyperparams_path, register, register_
 RESULTS = Path(__file__).parent / "results"
 EVALUATION_SEED = 10_000
 N_FINAL_EPISODES = 100
-# Of the Zoo's benchmark: agent steps in all, and lanes that share them
+# Agent steps of the Zoo's benchmark, and number of lanes among which they are divided
 BENCHMARK_STEPS = 150_000
 BENCHMARK_LANES = 10
-# File with the peak memory of a training, in MiB
+# Name of the file with the peak memory of a training, in MiB
 PEAK_MEMORY = "peak_memory.txt"
 
 
 @dataclass
 class Run:
     """
-    A training, and how the models that it saved play.
+    The results of a training.
 
-    :param command: what trained
-    :param date: when
-    :param hardware: on what
-    :param versions: of the packages that matter
-    :param n_steps: agent steps
-    :param n_env_steps: the environment's own steps, more if actions are repeated; finished episodes only
-    :param seconds: from the envs' construction to the last model's file
-    :param peak_memory_mib: largest resident memory of the process, the last if there were several
+    :param command: command of the training
+    :param date: date of the evaluation
+    :param hardware: processor and number of cores
+    :param versions: versions of the main packages
+    :param n_steps: number of agent steps
+    :param n_env_steps: number of environment steps in finished episodes, which is larger if actions are repeated
+    :param seconds: seconds from the construction of the envs to the file of the last model
+    :param peak_memory_mib: peak resident memory of the process; of the last one if the training was interrupted
     :param curve_steps: agent steps at each checkpoint
     :param curve_seconds: seconds at each checkpoint
-    :param curve_returns: mean return at each checkpoint
-    :param final_returns: return of each of the last model's episodes
+    :param curve_returns: mean return of each checkpoint
+    :param final_returns: return of each episode of the last model
     """
 
     command: str
@@ -86,10 +86,10 @@ class Run:
 def result_path(results: Path, env_id: str, algo: str, seed: int) -> Path:
     """
     :param results: folder of all results
-    :param env_id: Gymnasium's id
-    :param algo: the Zoo's id
+    :param env_id: id of the environment in Gymnasium
+    :param algo: name of the algorithm in the Zoo
     :param seed: seed of the training
-    :return: where the figures of this run are kept
+    :return: path of the file with the results of this training
     """
     return results / env_id.replace("/", "-") / f"{algo}_{seed}.json"
 
@@ -103,16 +103,16 @@ def describe_hardware() -> str:
 
 def find_parts(folder: Path) -> list[Path]:
     """
-    :param folder: for the Zoo's logs of one training
-    :return: the folders of its parts, in order: each goes on from the last checkpoint of those before it
+    :param folder: folder of the Zoo's logs of one training
+    :return: the folders of its parts, in order: each continues from the last checkpoint before it
     """
     return sorted(folder.glob("*/*_*"), key=lambda path: int(path.name.rsplit("_", 1)[1]))
 
 
 def find_checkpoints(folder: Path) -> dict[int, Path]:
     """
-    :param folder: of a part of a training
-    :return: the model files by their agent steps, in order
+    :param folder: folder of a part of a training
+    :return: the files of the checkpoints by their agent steps, in order
     """
     files = {int(re.findall(r"\d+", path.stem)[-1]): path for path in folder.glob("rl_model_*_steps.zip")}
     return dict(sorted(files.items()))
@@ -120,12 +120,12 @@ def find_checkpoints(folder: Path) -> dict[int, Path]:
 
 def train(options: list[str], n_steps: int, folder: Path) -> None:
     """
-    Train, or go on with a training that was interrupted.
+    Train, or continue a training that was interrupted.
 
-    :param options: of the Zoo's ``train``
-    :param n_steps: agent steps in all
-    :param folder: for its logs
-    :raises RuntimeError: if the training failed
+    :param options: options of the Zoo's ``train``
+    :param n_steps: number of agent steps in total
+    :param folder: folder for the logs
+    :raises RuntimeError: if the training fails
     """
     checkpoints = {steps: path for part in find_parts(folder) for steps, path in find_checkpoints(part).items()}
     n_done = max(checkpoints, default=0)
@@ -145,8 +145,8 @@ def train(options: list[str], n_steps: int, folder: Path) -> None:
 
 def read_start(folder: Path) -> float:
     """
-    :param folder: of a part of a training
-    :return: when its envs were made, in seconds since the epoch
+    :param folder: folder of a part of a training
+    :return: the time when its envs were made, in seconds since the epoch
     """
     header = (folder / "0.monitor.csv").read_text().splitlines()[0]
     return float(json.loads(header.removeprefix("#"))["t_start"])
@@ -155,8 +155,10 @@ def read_start(folder: Path) -> float:
 @dataclass
 class SavedModel:
     """
-    :param path: its file
-    :param seconds: of training until it was written
+    A model that a training saved.
+
+    :param path: path of the file
+    :param seconds: seconds of training until the file was written
     """
 
     path: Path
@@ -166,9 +168,9 @@ class SavedModel:
 def list_saved(parts: list[Path], name: str) -> tuple[dict[int, SavedModel], SavedModel]:
     """
     :param parts: folders of the parts of a training
-    :param name: file name of the last model
-    :return: checkpoints by their agent steps, and the last model; what an interrupted part did after its last
-        checkpoint does not count
+    :param name: name of the file of the last model
+    :return: the checkpoints by their agent steps, and the last model. The time that an interrupted part took after its
+        last checkpoint does not count
     """
     checkpoints: dict[int, SavedModel] = {}
     seconds_before = 0.0
@@ -183,10 +185,10 @@ def list_saved(parts: list[Path], name: str) -> tuple[dict[int, SavedModel], Sav
 
 def make_env(folder: Path, env_id: str, n_envs: int) -> VecEnv:
     """
-    :param folder: of a part of a training
-    :param env_id: Gymnasium's id
+    :param folder: folder of a part of a training
+    :param env_id: id of the environment in Gymnasium
     :param n_envs: number of lanes
-    :return: the Zoo's env for evaluation, with the training's wrappers and statistics
+    :return: the Zoo's env for evaluation, with the wrappers and statistics of the training
     """
     stats_folder = folder / env_id.replace("/", "-")
     hyperparams, stats_path = get_saved_hyperparams(str(stats_folder), test_mode=True)
@@ -203,11 +205,11 @@ def make_env(folder: Path, env_id: str, n_envs: int) -> VecEnv:
 
 def play(model: BaseAlgorithm, env: VecEnv, n_episodes: int, deterministic: bool) -> list[float]:
     """
-    :param model: plays
+    :param model: the model to evaluate
     :param env: the env, which is seeded first
     :param n_episodes: number of episodes
-    :param deterministic: whether it acts greedily
-    :return: return of each episode
+    :param deterministic: whether the model acts greedily
+    :return: the return of each episode
     """
     env.seed(EVALUATION_SEED)
     returns, _ = evaluate_policy(
@@ -219,14 +221,14 @@ def play(model: BaseAlgorithm, env: VecEnv, n_episodes: int, deterministic: bool
 
 def play_by_zoo(env_id: str, algo: str, folder: Path, n_steps: int) -> list[float]:
     """
-    :param env_id: of an Atari game
-    :param algo: the Zoo's id
-    :param folder: of a training's logs
-    :param n_steps: agent steps
-    :return: return of each episode that the last model finishes in the Zoo's ``benchmark``
+    :param env_id: id of an Atari game in Gymnasium
+    :param algo: name of the algorithm in the Zoo
+    :param folder: folder of the logs of a training
+    :param n_steps: number of agent steps
+    :return: the return of each episode that the last model finishes in the Zoo's ``benchmark``
     """
     scores = folder / "benchmark"
-    # The command does not evaluate again what it finds there
+    # The command skips the evaluations that it finds there
     shutil.rmtree(scores, ignore_errors=True)
     command = [sys.executable, "-m", "sb3_async1step.zoo", "benchmark", "--no-hub", "--test-mode"]
     command += ["--log-dir", str(folder), "--benchmark-dir", str(scores)]
@@ -237,13 +239,13 @@ def play_by_zoo(env_id: str, algo: str, folder: Path, n_steps: int) -> list[floa
 
 def run_and_evaluate(env_id: str, algo: str, options: list[str], n_steps: int, n_episodes: int, folder: Path) -> Run:
     """
-    :param env_id: Gymnasium's id
-    :param algo: the Zoo's id
-    :param options: of the Zoo's ``train``
-    :param n_steps: agent steps
-    :param n_episodes: episodes at each checkpoint
-    :param folder: for the Zoo's logs
-    :return: the figures
+    :param env_id: id of the environment in Gymnasium
+    :param algo: name of the algorithm in the Zoo
+    :param options: options of the Zoo's ``train``
+    :param n_steps: number of agent steps
+    :param n_episodes: number of episodes for each checkpoint
+    :param folder: folder for the Zoo's logs
+    :return: the results
     """
     name = f"{env_id.replace('/', '-')}.zip"
     if not list(folder.glob(f"*/*/{name}")):
@@ -251,8 +253,8 @@ def run_and_evaluate(env_id: str, algo: str, options: list[str], n_steps: int, n
     parts = find_parts(folder)
     checkpoints, last = list_saved(parts, name)
     is_atari = ExperimentManager.is_atari(env_id)
-    # Atari's scores are those of policies that act at random now and then, in the Zoo as elsewhere
-    # With a lane for each of a checkpoint's episodes, none plays for nothing
+    # Scores on Atari are usually, and in the Zoo, those of policies that sometimes act at random. With as many lanes as
+    # episodes for a checkpoint, each lane plays one of them
     evaluate = partial(play, env=make_env(parts[-1], env_id, n_envs=n_episodes), deterministic=not is_atari)
     load = partial(ALGOS[algo].load, device="cpu")
     curve = [np.mean(evaluate(load(saved.path), n_episodes=n_episodes)) for saved in checkpoints.values()]
@@ -279,9 +281,9 @@ def run_and_evaluate(env_id: str, algo: str, options: list[str], n_steps: int, n
 
 def read_n_steps(env_id: str, algo: str) -> int:
     """
-    :param env_id: Gymnasium's id
-    :param algo: the Zoo's id
-    :return: the budget in the hyperparameters' file that ``train`` finds
+    :param env_id: id of the environment in Gymnasium
+    :param algo: name of the algorithm in the Zoo
+    :return: number of agent steps in the file of hyperparameters that ``train`` uses
     """
     path = hyperparams_path(algo) if algo in ALGORITHMS else Path(rl_zoo3.__file__).parent / f"hyperparams/{algo}.yml"
     entries = yaml.safe_load(Path(path).read_text())
@@ -289,7 +291,7 @@ def read_n_steps(env_id: str, algo: str) -> int:
 
 
 def main() -> None:
-    """Train and evaluate one run for each seed."""
+    """Train and evaluate once for each seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algo", required=True, help="the Zoo's id")
     parser.add_argument("--env", required=True, help="Gymnasium's id")

@@ -1,8 +1,8 @@
 """
-A peer to compare with: PQN (Gallici et al. 2025, "Simplifying Deep Temporal Difference Learning"), written
-independently of this project's algorithms after CleanRL's single file, with its hyperparameters. Like ours it learns
-action values without a replay buffer; unlike ours in turns, one batch of envs at a time, from lambda-returns and in
-several epochs.
+PQN (Gallici et al. 2025, "Simplifying Deep Temporal Difference Learning"), to compare with. It is written after
+CleanRL's single file, with its hyperparameters, and shares no code with our algorithms. Like them, it learns action
+values without a replay buffer. Unlike them, it acts and learns alternately, with all envs in one batch, and learns from
+lambda-returns in several epochs.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch import nn
 def make_network(n_actions: int) -> nn.Sequential:
     """
     :param n_actions: number of actions
-    :return: the Nature CNN with ``LayerNorm``
+    :return: the Nature CNN with ``LayerNorm`` before each ReLU
     """
     return nn.Sequential(
         *(nn.Conv2d(4, 32, 8, stride=4), nn.LayerNorm([32, 20, 20]), nn.ReLU()),
@@ -29,8 +29,10 @@ def make_network(n_actions: int) -> nn.Sequential:
 
 class PQN:
     """
-    :param env: envs with images of four frames
-    :param epsilon: of its exploration, constant here
+    PQN with a constant epsilon.
+
+    :param env: VecEnv whose observations are images of four frames
+    :param epsilon: probability of a random action
     """
 
     N_STEPS, N_EPOCHS, N_MINIBATCHES = 128, 4, 4
@@ -47,9 +49,9 @@ class PQN:
 
     def learn(self, total_timesteps: int, callback: Callable[..., bool] | None = None, **_: Any) -> "PQN":
         """
-        :param total_timesteps: environment steps to come
-        :param callback: is asked after each update whether to go on
-        :return: self
+        :param total_timesteps: number of further environment steps
+        :param callback: function that is called after each update; the training ends if it returns False
+        :return: the trained model
         """
         end = self.num_timesteps + total_timesteps
         while self.num_timesteps < end:

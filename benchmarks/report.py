@@ -1,7 +1,8 @@
 """
-Tables and pictures of all that is in ``benchmarks/results``: ``make report``.
+Make tables and pictures of all results in ``benchmarks/results``: ``make report``.
 
-Tables go between the marks ``<!-- NAME -->`` and ``<!-- end of NAME -->`` of the pages, pictures to ``docs/pictures``.
+Tables are written between the marks ``<!-- NAME -->`` and ``<!-- end of NAME -->`` of the pages, pictures to
+``docs/pictures``.
 """
 
 import json
@@ -23,12 +24,12 @@ ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "docs" / "pictures"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "guide" / "performance.md")
 
-# A mean return that counts as having learned the task, by the result's folder
+# Mean return that counts as having learned the task, by the name of the folder of results
 THRESHOLDS = {"CartPole-v1": 475.0, "Acrobot-v1": -90.0, "MountainCar-v0": -120.0, "LunarLander-v3": 180.0}
 ATARI = {"PongNoFrameskip-v4": (0.0, 10.0, 18.0), "BreakoutNoFrameskip-v4": (10.0, 30.0, 100.0)}
-# The game on which ours and DQN are compared by the clock
+# The game on which our algorithms and DQN are compared by the clock
 RACE = "PongNoFrameskip-v4"
-# Of the Zoo's hyperparameters for Atari
+# From the Zoo's hyperparameters for Atari
 DQN_LEARNING_STARTS = 100_000
 # Means and standard deviations over the episodes of one training of 10 million agent steps each, from the Zoo's
 # benchmark.md
@@ -40,7 +41,7 @@ ZOO_LINES = {"DQN": "--", "A2C": "-.", "PPO": ":"}
 MINATAR = ("Breakout", "Asterix", "Freeway", "SpaceInvaders", "Seaquest")
 ALGORITHMS = {"async_one_step_q": "AsyncOneStepQ", "async_one_step_sarsa": "AsyncOneStepSarsa", "dqn": "DQN"}
 COLOURS = {"async_one_step_q": "C0", "async_one_step_sarsa": "C1", "dqn": "C7"}
-# Table 2 of the paper: how many times less time several actor-learners, each on a core of its own, took than one
+# Table 2 of the paper: speed-up by several actor-learners, each on a core of its own, over a single one
 PAPER_SPEEDUPS = {
     "async_one_step_q": (1.0, 3.0, 6.3, 13.3, 24.1),
     "async_one_step_sarsa": (1.0, 2.8, 5.9, 13.1, 22.1),
@@ -51,8 +52,8 @@ Runs = dict[str, dict[str, list[Run]]]
 
 def read_runs(folder: Path = RESULTS) -> Runs:
     """
-    :param folder: of the results
-    :return: the runs of each algorithm, by environment and algorithm
+    :param folder: folder of the results
+    :return: the runs by environment and algorithm
     """
     runs: Runs = {}
     for path in sorted(folder.glob("*/*.json")):
@@ -63,8 +64,8 @@ def read_runs(folder: Path = RESULTS) -> Runs:
 
 def read_throughput(folder: Path = RESULTS) -> dict[str, Any]:
     """
-    :param folder: of the results
-    :return: what ``benchmarks/throughput.py`` wrote
+    :param folder: folder of the results
+    :return: the results of ``benchmarks/throughput.py``
     """
     return json.loads((folder / "throughput.json").read_text())
 
@@ -73,7 +74,7 @@ def first_to_reach(run: Run, threshold: float) -> tuple[float, float]:
     """
     :param run: a run
     :param threshold: mean return
-    :return: agent steps and seconds of the first checkpoint, or the end, that reached it, infinite if none did
+    :return: agent steps and seconds to the first checkpoint (or the last model) that reached it, infinite if none did
     """
     returns = [*run.curve_returns, float(np.mean(run.final_returns))]
     moments = zip([*run.curve_steps, run.n_steps], [*run.curve_seconds, run.seconds], strict=True)
@@ -85,14 +86,14 @@ def seconds_to(run: Run, threshold: float) -> float:
     """
     :param run: a run
     :param threshold: mean return
-    :return: seconds to the first checkpoint, or the end, that reached it, infinite if none did
+    :return: seconds until the first checkpoint (or the last model) that reached it, infinite if none did
     """
     return first_to_reach(run, threshold)[1]
 
 
 def format_score(runs: Sequence[Run]) -> str:
     """
-    :param runs: of one algorithm in one environment
+    :param runs: runs of one algorithm in one environment
     :return: mean ± standard deviation over the seeds of the last model's mean return
     """
     scores = [float(np.mean(run.final_returns)) for run in runs]
@@ -101,9 +102,9 @@ def format_score(runs: Sequence[Run]) -> str:
 
 def format_seconds(runs: Sequence[Run], threshold: float) -> str:
     """
-    :param runs: of one algorithm in one environment
+    :param runs: runs of one algorithm in one environment
     :param threshold: mean return
-    :return: median of the seconds to it
+    :return: median of the seconds until it was reached
     """
     median = statistics.median(seconds_to(run, threshold) for run in runs)
     return f"{median:.0f} s" if np.isfinite(median) else "not reached"
@@ -112,14 +113,14 @@ def format_seconds(runs: Sequence[Run], threshold: float) -> str:
 def format_count(number: float) -> str:
     """
     :param number: a large number
-    :return: rounded, with spaces between groups of three digits
+    :return: the rounded number, with spaces between groups of three digits
     """
     return f"{round(number):,}".replace(",", " ")
 
 
 def classic_control_table(runs: Runs) -> list[str]:
     """
-    :param runs: all of them
+    :param runs: all runs
     :return: lines of a table in Markdown
     """
     lines = [
@@ -143,7 +144,7 @@ def classic_control_table(runs: Runs) -> list[str]:
 
 def short_table(runs: Runs) -> list[str]:
     """
-    :param runs: all of them
+    :param runs: all runs
     :return: lines of a table in Markdown: mean return and seconds to the threshold
     """
     lines = [
@@ -159,7 +160,7 @@ def short_table(runs: Runs) -> list[str]:
 
 def minatar_table(runs: Runs) -> list[str]:
     """
-    :param runs: all of them
+    :param runs: all runs
     :return: lines of a table in Markdown
     """
     lines = ["| game | algorithm | seeds | mean return | frames | seconds |", "|---|---|---|---|---|---|"]
@@ -176,8 +177,8 @@ def minatar_table(runs: Runs) -> list[str]:
 
 def atari_table(runs: Runs) -> list[str]:
     """
-    :param runs: all of them
-    :return: lines of a table in Markdown, one for each training, and the Zoo's scores of the same games
+    :param runs: all runs
+    :return: lines of a table in Markdown, one for each training, and the Zoo's scores on the same games
     """
     lines = [
         "| game | algorithm | seed | mean return | million steps | hours | million steps (hours) to a mean return of |",
@@ -198,12 +199,13 @@ def atari_table(runs: Runs) -> list[str]:
 
 def race_table(runs: Runs, throughput: dict[str, Any]) -> list[str]:
     """
-    How far DQN is on Pong when ours has learned it. A noisy machine is not equally fast on all days, so DQN gets the
-    steps that it makes in this time at the speed of the throughput benchmark, and those before it learns for nothing.
+    Compare how far DQN is on Pong when our algorithms have learned it. Since a machine is not equally fast on all days,
+    DQN is given the steps that it makes in this time at the speed of the throughput benchmark. The steps before it
+    begins to learn are free.
 
-    :param runs: all of them
-    :param throughput: what ``benchmarks/throughput.py`` wrote
-    :return: lines of a table in Markdown, one for each training of ours
+    :param runs: all runs
+    :param throughput: the results of ``benchmarks/throughput.py``
+    :return: lines of a table in Markdown, one for each training of our algorithms
     """
     groups = runs.get(RACE, {})
     goal = ATARI[RACE][-1]
@@ -225,8 +227,8 @@ def race_table(runs: Runs, throughput: dict[str, Any]) -> list[str]:
 def format_best(run: Run, n_steps: float) -> str:
     """
     :param run: a run
-    :param n_steps: agent steps
-    :return: its seed and the best mean return of its checkpoints until then, and how long it lasted if that is shorter
+    :param n_steps: number of agent steps
+    :return: its seed and the best mean return of its checkpoints until then, and its length if that is shorter
     """
     best = max(value for steps, value in zip(run.curve_steps, run.curve_returns, strict=True) if steps <= n_steps)
     until = "" if n_steps <= run.n_steps else f" (until {format_count(run.n_steps)})"
@@ -236,7 +238,7 @@ def format_best(run: Run, n_steps: float) -> str:
 def read_seed(run: Run) -> str:
     """
     :param run: a run
-    :return: its seed
+    :return: the seed in its command
     """
     return run.command.split("--seed ")[1].split()[0]
 
@@ -245,7 +247,7 @@ def format_moment(run: Run, threshold: float) -> str:
     """
     :param run: a run
     :param threshold: mean return
-    :return: the threshold, with the steps and hours to it
+    :return: the threshold, and the steps and hours until it was reached
     """
     steps, seconds = first_to_reach(run, threshold)
     if not np.isfinite(steps):
@@ -255,8 +257,8 @@ def format_moment(run: Run, threshold: float) -> str:
 
 def format_spread(values: list[float]) -> str:
     """
-    :param values: one for each repeat; steps or seconds are infinite if they did not suffice
-    :return: median, smallest and largest
+    :param values: a value for each repeat, infinite if the score was not reached
+    :return: median, with the smallest and largest value in brackets
     """
     median, smallest, largest = (
         format_count(value) if np.isfinite(value) else "not reached"
@@ -267,7 +269,7 @@ def format_spread(values: list[float]) -> str:
 
 def actor_learners_table(studies: dict[tuple[str, str], pd.DataFrame]) -> list[str]:
     """
-    :param studies: see :func:`benchmarks.actor_learners.read_all`
+    :param studies: the measurements, see :func:`benchmarks.actor_learners.read_all`
     :return: lines of a table in Markdown
     """
     lines = [
@@ -290,9 +292,9 @@ def actor_learners_table(studies: dict[tuple[str, str], pd.DataFrame]) -> list[s
 
 def speed_table(contenders: dict[str, dict[str, Any]], reference: str) -> list[str]:
     """
-    :param contenders: what each contender did, see :meth:`benchmarks.throughput.Contender.stop`
-    :param reference: the contender that the others are compared with
-    :return: lines of a table in Markdown: medians, with the smallest and largest values, and their ratios
+    :param contenders: the measurements of each contender, see :meth:`benchmarks.throughput.Contender.stop`
+    :param reference: name of the contender that the others are compared with
+    :return: lines of a table in Markdown: medians with the smallest and largest values, and ratios of the medians
     """
     lines = [f"| | steps/s | x {reference} | MiB |", "|---|---|---|---|"]
     medians = median_speeds(contenders)
@@ -305,8 +307,8 @@ def speed_table(contenders: dict[str, dict[str, Any]], reference: str) -> list[s
 
 def median_speeds(contenders: dict[str, dict[str, Any]]) -> dict[str, float]:
     """
-    :param contenders: see :func:`speed_table`
-    :return: median of the agent steps per second of each
+    :param contenders: the measurements of each contender, see :func:`speed_table`
+    :return: median of the agent steps per second of each contender
     """
     return {name: statistics.median(contender["steps_per_second"]) for name, contender in contenders.items()}
 
@@ -340,8 +342,8 @@ def auto_table(comparisons: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
 
 def make_speed_tables(throughput: dict[str, Any]) -> dict[str, list[str]]:
     """
-    :param throughput: what ``benchmarks/throughput.py`` wrote
-    :return: the lines of its tables, by the names of their marks
+    :param throughput: the results of ``benchmarks/throughput.py``
+    :return: the lines of its tables by the names of their marks
     """
     tables = {
         name: speed_table(throughput[name], reference=next(iter(throughput[name])))
@@ -356,8 +358,8 @@ def make_speed_tables(throughput: dict[str, Any]) -> dict[str, list[str]]:
 
 def make_learning_tables(runs: Runs) -> dict[str, list[str]]:
     """
-    :param runs: all of them
-    :return: the lines of their tables, by the names of their marks
+    :param runs: all runs
+    :return: the lines of their tables by the names of their marks
     """
     return {
         "classic control": classic_control_table(runs),
@@ -369,7 +371,7 @@ def make_learning_tables(runs: Runs) -> dict[str, list[str]]:
 
 def make_tables() -> dict[str, list[str]]:
     """
-    :return: the lines of the tables of all results, by the names of their marks
+    :return: the lines of all tables by the names of their marks
     """
     runs, throughput = read_runs(), read_throughput()
     return {
@@ -382,8 +384,10 @@ def make_tables() -> dict[str, list[str]]:
 
 def draw_speeds(throughput: dict[str, Any], path: Path) -> None:
     """
-    :param throughput: what ``benchmarks/throughput.py`` wrote
-    :param path: of the picture
+    Draw the speeds of the contenders, and the speed over the number of lanes.
+
+    :param throughput: the results of ``benchmarks/throughput.py``
+    :param path: path of the picture
     """
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     contenders = median_speeds(throughput["contenders"])
@@ -403,10 +407,11 @@ def draw_speeds(throughput: dict[str, Any], path: Path) -> None:
 
 def draw_actor_learners(studies: dict[tuple[str, str], pd.DataFrame], path: Path) -> None:
     """
-    Draw the gain in data efficiency: median steps of one actor-learner by those of several, with the seeds' range.
+    Draw the gain in data efficiency: the median steps of one actor-learner divided by those of several, with the range
+    over the seeds.
 
-    :param studies: see :func:`benchmarks.actor_learners.read_all`
-    :param path: of the picture
+    :param studies: the measurements, see :func:`benchmarks.actor_learners.read_all`
+    :param path: path of the picture
     """
     figure, axes = plt.subplots(1, len(studies), figsize=(3 * len(studies), 3.2), layout="constrained", squeeze=False)
     for axis, ((env_id, algo), measurements) in zip(axes[0], studies.items(), strict=True):
@@ -432,16 +437,16 @@ def draw_mean(axis: Axes, positions: list[np.ndarray], runs: list[Run], colour: 
     """
     Draw the mean over the seeds and its 95 % confidence band.
 
-    :param axis: to draw in
-    :param positions: of each run's checkpoints
-    :param runs: of one algorithm
-    :param colour: of Matplotlib
+    :param axis: axes to draw in
+    :param positions: positions of the checkpoints of each run
+    :param runs: runs of one algorithm
+    :param colour: colour in Matplotlib's notation
     :param label: name of the algorithm
     """
     grid = np.linspace(max(p[0] for p in positions), min(p[-1] for p in positions), 50)
     curves = [np.interp(grid, p, run.curve_returns) for p, run in zip(positions, runs, strict=True)]
     mean = np.mean(curves, axis=0)
-    # Of the mean, from the spread between seeds
+    # The confidence interval of the mean, from the standard deviation over the seeds
     band = 1.96 * np.std(curves, axis=0, ddof=min(1, len(curves) - 1)) / np.sqrt(len(curves))
     axis.plot(grid, mean, color=colour, label=f"{label}, {len(runs)} seeds")
     axis.fill_between(grid, mean - band, mean + band, color=colour, alpha=0.2, linewidth=0)
@@ -449,13 +454,13 @@ def draw_mean(axis: Axes, positions: list[np.ndarray], runs: list[Run], colour: 
 
 def draw_each(axis: Axes, positions: list[np.ndarray], runs: list[Run], colour: str, label: str) -> None:
     """
-    Draw each run, where there are too few seeds for a confidence band.
+    Draw each run by itself, where there are too few seeds for a confidence band.
 
-    :param axis: see :func:`draw_mean`
-    :param positions: likewise
-    :param runs: likewise
-    :param colour: likewise
-    :param label: likewise
+    :param axis: axes to draw in
+    :param positions: positions of the checkpoints of each run
+    :param runs: runs of one algorithm
+    :param colour: colour in Matplotlib's notation
+    :param label: name of the algorithm
     """
     for run_positions, run in zip(positions, runs, strict=True):
         axis.plot(run_positions, run.curve_returns, color=colour, label=label)
@@ -464,11 +469,11 @@ def draw_each(axis: Axes, positions: list[np.ndarray], runs: list[Run], colour: 
 
 def draw_curves(env_id: str, groups: dict[str, list[Run]], path: Path) -> None:
     """
-    Draw the learning curves over steps and over seconds, for Atari beside the scores that the Zoo publishes.
+    Draw the learning curves over steps and over time, for Atari together with the scores that the Zoo publishes.
 
-    :param env_id: title
+    :param env_id: id of the environment, which is the title
     :param groups: runs by algorithm
-    :param path: of the picture
+    :param path: path of the picture
     """
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
     draw, time_unit, seconds_in_it = (draw_each, "hours", 3600) if env_id in ATARI else (draw_mean, "seconds", 1)
@@ -496,10 +501,10 @@ def draw_curves(env_id: str, groups: dict[str, list[Run]], path: Path) -> None:
 
 def insert_table(text: str, name: str, lines: list[str]) -> str:
     """
-    :param text: of a page
-    :param name: of the marks
-    :param lines: of the table
-    :return: the page with the table between the marks, if it has them
+    :param text: text of a page
+    :param name: name of the marks
+    :param lines: lines of the table
+    :return: the text with the table between the marks, if it has them
     """
     pattern = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
     table = "\n".join(lines)

@@ -1,9 +1,9 @@
 """
-Memory, threads and file handles over a long training, and peak memory next to the Zoo's DQN.
+Memory, threads and file handles during a long training, and peak memory compared with the Zoo's DQN.
 
-``python -m benchmarks.soak``. Pong with 16 lanes, 2 workers and our Zoo hyperparameters' network, in a process that is
-measured from outside. DQN is made with the Zoo's hyperparameters and trained for a moment; then its replay buffer is
-filled with copies of the transitions that it has, since playing 100 000 steps would take long.
+``python -m benchmarks.soak``. Pong with 16 lanes, 2 workers, ``NipsCNN`` and Adam, in a process that is observed from
+outside. DQN has the Zoo's hyperparameters and is trained for a moment. Its replay buffer is then filled with copies of
+these transitions, since it would take long to play 100 000 steps.
 """
 
 import argparse
@@ -27,6 +27,8 @@ N_STEPS_OF_DQN = 2_000
 
 def train(seconds: float) -> None:
     """
+    Train for some time.
+
     :param seconds: length of the training
     """
     end = time.monotonic() + seconds
@@ -36,7 +38,7 @@ def train(seconds: float) -> None:
 
 
 def fill_a_replay_buffer() -> None:
-    """DQN as the Zoo trains it on Atari games (its hyperparams/dqn.yml), with a full buffer."""
+    """Train DQN with the Zoo's hyperparameters for Atari games (hyperparams/dqn.yml) and a full replay buffer."""
     model = DQN(
         "CnnPolicy", make_env(1), buffer_size=100_000, learning_rate=1e-4, batch_size=32, learning_starts=1_000,
         target_update_interval=1_000, train_freq=4, gradient_steps=1, exploration_fraction=0.1,
@@ -57,9 +59,12 @@ def fill_a_replay_buffer() -> None:
 
 def sample(process: SpawnProcess, interval: float) -> list[tuple[float, float, int, int]]:
     """
-    :param process: runs until it ends
+    Observe a process until it ends.
+
+    :param process: the process
     :param interval: seconds between two samples
-    :return: for each sample seconds since the start, resident megabytes, threads, file handles
+    :return: for each sample the seconds since the start, the resident memory in MiB, and the numbers of threads and of
+        file handles
     """
     start, samples = time.monotonic(), []
     observed = psutil.Process(process.pid)
@@ -77,7 +82,7 @@ def sample(process: SpawnProcess, interval: float) -> list[tuple[float, float, i
 
 
 def main() -> None:
-    """Print a table over time, how far memory strays after the warm-up, and the ratio of the peaks."""
+    """Print a table over time, how much the memory varies after the warm-up, and the ratio of the peaks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0, help="length of the training")
     parser.add_argument("--warm-up", type=float, default=5.0, help="minutes that don't count")

@@ -1,12 +1,13 @@
 """
-Agent steps per second while learning: on Pong with the Nature CNN next to SB3's DQN and A2C and to PQN, over workers
-and lanes, and next to the floor, the time that emulation and arithmetic alone take; with ``n_workers="auto"`` next to
-fixed numbers of workers and threads; on CartPole-v1 and LunarLander-v3 next to DQN, all with the Zoo's hyperparameters.
+Agent steps per second while learning. On Pong with the Nature CNN: compared with SB3's DQN and A2C and with PQN, for
+several numbers of workers and lanes, and compared with the floor, the time that emulation and arithmetic alone take.
+With ``n_workers="auto"``: compared with fixed numbers of workers and threads. On CartPole-v1 and LunarLander-v3:
+compared with DQN, all with the Zoo's hyperparameters.
 
-``make bench``, or ``python -m benchmarks.throughput``. Each contender has a process of its own, as a user's training
-has. The contenders of a comparison take turns within each repeat, so that a slow phase of the machine hits all of them;
-what counts are the medians and their ratios. Prints tables, and writes them to ``benchmarks/results/throughput.json``
-and, as ``make report`` does, to the docs.
+``make bench``, or ``python -m benchmarks.throughput``. Each contender has a process of its own, as the training of a
+user has. The contenders of a comparison take turns within each repeat, so that a slow phase of the machine affects all
+of them; the medians and their ratios are compared. Prints tables, and writes them to
+``benchmarks/results/throughput.json`` and, as ``make report`` does, to the docs.
 """
 
 import argparse
@@ -51,20 +52,20 @@ from sb3_async1step.zoo import AsyncExperimentManager, register
 ENV_ID = "PongNoFrameskip-v4"
 RESULTS = Path(__file__).parent / "results" / "throughput.json"
 N_LANES = 16
-# What n_workers="auto" makes of these
+# The number of workers with n_workers="auto"
 N_WORKERS = min(count_usable_cores(), N_LANES)
 # DQN learns from step 100 on with its defaults, and from 1000 on with the Zoo's hyperparameters
 WARM_UP_STEPS = 1100
 
-#: PQN has as much of its interface as is used here
+#: Makes a model; PQN has the part of BaseAlgorithm's interface that is used here
 MakeModel = Callable[[], BaseAlgorithm | PQN]
 
 
 def make_env(n_envs: int, vec_env_class: type[VecEnv] = DummyVecEnv) -> VecEnv:
     """
     :param n_envs: number of envs
-    :param vec_env_class: what runs them
-    :return: Pong as SB3's users make it: ``AtariWrapper``, four stacked frames
+    :param vec_env_class: class of the VecEnv
+    :return: Pong as users of SB3 make it, with ``AtariWrapper`` and four stacked frames
     """
     gym.register_envs(ale_py)
     envs = make_atari_env(ENV_ID, n_envs=n_envs, seed=0, vec_env_cls=vec_env_class)  # type: ignore[arg-type]
@@ -81,7 +82,7 @@ def make_ours(
     """
     :param algorithm: the class
     :param n_lanes: number of lanes
-    :param vec_env_class: what runs the games
+    :param vec_env_class: class of the VecEnv
     :param n_workers: number of workers
     :param mixed_precision: whether the CNN computes in bfloat16
     :return: the model, with the paper's settings but for the Nature CNN, which the others have, too
@@ -116,9 +117,9 @@ def make_with_threads(
 
 def make_by_zoo(algo: str, env_id: str) -> BaseAlgorithm:
     """
-    :param algo: Zoo id of an algorithm
-    :param env_id: environment
-    :return: the model, with the hyperparameters of the Zoo, or for our algorithms those of this repository
+    :param algo: name of an algorithm in the Zoo
+    :param env_id: id of the environment in Gymnasium
+    :return: the model, with the hyperparameters of the Zoo, or those of this repository for our algorithms
     """
     register()
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
@@ -129,7 +130,7 @@ def make_by_zoo(algo: str, env_id: str) -> BaseAlgorithm:
 
 
 CONTENDERS: dict[str, MakeModel] = {
-    # Its defaults; the buffer is smaller, to fit any machine
+    # With its defaults, except for a smaller buffer, which fits any machine
     "DQN, 1 env": lambda: DQN("CnnPolicy", make_env(1), buffer_size=10_000, seed=0),
     "A2C, 16 envs": lambda: A2C("CnnPolicy", make_env(N_LANES), seed=0),
     "AsyncOneStepQ, AtariWrapper": lambda: make_q(vec_env_class=DummyVecEnv),
@@ -140,9 +141,10 @@ CONTENDERS: dict[str, MakeModel] = {
     "AsyncOneStepQ, AleVecEnv, mixed precision": lambda: make_q(mixed_precision=True),
     "PQN, AleVecEnv": lambda: PQN(make_env(N_LANES, AleVecEnv)),
 }
-# A single worker's games are emulated on the other cores, too, while it waits for them, but for this one
+# The contender that is held to one core. The games of other single workers are emulated on the other cores as well,
+# while the worker waits for them
 ON_ONE_CORE = "1 worker x 8 lanes, on one core"
-# Eight lanes for each worker, and several numbers of workers for the same lanes
+# Several numbers of workers, first with eight lanes for each, then with sixteen lanes in total
 WORKERS: dict[str, MakeModel] = {
     ON_ONE_CORE: lambda: make_q(8, n_workers=1),
     "1 worker x 8 lanes": lambda: make_q(8, n_workers=1),
@@ -180,7 +182,7 @@ AUTO: dict[str, dict[str, MakeModel]] = {
 }
 CLASSIC: dict[str, dict[str, MakeModel]] = {
     env_id: {
-        # DQN first, which the others are compared with
+        # DQN first, since the others are compared with the first one
         name: functools.partial(make_by_zoo, algo, env_id)
         for algo, name in reversed(report.ALGORITHMS.items())
     }
@@ -194,8 +196,8 @@ class Contender:
     """
     A model that learns in a process of its own.
 
-    :param comparison: a key of ``COMPARISONS``
-    :param name: a key of that
+    :param comparison: name of a comparison, a key of ``COMPARISONS``
+    :param name: name of a contender, a key of this comparison
     """
 
     def __init__(self, comparison: str, name: str) -> None:
@@ -206,9 +208,9 @@ class Contender:
 
     def take_turn(self, seconds: float) -> None:
         """
-        Learn on, and note how fast.
+        Continue to learn, and record the speed.
 
-        :param seconds: how long, about
+        :param seconds: approximate length of the measurement
         """
         self.speeds.append(self.process.submit(self.measure, seconds).result())
 
@@ -216,14 +218,14 @@ class Contender:
         """
         End the process.
 
-        :return: agent steps per second in each turn, and the peak memory
+        :return: agent steps per second in each turn, and the peak memory in MiB
         """
         peak_memory = self.process.submit(stop_learning).result()
         self.process.shutdown()
         return {"steps_per_second": self.speeds, "peak_memory_mib": peak_memory}
 
 
-# The functions that follow run in a contender's process
+# The following functions run in the process of a contender
 _model: BaseAlgorithm | PQN
 
 
@@ -231,8 +233,8 @@ def start_learning(comparison: str, name: str) -> None:
     """
     Make the model, and warm it up.
 
-    :param comparison: see :class:`Contender`
-    :param name: likewise
+    :param comparison: name of the comparison, see :class:`Contender`
+    :param name: name of the contender
     """
     global _model
     _model = COMPARISONS[comparison][name]()
@@ -241,7 +243,7 @@ def start_learning(comparison: str, name: str) -> None:
 
 def measure(seconds: float) -> float:
     """
-    :param seconds: how long, about
+    :param seconds: approximate length of the measurement
     :return: agent steps per second
     """
     before, start = _model.num_timesteps, time.perf_counter()
@@ -256,8 +258,8 @@ def measure(seconds: float) -> float:
 
 def measure_on_one_core(seconds: float) -> float:
     """
-    :param seconds: how long, about
-    :return: agent steps per second, if all threads of the process share one core
+    :param seconds: approximate length of the measurement
+    :return: agent steps per second while all threads of the process share one core
     """
     th.set_num_threads(1)
     for thread in psutil.Process().threads():
@@ -267,7 +269,8 @@ def measure_on_one_core(seconds: float) -> float:
 
 def stop_learning() -> float:
     """
-    :return: peak resident memory of the process, and what its children (``SubprocVecEnv``'s) have of their own, in MiB
+    :return: peak resident memory of the process, plus the memory that the processes of a ``SubprocVecEnv`` do not
+        share, in MiB
     """
     children = [child.memory_full_info().uss for child in psutil.Process().children(recursive=True)]
     assert _model.env is not None
@@ -281,11 +284,11 @@ def compare(
     comparison: str, repeats: int, seconds: float, take_part: Callable[[], object] = lambda: None
 ) -> dict[str, dict[str, Any]]:
     """
-    :param comparison: a key of ``COMPARISONS``
-    :param repeats: how often each contender is measured, in turns
+    :param comparison: name of a comparison, a key of ``COMPARISONS``
+    :param repeats: number of measurements of each contender
     :param seconds: length of a measurement
-    :param take_part: has a turn, too
-    :return: what each of them did, see :meth:`Contender.stop`
+    :param take_part: function that is called once in each repeat
+    :return: the measurements of each contender, see :meth:`Contender.stop`
     """
     contenders = {name: Contender(comparison, name) for name in COMPARISONS[comparison]}
     for contender in contenders.values():
@@ -299,9 +302,9 @@ def compare(
 
 def time_call(function: Callable[[], Any], repeats: int = 30) -> float:
     """
-    :param function: is called; warmed up first
-    :param repeats: how often
-    :return: seconds of a call, median
+    :param function: function to be timed, which is warmed up first
+    :param repeats: number of measurements
+    :return: median of the seconds that a call takes
     """
     times = []
     for i in range(repeats + 5):
@@ -314,10 +317,10 @@ def time_call(function: Callable[[], Any], repeats: int = 30) -> float:
 
 def measure_floor() -> dict[str, float]:
     """
-    The work that can't be avoided, done by one core with nothing around it: emulation in the engine, and the
-    arithmetic of the same networks at the same batch sizes as of a worker with its share of the lanes.
+    Measure the work that cannot be avoided, done by one core with nothing around it: emulation in the engine, and the
+    arithmetic of the same networks at the batch sizes of a worker with its part of the lanes.
 
-    :return: microseconds for each agent step, by part
+    :return: microseconds of each part of an agent step
     """
     keep_freed_memory()
     n_lanes = N_LANES // N_WORKERS
@@ -327,7 +330,7 @@ def measure_floor() -> dict[str, float]:
     engine.reset(seed=0)
     actions = np.zeros(n_lanes, dtype=np.int64)
     images = th.randint(0, 255, (n_rollout, 4, 84, 84), dtype=th.uint8)
-    # As the buffer stores them
+    # As RolloutBuffer stores them
     images = images.contiguous(memory_format=th.channels_last)
     optimizer = model.policy.optimizer
 
@@ -363,8 +366,8 @@ def measure_floor() -> dict[str, float]:
 
 def fraction_of_floor(results: dict[str, Any]) -> float:
     """
-    :param results: of all measurements
-    :return: the speed as a fraction of the workers' if each had a core and did nothing but the floor's work
+    :param results: results of all measurements
+    :return: the speed as a fraction of what the workers would reach if each had a core and did only the floor's work
     """
     seconds = sum(results["floor"].values()) / 1e6
     speed = statistics.median(results["contenders"]["AsyncOneStepQ, AleVecEnv"]["steps_per_second"])
@@ -372,7 +375,7 @@ def fraction_of_floor(results: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    """Measure everything, print tables, write the results."""
+    """Measure, print tables, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each contender")
     parser.add_argument("--seconds", type=float, default=6.0, help="length of a measurement")

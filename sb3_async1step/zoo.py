@@ -1,10 +1,10 @@
 """
-The RL Zoo, with our algorithms registered::
+The RL Zoo's command line with our algorithms registered::
 
     sb3-async1step train --algo async_one_step_q --env CartPole-v1 -P
     sb3-async1step enjoy --algo async_one_step_q --env CartPole-v1 -f logs
 
-The sub-commands are the Zoo's own, with every one of their options.
+The commands are the Zoo's own, with all of their options.
 """
 
 import argparse
@@ -35,13 +35,13 @@ ALGORITHMS: dict[str, type[AsyncOneStepQ] | type[AsyncOneStepSarsa]] = {
 }
 OPTIMIZERS = {"shared_rmsprop": SharedRMSprop, "adam": th.optim.Adam}
 
-# Modules of rl_zoo3 that are scripts
+# Modules of rl_zoo3 that run as scripts
 SCRIPTS = ("benchmark", "record_video", "record_training", "push_to_hub", "load_from_hub")
 # Functions of rl_zoo3.plots
 PLOTS = ("plot_train", "plot_from_file", "all_plots")
 COMMANDS = ("train", "enjoy", *SCRIPTS, *PLOTS)
 
-# What the Zoo says of things that the user named wrongly
+# Messages of exceptions that the user's command line causes, and that are printed without a traceback
 USER_ERRORS = (
     "not found in gym registry",
     "No model found",
@@ -52,12 +52,13 @@ USER_ERRORS = (
 
 class AsyncExperimentManager(ExperimentManager):
     """
-    The Zoo's experiment manager; it finds our hyperparameters where the Zoo would look for its own.
+    The Zoo's experiment manager, which also finds the hyperparameters of our algorithms.
 
-    :param args: parsed command line
-    :param algo: Zoo id of the algorithm
-    :param positional: further parameters of the Zoo's
-    :param kwargs: likewise; ``config`` is the user's ``--conf-file``, by default ours for our algorithms
+    :param args: the parsed command line
+    :param algo: the algorithm's name in the Zoo
+    :param positional: further positional arguments of the Zoo's experiment manager
+    :param kwargs: keyword arguments of the Zoo's experiment manager; without a ``config`` (``--conf-file``), our
+        algorithms get their file of tuned hyperparameters
     """
 
     def __init__(self, args: Any, algo: str, *positional: Any, **kwargs: Any) -> None:
@@ -67,16 +68,16 @@ class AsyncExperimentManager(ExperimentManager):
 
     def learn(self, model: BaseAlgorithm) -> None:
         """
-        Train. A model that was given by ``-i`` goes on where it stopped: the Zoo would count from zero, and so
-        explore again as at the start, which ruins the policy.
+        Train a model. If it was loaded with ``-i``, it continues where it stopped. The Zoo would count its steps from
+        zero, and the model would explore again as much as at the start, which ruins the policy.
 
-        :param model: the model
+        :param model: the model to train
         """
         if not (self.continue_training and self.algo in ALGORITHMS):
             super().learn(model)
             return
         algorithm = type(model)
-        # On the class: what the instance has, its checkpoints would have, too
+        # Patch the class: an attribute of the model would be saved with its checkpoints
         going_on = functools.partialmethod(algorithm.learn, reset_num_timesteps=False)
         with patch.object(algorithm, "learn", going_on):
             super().learn(model)
@@ -89,10 +90,10 @@ def sample_hyperparams(
     Sample hyperparameters of our algorithms for ``train -optimize``.
 
     :param trial: the Optuna trial
-    :param n_actions: not used
-    :param n_envs: not used
-    :param additional_args: not used
-    :return: arguments of the constructor
+    :param n_actions: number of actions (not used)
+    :param n_envs: number of environments (not used)
+    :param additional_args: further arguments of the Zoo (not used)
+    :return: arguments of the algorithm's constructor
     """
     sampled = {
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True),
@@ -112,7 +113,9 @@ def sample_hyperparams(
 
 def convert_hyperparams(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """
-    :param sampled_params: values of a trial
+    Convert the values of a trial.
+
+    :param sampled_params: the values
     :return: hyperparameters as in the YAML files; the learning rate is annealed to zero, as in the paper (section 8)
     """
     hyperparams = convert_offpolicy_params(sampled_params)
@@ -124,14 +127,14 @@ def convert_hyperparams(sampled_params: dict[str, Any]) -> dict[str, Any]:
 
 def hyperparams_path(algo: str) -> str:
     """
-    :param algo: Zoo id of one of our algorithms
-    :return: its YAML file
+    :param algo: name of one of our algorithms in the Zoo
+    :return: path of its YAML file of hyperparameters
     """
     return str(files("sb3_async1step.hyperparams") / f"{algo}.yml")
 
 
 def register() -> None:
-    """Make our algorithms known to the Zoo."""
+    """Register our algorithms with the Zoo."""
     ALGOS.update(ALGORITHMS)
     HYPERPARAMS_SAMPLER.update(dict.fromkeys(ALGORITHMS, sample_hyperparams))
     HYPERPARAMS_CONVERTER.update(dict.fromkeys(ALGORITHMS, convert_hyperparams))
@@ -142,27 +145,27 @@ def take_ale_option(arguments: list[str]) -> list[str]:
     """
     Use ``AleVecEnv`` if the command line of ``train`` has ``--vec-env ale``, which the Zoo's parser does not know.
 
-    :param arguments: of the command line
-    :return: those that are left for the Zoo
+    :param arguments: arguments of the command line
+    :return: the arguments for the Zoo's parser
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--vec-env")
     option, others = parser.parse_known_args(arguments)
     if option.vec_env != "ale":
         return arguments
-    # Needs ale_py
+    # Imported here, since it needs ale_py
     AsyncExperimentManager.default_vec_env_cls = import_module("sb3_async1step.envs.ale_vec_env").AleVecEnv
     return others
 
 
 def call_with_our_algorithms(command: list[str], *args: Any, **kwargs: Any) -> int:
     """
-    What the Zoo's scripts call in place of ``subprocess.call``: when they start ``enjoy`` or ``record_video``, a fresh
-    process would not know our algorithms.
+    Replace ``subprocess.call`` in the Zoo's scripts: the processes that they start for ``enjoy`` or ``record_video``
+    would not know our algorithms.
 
-    :param command: Python, a script (or ``-m`` and a module) and its options; or any other, which is called as it is
-    :param args: see ``subprocess.call``
-    :param kwargs: likewise
+    :param command: Python, a script (or ``-m`` and a module) and its options; any other command is called unchanged
+    :param args: positional arguments of ``subprocess.call``
+    :param kwargs: keyword arguments of ``subprocess.call``
     :return: exit code
     """
     if command[0] == "python":
@@ -174,7 +177,7 @@ def call_with_our_algorithms(command: list[str], *args: Any, **kwargs: Any) -> i
 
 
 def repair_push_to_hub() -> None:
-    """Give ``rl_zoo3.push_to_hub`` a function that it imports, and that huggingface_sb3 3.2 has under another name."""
+    """Provide the function that ``rl_zoo3.push_to_hub`` imports, and which huggingface_sb3 3.2 has renamed."""
     module: Any = import_module("huggingface_sb3.push_to_hub")
     if not hasattr(module, "generate_metadata"):
         module.generate_metadata = lambda *args: module._generate_metadata(*args).to_dict()
@@ -182,7 +185,9 @@ def repair_push_to_hub() -> None:
 
 def run(command: str) -> None:
     """
-    :param command: one of ``COMMANDS``; its options are in ``sys.argv``
+    Run a command of the Zoo, with the options in ``sys.argv``.
+
+    :param command: one of ``COMMANDS``
     """
     if command == "train":
         sys.argv[1:] = take_ale_option(sys.argv[1:])
@@ -190,7 +195,7 @@ def run(command: str) -> None:
     elif command == "enjoy":
         rl_zoo3.enjoy.enjoy()
     elif command in PLOTS:
-        # Slow to import
+        # Imported here, since that takes long
         getattr(import_module("rl_zoo3.plots"), command)()
     else:
         if command == "push_to_hub":
@@ -201,6 +206,8 @@ def run(command: str) -> None:
 
 def fail(problem: str) -> NoReturn:
     """
+    Print an error, and exit with status 2.
+
     :param problem: what is wrong with the command line
     """
     print(f"sb3-async1step: error: {problem}", file=sys.stderr)
@@ -208,7 +215,7 @@ def fail(problem: str) -> NoReturn:
 
 
 def register_minatar() -> None:
-    """Make MinAtar's games known to Gymnasium, if the command line names one: importing them takes seconds."""
+    """Register MinAtar's games with Gymnasium, but only if the command line names one: importing them takes seconds."""
     if not any("MinAtar/" in word for word in sys.argv):
         return
     try:

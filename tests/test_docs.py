@@ -1,5 +1,9 @@
-"""What README and docs print runs as printed, but for the numbers of steps and trials."""
+"""
+What README, CONTRIBUTING and docs print runs as printed, except for the numbers of steps and trials; their links and
+tables are right.
+"""
 
+import importlib
 import inspect
 import os
 import re
@@ -9,24 +13,44 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from benchmarks.report import PAGES, insert_table, make_tables
-from sb3_async1step import AsyncOneStepQ
+from sb3_async1step import AsyncOneStepQ, __version__
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = (ROOT / "README.md", *(path for path in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in str(path)))
+DOCS = ROOT / "docs"
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *(path for path in sorted(DOCS.rglob("*.md")) if "_build" not in path.parts),
+)
+# The examples of these pages are one program: each uses what the examples before it define
+PROGRAMS = (DOCS / "guide" / "tutorial.md",)
+
+
+def read_blocks(path, language):
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(), re.DOTALL)
 
 
 def python_examples():
+    """The examples of all documents; one that stands in several of them runs once."""
+    examples = {}
     for path in DOCUMENTS:
-        for i, code in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL), start=1):
-            yield pytest.param(code, id=f"{path.relative_to(ROOT)}-{i}")
+        blocks = read_blocks(path, "python")
+        for i, code in enumerate(["\n".join(blocks)] if path in PROGRAMS and blocks else blocks, start=1):
+            examples.setdefault(code, f"{path.relative_to(ROOT)}-{i}")
+    return [pytest.param(code, id=name) for code, name in examples.items()]
 
 
 def read_commands(path):
     """The commands in a page's blocks of shell code, in order, each as a list of words."""
-    blocks = re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL)
-    return [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [
+        shlex.split(line)
+        for block in read_blocks(path, "bash")
+        for line in block.replace("\\\n", " ").splitlines()
+        if line.strip()
+    ]
 
 
 def shorten(words):
@@ -47,7 +71,9 @@ def shorten(words):
     return words
 
 
-@pytest.mark.parametrize("path", [pytest.param(path, id=str(path.relative_to(ROOT))) for path in DOCUMENTS])
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=str(path.relative_to(ROOT))) for path in DOCUMENTS if read_commands(path)]
+)
 def test_commands(path, tmp_path):
     programs = Path(sys.executable).parent
     environment = {
@@ -65,6 +91,21 @@ def test_commands(path, tmp_path):
         assert result.returncode == 0, f"{shlex.join(words)}\n{result.stdout}{result.stderr}"
 
 
+@pytest.mark.parametrize("code", python_examples())
+def test_python_example(code, tmp_path):
+    short, n_calls = re.subn(r"learn\(([\d_]+)", lambda call: f"learn({min(int(call[1]), 4000)}", code)
+    assert n_calls > 0
+    result = subprocess.run(
+        [sys.executable, "-c", short],
+        cwd=tmp_path, env={**os.environ, "MPLBACKEND": "agg"},
+        capture_output=True, text=True, timeout=250, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    # Files that the page says are there
+    for name in re.findall(r'savefig\("(.*?)"\)', code):
+        assert (tmp_path / name).stat().st_size > 0
+
+
 def test_tables_are_those_of_the_results():
     tables = make_tables()
     for page in PAGES:
@@ -73,20 +114,9 @@ def test_tables_are_those_of_the_results():
             assert insert_table(text, name, lines) == text, f"{page.name}: `make report` was not run"
 
 
-@pytest.mark.parametrize("code", python_examples())
-def test_python_example(code, tmp_path):
-    short, n_calls = re.subn(r"learn\(([\d_]+)", lambda call: f"learn({min(int(call[1]), 4000)}", code)
-    assert n_calls > 0
-    result = subprocess.run(
-        [sys.executable, "-c", short],
-        cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-
-
 def test_parameter_table_names_all_parameters_and_defaults():
-    section = (ROOT / "README.md").read_text().split("## Parameters")[1].split("\n## ")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:3] == "| `"]
+    table = (DOCS / "guide" / "parameters.md").read_text().split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:3] == "| `"]
     documented = {name.strip("`"): default.strip("`") for names, default, _ in rows for name in names.split(", ")}
     parameters = dict(inspect.signature(AsyncOneStepQ).parameters)
     del parameters["_init_setup_model"]
@@ -94,3 +124,77 @@ def test_parameter_table_names_all_parameters_and_defaults():
     for name, default in documented.items():
         if default not in ("", "as in SB3"):
             assert eval(default) == parameters[name].default
+
+
+def find_anchors(path):
+    """The anchors that GitHub and MyST give to a page's headings."""
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=str(path.relative_to(ROOT))) for path in DOCUMENTS])
+def test_relative_links_lead_somewhere(path):
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"```{image} (\S+)", path.read_text())
+    for target in targets:
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        page = (path.parent / name).resolve() if name else path
+        assert page.is_file(), target
+        assert not anchor or anchor in find_anchors(page), target
+
+
+def test_a_broken_link_would_be_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A page's `title`, 2\n\n[](#a-pages-title-2)\n\n```bash\n# no heading\n```\n")
+    assert find_anchors(page) == {"a-pages-title-2"}
+    test_relative_links_lead_somewhere(page)
+    for link in ("[](#another)", "[text](missing.md)", "![](missing.png)"):
+        page.write_text(f"# Title\n\n{link}\n")
+        with pytest.raises(AssertionError):
+            test_relative_links_lead_somewhere(page)
+
+
+def list_inventory_objects():
+    for path in sorted((DOCS / "inventories").glob("*.txt")):
+        for line in path.read_text().splitlines():
+            page, kind, *names = line.split()
+            assert page.endswith((".html", "/")) and kind in ("class", "data", "exception", "function", "method")
+            yield from names
+
+
+def import_object(name):
+    """The object of a full name: a module's, a class's, or a builtin."""
+    parts = name.split(".")
+    for i in range(len(parts) - 1, 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:i]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[i:]:
+            found = getattr(found, part)
+        return found
+    return eval(name, {})
+
+
+def test_the_objects_that_the_docs_link_to_exist():
+    names = list(list_inventory_objects())
+    assert len(names) == len(set(names))
+    for name in names:
+        import_object(name)
+    with pytest.raises(AttributeError):
+        import_object("stable_baselines3.common.base_class.BaseAlgorithm.unlearn")
+
+
+def test_citations_name_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
+    assert f"version = {{{__version__}}}" in (DOCS / "misc" / "citing.md").read_text()
+
+
+def test_pre_commit_runs_the_ruff_of_the_constraints():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    (revision,) = (repo["rev"] for repo in config["repos"] if "ruff" in repo["repo"])
+    assert f"ruff=={revision.removeprefix('v')}\n" in (ROOT / "constraints.txt").read_text()

@@ -1,4 +1,4 @@
-"""One worker: it acts in its env lanes, learns from what it sees, and applies its gradients to the shared network."""
+"""One worker, which acts in its env lanes, learns from its transitions, and updates the shared network."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ from sb3_async1step.common.exploration import BehaviourPolicy
 from sb3_async1step.common.rollout import Observations, Rollout, RolloutBuffer
 from sb3_async1step.common.shared_parameters import SharedParameters
 
-#: Mean loss over the transitions, a pure function of (online network, target network, rollout)
+#: Takes the online network, the target network and a rollout, and returns the mean loss over its transitions
 LossFunction = Callable[[QNetwork, QNetwork, Rollout], th.Tensor]
 
 
 @dataclass
 class UpdateStats:
     """
-    What is worth logging about one update.
+    Statistics of one update, for the logger.
 
-    :param loss: mean over the update's transitions
-    :param gradient_staleness: updates that other workers applied between this one's reading of the weights
-        and the application of its gradient
+    :param loss: mean loss over the transitions of the update
+    :param gradient_staleness: number of updates that other workers applied after this worker had read the parameters
+        for its gradient, and before it applied that gradient
     """
 
     loss: float
@@ -35,13 +35,13 @@ class UpdateStats:
 @dataclass
 class Transitions:
     """
-    Transitions to report to the callbacks, in the shapes of ``VecEnv.step()``, and the updates made with them.
+    Transitions to report to the callbacks, as ``VecEnv.step()`` returns them, and the updates made with them.
 
-    :param actions: as executed, shape ``(n,)``
-    :param new_obs: shape ``(n, *observation_shape)``
-    :param rewards: shape ``(n,)``
-    :param dones: shape ``(n,)``
-    :param infos: length ``n``
+    :param actions: the executed actions, shape ``(n,)``
+    :param new_obs: the new observations, shape ``(n, *observation_shape)``
+    :param rewards: the rewards, shape ``(n,)``
+    :param dones: whether an episode ended, shape ``(n,)``
+    :param infos: the info dictionaries, length ``n``
     :param updates: statistics of the updates
     """
 
@@ -59,14 +59,14 @@ class Transitions:
 @dataclass
 class WorkerState:
     """
-    Where a worker is between two updates, to go on from there.
+    The state of a worker between two updates, from which it can continue.
 
-    :param lanes: its lanes
-    :param update_interval: its update interval
+    :param lanes: the lanes of the worker
+    :param update_interval: vector steps between two updates
     :param rollout: the transitions since the last gradient, see :meth:`RolloutBuffer.get_state`
-    :param chosen_actions: Sarsa's next actions
-    :param gradients: accumulated since the last update (None for a parameter that has none)
-    :param losses: of the transitions that they are from, with their numbers of time steps
+    :param chosen_actions: the actions to be executed next (Sarsa), None if they have not been chosen yet
+    :param gradients: gradients accumulated since the last update (None for a parameter without a gradient)
+    :param losses: mean loss of each part of the rollout that these gradients are from, and its number of time steps
     :param steps_since_update: vector steps since the last update
     """
 
@@ -81,23 +81,24 @@ class WorkerState:
 
 class ActorLearner:
     """
-    A worker: the paper's actor-learner thread (Algorithm 1), for a group of env lanes in one batch.
+    A worker: the paper's actor-learner thread (Algorithm 1), which drives a group of env lanes in one batch.
 
-    The gradient is the sum over the rollout's time steps, as in the paper, and the mean over the lanes, so that its
-    size depends on ``update_interval`` alone.
+    The gradient is the sum over the time steps of the rollout, as in the paper, and the mean over the lanes, so that
+    its size depends on ``update_interval`` alone.
 
-    :param env: the worker's lanes
-    :param lanes: which of the model's lanes they are
-    :param observations: their current observations
-    :param behaviour: their behaviour policy
+    :param env: VecEnv with the lanes of this worker
+    :param lanes: the numbers of these lanes among all lanes of the model
+    :param observations: the current observations of these lanes
+    :param behaviour: the behaviour policy of these lanes
     :param shared: the networks and the optimizer that all workers share
-    :param loss_function: mean loss of a rollout
+    :param loss_function: computes the mean loss of a rollout
     :param on_policy: whether the next action is chosen before the update and then executed (Sarsa)
     :param update_interval: vector steps between two updates (the paper's I_AsyncUpdate)
-    :param target_update_interval: environment steps of all lanes between two target syncs (the paper's I_target)
-    :param max_grad_norm: the gradient is clipped to this norm
-    :param first_action: the env's number for action index 0
-    :param device: where the networks are
+    :param target_update_interval: environment steps, over all lanes, between two updates of the target network (the
+        paper's I_target)
+    :param max_grad_norm: norm to which the gradient is clipped
+    :param first_action: the action of the environment that has index 0 in the network's output
+    :param device: device of the networks
     """
 
     def __init__(
@@ -138,12 +139,12 @@ class ActorLearner:
         self._n_updates_when_read = 0
 
     def renew_optimizer(self) -> None:
-        """Take over the shared optimizer's statistics, after they were loaded."""
+        """Use the shared optimizer's statistics again, after loading has replaced them."""
         self.optimizer = self.shared.view_optimizer(self.learning_network)
 
     def get_state(self) -> WorkerState:
         """
-        :return: a copy of all that another worker needs to go on in this one's place
+        :return: a copy of everything that another worker needs to continue in place of this one
         """
         gradients = [None if p.grad is None else p.grad.clone() for p in self.learning_network.parameters()]
         return WorkerState(
@@ -158,10 +159,10 @@ class ActorLearner:
 
     def set_state(self, state: WorkerState) -> None:
         """
-        Go on where another worker stopped. A state of other lanes or with another update interval is ignored: then
-        the transitions since its last update are lost.
+        Continue where another worker stopped. If its lanes or its update interval differ, its state is ignored, and the
+        transitions since its last update are lost.
 
-        :param state: what :meth:`get_state` returned
+        :param state: a state returned by :meth:`get_state`
         """
         if (state.lanes, state.update_interval) != (self.lanes, self.rollout.n_steps):
             return
@@ -178,10 +179,12 @@ class ActorLearner:
 
     def step(self, num_timesteps: int) -> Transitions:
         """
-        Take one step in every lane, and learn if it is time to.
+        Take one step in every lane, and update the parameters if an update is due.
 
-        :param num_timesteps: the paper's T: environment steps of all lanes, these included
+        :param num_timesteps: environment steps of all lanes, including these (the paper's T)
         :return: the transitions
+        :raises ValueError: if a reward, an observation or the gradient is not finite; the shared parameters are not
+            changed then
         """
         actions = self._chosen_actions
         if actions is None:
@@ -210,7 +213,7 @@ class ActorLearner:
                 )
 
     def _rollout_is_over(self, episode_ended: bool) -> bool:
-        # A single lane updates at the end of its episode, too, as in the paper
+        # As in the paper, a single lane also updates at the end of its episode
         return self._steps_since_update == self.rollout.n_steps or episode_ended
 
     def _choose_actions(self, observations: Observations, lanes: np.ndarray | slice = slice(None)) -> np.ndarray:
@@ -239,10 +242,10 @@ class ActorLearner:
         self, next_observations: Observations, new_obs: Observations, truncated_lanes: np.ndarray
     ) -> np.ndarray:
         """
-        Choose the next actions now: Sarsa bootstraps on the very actions that it executes next.
+        Choose the next actions before the update: Sarsa bootstraps on the very actions that it executes next.
 
-        Where an episode was truncated, the two differ: it bootstraps on an action for the terminal observation
-        (drawn first), and executes another one for the new episode's first observation.
+        After a truncation the two differ. Sarsa bootstraps on an action for the terminal observation, which is drawn
+        first, and executes another one for the first observation of the new episode.
         """
         bootstrap_actions = None
         if len(truncated_lanes) > 0:
@@ -254,11 +257,12 @@ class ActorLearner:
         return next_actions
 
     def _sync_target_if_due(self, num_timesteps: int) -> None:
-        """Sync the target network once for each multiple of the interval that this step crossed."""
+        """Update the target network once for each multiple of the interval that this step crossed."""
         interval = self.target_update_interval
         n_syncs = num_timesteps // interval - (num_timesteps - self.n_lanes) // interval
         if n_syncs > 0:
-            # The transitions so far saw the old target network (Algorithm 1 accumulates at every step)
+            # The TD targets of the transitions so far are from the old target network: Algorithm 1 accumulates
+            # gradients at every step
             self._accumulate_gradient()
             self.shared.sync_target(n_syncs)
 
@@ -269,7 +273,7 @@ class ActorLearner:
         if not self._losses:
             self._n_updates_when_read = self.shared.n_updates
         rollout = self.rollout.take(self.device)
-        # BatchNorm can't learn from a single transition
+        # BatchNorm cannot normalize a single transition
         self.learning_network.set_training_mode(len(rollout.rewards) > 1)
         loss = self.loss_function(self.learning_network, self.shared.target_network, rollout)
         self.shared.share_buffers(self.learning_network)
@@ -300,9 +304,9 @@ def _with_terminal_observations(
     new_obs: Observations, truncated_lanes: np.ndarray, infos: list[dict[str, Any]]
 ) -> Observations:
     """
-    The observations that the transitions led to.
+    Return the observations that the transitions led to.
 
-    Only truncated lanes need theirs: after a termination nothing is bootstrapped.
+    Only truncated lanes need their terminal observation: after a termination, nothing is bootstrapped.
     """
     if len(truncated_lanes) == 0:
         return new_obs

@@ -1,4 +1,4 @@
-"""Epsilon-greedy exploration: a final epsilon for each env lane, and its own random generator for each worker."""
+"""Epsilon-greedy exploration, with a final epsilon for each env lane and a random generator for each worker."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ def allot_final_epsilons(
     final_eps: float | Sequence[float], final_probs: Sequence[float] | None, n_lanes: int
 ) -> np.ndarray:
     """
-    Give each env lane its final epsilon, so that the mix is right at any number of lanes.
+    Give each env lane its final epsilon, in the right proportions for any number of lanes.
 
-    The paper samples each thread's value (section 5.1); the largest remainders give the same proportions
-    without their variance. The values are spread over the lanes, so each worker gets a mix, too.
+    The paper samples a value for each thread (section 5.1). The largest remainder method gives the same proportions
+    without their variance. The values are spread evenly over the lanes, so that each worker gets a mix of them.
 
     :param final_eps: one value for all lanes, or the values to choose from
     :param final_probs: the proportion of lanes for each value (not used for a single value)
@@ -25,7 +25,7 @@ def allot_final_epsilons(
     assert final_probs is not None and isinstance(final_eps, Sequence)
     quotas = np.asarray(final_probs, dtype=float) * n_lanes
     counts = np.floor(quotas).astype(int)
-    # Ties go to the likelier value; rounding keeps float noise from deciding them
+    # Ties go to the value with the larger proportion; rounding keeps floating-point noise from deciding them
     by_remainder = np.lexsort((-quotas, -np.round(quotas - counts, 9)))
     counts[by_remainder[: n_lanes - counts.sum()]] += 1
     places = [((i + 0.5) / count, value) for value, count in zip(final_eps, counts, strict=True) for i in range(count)]
@@ -34,7 +34,7 @@ def allot_final_epsilons(
 
 class ExplorationSchedule:
     """
-    The exploration schedule of all lanes: linear from the initial to each lane's final epsilon, as DQN's.
+    The exploration schedule of all lanes: linear from the initial epsilon to the final one of each lane, as in DQN.
 
     :param initial_eps: epsilon of every lane at the start
     :param final_eps: final epsilon of each lane, shape ``(n_lanes,)``
@@ -42,26 +42,27 @@ class ExplorationSchedule:
     """
 
     def __init__(self, initial_eps: float, final_eps: np.ndarray, fraction: float) -> None:
-        # Works for arrays as for floats
+        # LinearSchedule works with arrays as well as with floats
         self._schedule = LinearSchedule(initial_eps, final_eps, fraction)  # type: ignore[arg-type]
         self.epsilons = np.full(len(final_eps), initial_eps, dtype=float)
 
     def update(self, progress_remaining: float) -> None:
         """
-        Set ``epsilons``, shape ``(n_lanes,)``, in place: the workers look at parts of this array.
+        Set ``epsilons``, shape ``(n_lanes,)``, in place, since the workers hold views of parts of this array.
 
-        :param progress_remaining: from 1 (start) to 0 (end)
+        :param progress_remaining: progress remaining, from 1 (start) to 0 (end)
         """
         self.epsilons[:] = self._schedule(progress_remaining)
 
 
 class BehaviourPolicy:
     """
-    Epsilon-greedy behaviour policy of one worker's lanes.
+    Epsilon-greedy behaviour policy of the lanes of one worker.
 
-    :param epsilons: current epsilon of each lane, shape ``(n_lanes,)``; a view that the schedule updates
+    :param epsilons: current epsilon of each lane, shape ``(n_lanes,)``; a view of the array that
+        :class:`ExplorationSchedule` updates
     :param n_actions: number of actions
-    :param random_generator: this worker's own random generator
+    :param random_generator: the random generator of this worker
     """
 
     def __init__(self, epsilons: np.ndarray, n_actions: int, random_generator: np.random.Generator) -> None:
@@ -74,8 +75,8 @@ class BehaviourPolicy:
         Choose an action for each lane.
 
         :param q_values: action values, shape ``(n, n_actions)``
-        :param lanes: which of the worker's lanes the rows belong to, all by default
-        :return: action indices, shape ``(n,)``
+        :param lanes: the lanes of the worker to which the rows belong, by default all
+        :return: indices of the actions, shape ``(n,)``
         """
         n_rows = len(q_values)
         explores = self.random_generator.random(n_rows) < self.epsilons[lanes]

@@ -1,13 +1,13 @@
-"""The C library's heap."""
+"""Settings of the C library's memory allocator."""
 
 import ctypes
 import os
 import platform
 
-# Parameters of glibc's mallopt(), see its manual page
+# Parameters of glibc's mallopt(), see the manual page mallopt(3)
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
-# The largest value that it takes
+# The largest value that glibc accepts
 MMAP_THRESHOLD = 32 * 2**20
 TRIM_THRESHOLD = 256 * 2**20
 
@@ -16,9 +16,10 @@ def keep_freed_memory() -> None:
     """
     Let glibc keep up to 256 MiB of freed memory, from now on and for the whole process.
 
-    Images and activations of a batch take megabytes, which are asked for and freed at each step. In threads, glibc
-    gives them back to the operating system each time, and getting them again costs more than some of the arithmetic.
-    Settings of the user's (``MALLOC_...``, ``GLIBC_TUNABLES``) are left alone, and so are other C libraries.
+    The images and activations of a batch take megabytes, which are allocated and freed at each step. In threads, glibc
+    returns them to the operating system each time, and allocating them again takes longer than some of the arithmetic.
+    Settings that the user has made (``MALLOC_...``, ``GLIBC_TUNABLES``) take precedence. With other C libraries,
+    nothing is changed.
     """
     is_set = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     if is_set or platform.libc_ver()[0] != "glibc":

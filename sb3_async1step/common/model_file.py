@@ -1,4 +1,4 @@
-"""Files of saved models: written whole or not at all, and checked before they are loaded."""
+"""Files of saved models: they are written completely or not at all, and checked before they are loaded."""
 
 import io
 import json
@@ -16,19 +16,19 @@ from stable_baselines3.common.save_util import open_path
 @contextmanager
 def write_atomically(path: pathlib.Path, default_suffix: str) -> Iterator[io.BufferedWriter]:
     """
-    Write beside the file, and put the result in its place at the end of the ``with`` block. Whatever happens (an
-    exception, a kill, a power cut), either the old file or the new one is there.
+    Write to a temporary file next to the target, which replaces the target at the end of the ``with`` block. Whatever
+    happens (an exception, a kill, a power cut), either the old file or the new one is there.
 
-    :param path: the file; its folder is created if there is none
-    :param default_suffix: added to a name without suffix
-    :return: a context manager, for the open file
+    :param path: the target; its folder is created if it does not exist
+    :param default_suffix: suffix for a name without one
+    :return: a context manager that gives the open temporary file
     """
     if path.suffix == "":
         path = path.with_name(path.name + default_suffix)
-    # Through a link, to the file
+    # Replace the file that a link points to, not the link
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Hidden, and without the suffix, so nobody who looks for models finds it
+    # Hidden, and without the suffix, so that a search for models does not find it
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with open(temporary, "xb") as file:
@@ -45,7 +45,7 @@ def write_atomically(path: pathlib.Path, default_suffix: str) -> Iterator[io.Buf
 
 
 def _fsync_folder(folder: pathlib.Path) -> None:
-    # Without this, a power cut may undo the renaming; Windows has no such thing
+    # Without this, a power cut may undo the renaming. Windows cannot open folders
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -56,10 +56,12 @@ def _fsync_folder(folder: pathlib.Path) -> None:
 
 def check_saved_model(path: str | pathlib.Path | io.BufferedIOBase, algorithm: str, expected: str) -> None:
     """
+    Check that a file holds a model of our algorithms, for a clearer error than that of loading another one.
+
     :param path: a saved model
     :param algorithm: name of the algorithm that is about to load it
-    :param expected: an attribute that the algorithm's models have, and other algorithms' have not
-    :raises ValueError: if the file is damaged, or another algorithm's
+    :param expected: name of an attribute that only models of our algorithms have
+    :raises ValueError: if the file is damaged, or was saved by another algorithm
     """
     file = open_path(path, "r", suffix="zip")
     try:

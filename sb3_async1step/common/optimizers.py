@@ -10,20 +10,20 @@ class SharedRMSprop(th.optim.Optimizer):
     """
     Shared RMSProp: non-centred, without momentum, with epsilon inside the square root.
 
-    One running average of squared gradients serves all workers (Mnih et al. 2016, section 4
-    and equations 8 and 9 of its supplement):
+    All workers share one running average of squared gradients (Mnih et al. 2016, section 4, and equations 8 and 9 of
+    its supplement):
 
     .. math:: g = \\alpha g + (1 - \\alpha) \\Delta\\theta^2, \\quad
               \\theta \\leftarrow \\theta - \\eta \\frac{\\Delta\\theta}{\\sqrt{g + \\epsilon}}
 
-    The average starts at zero, where SB3's ``RMSpropTFLike`` starts it at one.
-    A step works in place and allocates nothing once it has run.
+    The average starts at zero, whereas that of SB3's ``RMSpropTFLike`` starts at one. Steps work in place; only the
+    first one allocates memory.
 
     :param params: parameters, or parameter groups
     :param lr: learning rate (eta)
-    :param alpha: decay of the average of squared gradients
-    :param eps: added to the average before the square root is taken
-    :raises ValueError: if a hyperparameter is negative, or ``alpha`` above one
+    :param alpha: decay rate of the average of squared gradients
+    :param eps: term that is added to the average before the square root is taken
+    :raises ValueError: if a hyperparameter is negative, or ``alpha`` is greater than one
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class SharedRMSprop(th.optim.Optimizer):
         if eps < 0.0:
             raise ValueError(f"eps must not be negative, got {eps}")
         super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps})
-        # Scratch memory, private to this optimizer object: never shared between workers, never saved
+        # Scratch memory of this object, which is neither shared between workers nor saved
         self._denominators: dict[th.Tensor, th.Tensor] = {}
 
     @th.no_grad()
@@ -48,8 +48,8 @@ class SharedRMSprop(th.optim.Optimizer):
         """
         Perform one update.
 
-        :param closure: reevaluates the model and returns the loss
-        :return: the loss, if there was a closure
+        :param closure: function that evaluates the model again and returns the loss
+        :return: the loss, if there is a closure
         """
         loss = None
         if closure is not None:

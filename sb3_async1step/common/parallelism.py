@@ -1,4 +1,4 @@
-"""How many workers pay off, and how many of torch's intra-op threads each of them gets."""
+"""How many workers pay off, and how many of PyTorch's intra-op threads each of them gets."""
 
 import os
 import threading
@@ -14,7 +14,7 @@ from torch import nn
 #: and MinAtar (0.02 and 0.2 million) one thread is fastest, on Atari (3 million and more) as many as there are cores
 SMALL_NETWORK = 1_000_000
 
-# Several models may learn at the same time: what torch had before the first of them began
+# Several models may learn at the same time. The number of threads to restore is the one before the first of them began
 _lock = threading.Lock()
 _n_blocks = 0
 _original = 1
@@ -24,7 +24,7 @@ def count_usable_cores() -> int:
     """
     :return: number of cores that this process may use
     """
-    # Linux alone can tell
+    # Only Linux has sched_getaffinity
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -57,7 +57,7 @@ def count_multiplications(network: nn.Module, observation: PyTorchObs) -> int:
 @contextmanager
 def intra_op_threads_for(n_workers: int, network_is_small: bool) -> Iterator[None]:
     """
-    Give each worker an equal share of torch's intra-op threads inside the ``with`` block, at least one.
+    Give each worker an equal share of PyTorch's intra-op threads inside the ``with`` block, but at least one.
 
     :param n_workers: number of workers that compute at the same time
     :param network_is_small: whether their network gains nothing from several threads: then each worker has one
@@ -67,7 +67,7 @@ def intra_op_threads_for(n_workers: int, network_is_small: bool) -> Iterator[Non
         if _n_blocks == 0:
             _original = th.get_num_threads()
         _n_blocks += 1
-    # Each thread has a number of its own; those that it starts inherit it
+    # The number is set for the calling thread, and inherited by the threads that it starts
     th.set_num_threads(1 if network_is_small else max(1, _original // n_workers))
     try:
         yield

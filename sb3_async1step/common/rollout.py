@@ -12,28 +12,28 @@ Observations = np.ndarray | dict[str, np.ndarray]
 
 
 class Rollout(NamedTuple):
-    """Transitions in time order, all lanes of a time step together; ``n`` is time steps times lanes."""
+    """``n`` transitions (time steps times lanes), ordered by time step, and by lane within a time step."""
 
-    #: shape ``(n, *observation_shape)``
+    #: s, shape ``(n, *observation_shape)``
     observations: PyTorchObs
-    #: action indices, shape ``(n,)``
+    #: indices of the actions a, shape ``(n,)``
     actions: th.Tensor
-    #: shape ``(n,)``
+    #: r, shape ``(n,)``
     rewards: th.Tensor
-    #: s', the terminal observation where an episode ended, shape ``(n, *observation_shape)``
+    #: s', the terminal observation if the episode was truncated, shape ``(n, *observation_shape)``
     next_observations: PyTorchObs
-    #: 1 where s' is terminal (a truncated episode's is not), else 0, shape ``(n,)``
+    #: 1 if s' is terminal, otherwise 0 (also at the end of a truncated episode), shape ``(n,)``
     terminated: th.Tensor
-    #: a', chosen by the behaviour policy in s' (Sarsa; -1 for Q-learning), shape ``(n,)``
+    #: indices of the actions a' that the behaviour policy chose in s' (Sarsa; -1 for Q-learning), shape ``(n,)``
     next_actions: th.Tensor
 
 
 class RolloutBuffer:
     """
-    Preallocated storage for one worker's rollout.
+    Preallocated storage for the rollout of one worker.
 
-    :param n_steps: most vector steps that it holds
-    :param observations: observations of the worker's lanes, for their shapes and types
+    :param n_steps: maximum number of vector steps
+    :param observations: observations of the worker's lanes, which give the shapes and data types
     """
 
     FIELDS: ClassVar = ("observations", "actions", "rewards", "next_observations", "terminated", "next_actions")
@@ -63,7 +63,7 @@ class RolloutBuffer:
         terminated: np.ndarray,
         next_actions: np.ndarray | int,
     ) -> None:
-        """Store one vector step; the parameters are a :class:`Rollout`'s, shapes ``(n_lanes, ...)``."""
+        """Store one vector step. The parameters are those of :class:`Rollout`, with shapes ``(n_lanes, ...)``."""
         step = self.n_filled
         _store(self.observations, step, observations)
         _store(self.next_observations, step, next_observations)
@@ -75,10 +75,10 @@ class RolloutBuffer:
 
     def take(self, device: th.device) -> Rollout:
         """
-        Empty the buffer.
+        Return the stored transitions, and empty the buffer.
 
-        :param device: where the tensors shall be
-        :return: what it held; valid until the next ``add``
+        :param device: device of the tensors
+        :return: the transitions; they share the buffer's memory, and are valid until the next ``add``
         """
         n_filled, self.n_filled = self.n_filled, 0
         return Rollout(
@@ -92,13 +92,13 @@ class RolloutBuffer:
 
     def get_state(self) -> dict[str, Any]:
         """
-        :return: a copy of what it holds
+        :return: a copy of the stored transitions
         """
         return {name: _first_steps(getattr(self, name), self.n_filled) for name in self.FIELDS}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """
-        :param state: what :meth:`get_state` returned
+        :param state: a state returned by :meth:`get_state`
         """
         for name in self.FIELDS:
             _store(getattr(self, name), slice(len(state["actions"])), state[name])
@@ -113,7 +113,7 @@ def _empty_like(n_steps: int, observations: Observations) -> Observations:
 
 def _empty_array(n_steps: int, observations: np.ndarray) -> np.ndarray:
     if observations.ndim == 4:
-        # Images: channels come first in the shape, and last in memory, where convolutions are faster
+        # Images: the channels come first in the shape, but last in memory, with which convolutions are faster
         n_lanes, n_channels, height, width = observations.shape
         storage = np.empty((n_steps, n_lanes, height, width, n_channels), observations.dtype)
         return storage.transpose(0, 1, 4, 2, 3)
@@ -142,9 +142,9 @@ def _flatten(storage: Observations, n_filled: int) -> Observations:
 
 def slice_observations(observations: Observations, lanes: range) -> Observations:
     """
-    :param observations: observations, first axis: lanes
+    :param observations: observations; the first axis is that of the lanes
     :param lanes: consecutive lanes
-    :return: theirs
+    :return: the observations of these lanes
     """
     if isinstance(observations, dict):
         return {key: obs[lanes.start : lanes.stop] for key, obs in observations.items()}
@@ -153,8 +153,8 @@ def slice_observations(observations: Observations, lanes: range) -> Observations
 
 def concatenate_observations(parts: list[Observations]) -> Observations:
     """
-    :param parts: observations, first axis: lanes
-    :return: those of all lanes
+    :param parts: observations of several groups of lanes; the first axis is that of the lanes
+    :return: the observations of all lanes
     """
     if isinstance(parts[0], dict):
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}

@@ -1,4 +1,4 @@
-"""What the workers share: the online network, the target network and one optimizer's statistics."""
+"""What the workers share: the online network, the target network and the statistics of one optimizer."""
 
 import copy
 import threading
@@ -13,24 +13,24 @@ from sb3_async1step.common.optimizers import SharedRMSprop
 
 class SharedParameters:
     """
-    The policy's networks and optimizer, as the workers see them.
+    The networks and the optimizer of the policy, as the workers see them.
 
-    A worker never touches the online network's module. It gets views: modules of the same structure whose
-    parameters share the online network's memory, but have their own gradients and version counters.
-    So gradients of concurrent workers don't mix, a lock-free (Hogwild) write by one worker doesn't
-    fail another's backward pass, and ``predict()`` may flip the policy's train mode at any time.
+    A worker does not use the module of the online network itself. It gets views: modules of the same structure whose
+    parameters share the memory of the online network, but have gradients and version counters of their own. Therefore,
+    gradients of concurrent workers do not mix, a write without a lock (Hogwild) by one worker does not make another's
+    backward pass fail, and ``predict()`` may switch the policy to evaluation mode at any time.
 
     :param policy: the policy whose networks and optimizer are shared
     :param tau: soft update coefficient of the target network
-    :param lock_updates: whether updates wait for each other; with another optimizer than :class:`SharedRMSprop`,
-        they always do
+    :param lock_updates: whether updates wait for each other; with any other optimizer than
+        :class:`~sb3_async1step.SharedRMSprop` they always do
     """
 
     def __init__(self, policy: DQNPolicy, tau: float, lock_updates: bool) -> None:
         self.policy = policy
         self.tau = tau
-        # Adam divides a mean of gradients, to which another worker may have added already, by a root of their mean
-        # square, to which it has not: where that is still zero, the step is immense
+        # Adam divides the mean of the gradients by the root of their mean square. Without a lock, another worker may
+        # have added to the mean already, but not yet to the mean square: where that is still zero, the step is immense
         self.lock_updates = lock_updates or not isinstance(policy.optimizer, SharedRMSprop)
         self.target_network: QNetwork = policy.q_net_target
         self.n_updates = 0
@@ -42,7 +42,7 @@ class SharedParameters:
 
     def view_network(self, training: bool) -> QNetwork:
         """
-        :param training: whether batch norm and dropout shall behave as in training
+        :param training: whether the view is in training mode, which BatchNorm and dropout depend on
         :return: a view of the online network
         """
         online_network = self.policy.q_net
@@ -56,7 +56,7 @@ class SharedParameters:
 
     def share_buffers(self, view: QNetwork) -> None:
         """
-        Share the buffers that a forward pass replaced, instead of changing them in place.
+        Share those buffers that a forward pass replaced instead of changing them in place.
 
         :param view: a view of the online network
         """
@@ -68,17 +68,17 @@ class SharedParameters:
     def view_optimizer(self, network: QNetwork) -> th.optim.Optimizer:
         """
         :param network: a view of the online network
-        :return: an optimizer that applies this view's gradients, with the shared optimizer's statistics
+        :return: an optimizer that applies the gradients of this view, with the statistics of the shared optimizer
         """
         shared = self.policy.optimizer
         view_of = dict(zip(self.policy.q_net.parameters(), network.parameters(), strict=True))
         groups = [{**group, "params": [view_of[p] for p in group["params"]]} for group in shared.param_groups]
-        # The groups hold all settings; the policy's arguments may be wrong for an optimizer that replaced its own
+        # The groups hold all settings. If the user has replaced the optimizer, the policy's arguments may not fit
         is_the_policys = type(shared) is self.policy.optimizer_class
         optimizer = type(shared)(groups, **(self.policy.optimizer_kwargs if is_the_policys else {}))
         for group in shared.param_groups:
             for parameter in group["params"]:
-                # The very same dict: what one worker's optimizer keeps in it, all see
+                # The same dict: what the optimizer of one worker keeps in it, all workers see
                 optimizer.state[view_of[parameter]] = shared.state[parameter]
         return optimizer
 
@@ -90,9 +90,9 @@ class SharedParameters:
         :return: how many updates all workers had applied before this one
         """
         for group, shared_group in zip(optimizer.param_groups, self.policy.optimizer.param_groups, strict=True):
-            # The schedule's learning rate, and whatever else a callback changed
+            # The learning rate of the schedule, and whatever else a callback has changed
             group.update({name: value for name, value in shared_group.items() if name != "params"})
-        # The first update creates the statistics: nobody else may create them at the same time
+        # The first update creates the statistics, which two workers must not do at the same time
         exclusive = self.lock_updates or not self._optimizer_has_state
         with self._update_lock if exclusive else nullcontext():
             optimizer.step()
@@ -105,13 +105,14 @@ class SharedParameters:
         """
         Move the target network towards the online network.
 
-        :param n_times: how often (in one go: ``n`` soft updates with ``tau`` are one with ``1 - (1 - tau)^n``)
+        :param n_times: number of soft updates, which are made at once: ``n`` updates with ``tau`` equal one with
+            ``1 - (1 - tau)^n``
         """
         tau = 1.0 - (1.0 - self.tau) ** n_times
         online_network, target_network = self.policy.q_net, self.target_network
         with self._sync_lock:
             polyak_update(online_network.parameters(), target_network.parameters(), tau)
-            # Running statistics of batch norm are copied, as in SB3's DQN
+            # The running statistics of BatchNorm are copied, as in SB3's DQN
             online_statistics = get_parameters_by_name(online_network, ["running_"])
             polyak_update(online_statistics, get_parameters_by_name(target_network, ["running_"]), 1.0)
             self.n_target_syncs += n_times

@@ -1,4 +1,4 @@
-"""Networks that extract features from images."""
+"""Features extractors for images."""
 
 from collections.abc import Sequence
 
@@ -54,15 +54,15 @@ def count_outputs(module: nn.Module, input_shape: Sequence[int]) -> int:
 
 class NipsCNN(BaseFeaturesExtractor):
     """
-    The smaller CNN of Mnih et al. (2013), which the paper's value-based methods use on Atari (section 5.1):
-    16 filters of 8x8 with stride 4, 32 of 4x4 with stride 2, 256 hidden units.
+    The CNN of Mnih et al. (2013), which the paper uses on Atari (section 5.1): 16 filters of 8x8 with stride 4, 32
+    filters of 4x4 with stride 2, and 256 hidden units. It is smaller than SB3's ``NatureCNN``.
 
     :param observation_space: images, channels first, shape ``(n_channels, height, width)``
     :param features_dim: number of hidden units
-    :param normalized_image: whether the images are normalized already, see SB3's ``NatureCNN``
-    :param layer_norm: whether a ``LayerNorm`` stands before each ReLU, as in PQN's network (Gallici et al. 2025), and
-        one without parameters at the input: a background that is not black moves all of a filter's weights together,
-        until the filter's ReLU is dead
+    :param normalized_image: whether the images are normalized already, as for SB3's ``NatureCNN``
+    :param layer_norm: whether there is a ``LayerNorm`` before each ReLU, as in PQN's network (Gallici et al. 2025), and
+        one without parameters at the input. Without it, a background that is not black moves all weights of a filter
+        together, until its ReLU is dead
     :raises ValueError: if the observations are not images
     """
 
@@ -87,7 +87,7 @@ class NipsCNN(BaseFeaturesExtractor):
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         """
-        :param observations: shape ``(n, n_channels, height, width)``
+        :param observations: images, shape ``(n, n_channels, height, width)``
         :return: features, shape ``(n, features_dim)``
         """
         return self.linear(self.cnn(observations))
@@ -95,7 +95,7 @@ class NipsCNN(BaseFeaturesExtractor):
 
 class MinAtarCNN(BaseFeaturesExtractor):
     """
-    The network of Young and Tian (2019) for MinAtar: 16 filters of 3x3 and 128 hidden units.
+    The network that Young and Tian (2019) use on MinAtar: 16 filters of 3x3, and 128 hidden units.
 
     :param observation_space: MinAtar's binary images, channels last, shape ``(height, width, n_channels)``
     :param features_dim: number of hidden units
@@ -111,7 +111,7 @@ class MinAtarCNN(BaseFeaturesExtractor):
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         """
-        :param observations: shape ``(n, height, width, n_channels)``
+        :param observations: images, shape ``(n, height, width, n_channels)``
         :return: features, shape ``(n, features_dim)``
         """
         return self.linear(self.cnn(observations.permute(0, 3, 1, 2)))

@@ -1,9 +1,9 @@
 """
 Split a VecEnv and its wrappers into one VecEnv for each worker.
 
-The parts drive the very envs of the whole. The whole is not stepped while its parts are; afterwards
-:func:`rejoin_vec_env` gives it what its lanes went through (stacked frames, episode returns), so that
-the user's env stays consistent.
+The parts drive the environments of the original VecEnv, which is not stepped in the meantime. Afterwards,
+:func:`rejoin_vec_env` gives it the state that its lanes are in (stacked frames, episode returns), so that the user's
+VecEnv stays consistent.
 """
 
 import threading
@@ -38,7 +38,7 @@ def group_lanes(num_envs: int, n_groups: int) -> list[range]:
     """
     :param num_envs: number of env lanes
     :param n_groups: number of groups, at most ``num_envs``
-    :return: consecutive lanes for each group; the sizes differ by one at most
+    :return: consecutive lanes for each group; the sizes of the groups differ by at most one
     """
     bounds = [num_envs * i // n_groups for i in range(n_groups + 1)]
     return [range(first, end) for first, end in pairwise(bounds)]
@@ -46,10 +46,10 @@ def group_lanes(num_envs: int, n_groups: int) -> list[range]:
 
 def find_unsplittable(env: VecEnv) -> type[VecEnv] | None:
     """
-    :param env: a VecEnv, with its wrappers
-    :return: the outermost class that :func:`split_vec_env` doesn't know, None if it knows them all
+    :param env: a VecEnv with its wrappers
+    :return: the outermost class for which :func:`split_vec_env` has no function, None if it has one for each class
     """
-    # A subclass may keep more for each lane than its parent: only the very classes that are registered
+    # Subclasses of registered classes do not count: they may keep more for each lane than their parent
     if type(env) not in split_vec_env.registry:
         return type(env)
     return find_unsplittable(env.venv) if isinstance(env, VecEnvWrapper) else None
@@ -64,10 +64,10 @@ def split_vec_env(env: VecEnv, groups: Sequence[range]) -> list[VecEnv]:
         def _(env: MyWrapper, groups):
             return [MyWrapper(part) for part in split_vec_env(env.venv, groups)]
 
-    :param env: the VecEnv to split, already reset
-    :param groups: consecutive lanes of each part, together all lanes of ``env``
-    :return: the parts
-    :raises TypeError: if the class is not registered
+    :param env: the VecEnv to split, which has been reset already
+    :param groups: consecutive lanes for each part, which together are all lanes of ``env``
+    :return: a VecEnv for each group
+    :raises TypeError: if no function is registered for the class
     """
     raise TypeError(f"{type(env).__name__} can't be split, see sb3_async1step.split_vec_env")
 
@@ -75,12 +75,12 @@ def split_vec_env(env: VecEnv, groups: Sequence[range]) -> list[VecEnv]:
 @singledispatch
 def rejoin_vec_env(env: VecEnv, parts: Sequence[VecEnv], groups: Sequence[range]) -> None:
     """
-    Give a VecEnv the state that its parts' lanes are in. Register a class of your own only if it
-    keeps something for each lane.
+    Give a VecEnv that was split the state that its lanes are in. A class of your own has to be registered only if it
+    keeps a state for each lane.
 
     :param env: the VecEnv that was split
-    :param parts: its parts
-    :param groups: their lanes
+    :param parts: the parts, as returned by :func:`split_vec_env`
+    :param groups: the lanes of each part
     """
     if isinstance(env, VecEnvWrapper):
         rejoin_vec_env(env.venv, [part.venv for part in parts if isinstance(part, VecEnvWrapper)], groups)
@@ -126,7 +126,7 @@ def _(env: VecFrameStack, parts: Sequence[VecFrameStack], groups: Sequence[range
 
 
 class _LockedWriter:
-    """Monitor file that the parts of a VecMonitor write to, one at a time."""
+    """The monitor file of a VecMonitor, to which its parts write one at a time."""
 
     def __init__(self, env: VecMonitor) -> None:
         self._writer = env.results_writer
@@ -142,7 +142,7 @@ class _LockedWriter:
 def _(env: VecMonitor, groups: Sequence[range]) -> list[VecEnv]:
     parts = _split_wrapper(env, groups)
     for part, lanes in zip(parts, groups, strict=True):
-        # Views: changed in place, by the part
+        # Views of the original's arrays, which the part changes in place
         part.episode_returns = env.episode_returns[lanes.start : lanes.stop]
         part.episode_lengths = env.episode_lengths[lanes.start : lanes.stop]
     writer = _LockedWriter(env) if env.results_writer is not None else None
@@ -158,7 +158,7 @@ def _(env: VecMonitor, parts: Sequence[VecMonitor], groups: Sequence[range]) -> 
 
 
 class _HeldStep(VecEnvWrapper):
-    """Takes a step first, and hands out its result when asked."""
+    """Waits for a step in ``take_step()``, and returns its result from ``step_wait()``."""
 
     def take_step(self) -> None:
         self.held = self.venv.step_wait()
@@ -172,9 +172,9 @@ class _HeldStep(VecEnvWrapper):
 
 class _VecNormalizePart(VecNormalize):
     """
-    Part of a VecNormalize: settings and running statistics are the whole's, one part updates them at a time.
+    Part of a VecNormalize. It uses the original's settings and running statistics, which one part updates at a time.
 
-    What it keeps for each lane, it gives to the whole at once: callbacks ask for it.
+    After each step, it copies what a VecNormalize keeps for each lane to the original, since callbacks may read that.
     """
 
     venv: _HeldStep
@@ -183,10 +183,10 @@ class _VecNormalizePart(VecNormalize):
     statistics_lock: threading.Lock
 
     def step_wait(self) -> VecEnvStepReturn:
-        # The lock is not held while the envs step
+        # Without the lock, so that the environments of several parts can step at the same time
         self.venv.take_step()
         with self.statistics_lock:
-            # Callbacks may have changed them
+            # Callbacks may have changed these
             for name in ("training", "norm_obs", "norm_reward", "clip_obs", "clip_reward", "obs_rms", "ret_rms"):
                 if name in self.whole.__dict__:
                     setattr(self, name, getattr(self.whole, name))
@@ -209,7 +209,7 @@ class _VecNormalizePart(VecNormalize):
 def _(env: VecNormalize, groups: Sequence[range]) -> list[VecEnv]:
     if len(env.old_reward) != env.num_envs:
         env.old_reward = np.zeros(env.num_envs)
-    # A copy: the first observations may be a buffer of the wrapped VecEnv
+    # Copied, since the first observations may be a buffer of the wrapped VecEnv
     first_observations: Any = getattr(env, "old_obs", create_empty_array(env.observation_space, env.num_envs))
     env.old_obs = deepcopy(first_observations)
     parts = _split_wrapper(env, groups, "returns")
@@ -229,7 +229,7 @@ def _(env: VecNormalize, parts: Sequence[_VecNormalizePart], groups: Sequence[ra
 
 
 def _split_wrapper(env: VecEnvWrapper, groups: Sequence[range], *per_lane: str) -> list:
-    """Copies of a wrapper, around the parts of what it wraps; ``per_lane`` names what it keeps for each lane."""
+    """Copy a wrapper around each part of the VecEnv that it wraps; ``per_lane``: see :func:`take_lanes`."""
     parts = []
     for venv, lanes in zip(split_vec_env(env.venv, groups), groups, strict=True):
         part = take_lanes(env, lanes, *per_lane)
@@ -240,12 +240,12 @@ def _split_wrapper(env: VecEnvWrapper, groups: Sequence[range], *per_lane: str) 
 
 def take_lanes(env: AnyVecEnv, lanes: range, *per_lane: str) -> AnyVecEnv:
     """
-    :param env: a VecEnv, with its wrappers
+    :param env: a VecEnv with its wrappers
     :param lanes: some of its lanes
-    :param per_lane: names of attributes that are lists or arrays over the lanes
+    :param per_lane: names of the attributes that are lists or arrays with an element for each lane
     :return: a copy with these lanes only
     """
-    # Not copy.copy: VecEnvWrapper.__getattr__ recurses without end on an object that has no attributes yet
+    # copy.copy would not work: VecEnvWrapper.__getattr__ recurses infinitely on an object without attributes
     part = type(env).__new__(type(env))
     part.__dict__.update(env.__dict__)
     part.num_envs = len(lanes)

@@ -1,7 +1,7 @@
 """
-Run the workers, on threads or one after another, and hand their transitions to the thread that called ``learn()``.
+Run the workers, in threads or in turn, and hand their transitions to the thread that called ``learn()``.
 
-Both pools give that thread batches of exactly ``num_envs`` transitions. While it looks at one (logger, callbacks),
+Both pools give that thread batches of exactly ``num_envs`` transitions. While it processes a batch (callbacks, logger),
 no worker begins another step.
 """
 
@@ -24,9 +24,9 @@ class WorkerPool(ABC):
     A group of workers and their common step counter.
 
     :param workers: the workers
-    :param num_timesteps: environment steps made before
-    :param total_timesteps: no worker begins a step when so many are made or under way; rounded up to whole
-        vector steps of all lanes, as in SB3
+    :param num_timesteps: number of environment steps before this training
+    :param total_timesteps: number of environment steps, including those before, after which no worker begins another
+        step; rounded up to a vector step of all lanes, as in SB3
     """
 
     def __init__(self, workers: list[ActorLearner], num_timesteps: int, total_timesteps: int) -> None:
@@ -35,14 +35,14 @@ class WorkerPool(ABC):
         self.total_timesteps = total_timesteps
         n_vector_steps = -(-(total_timesteps - num_timesteps) // self.batch_size)
         self._last_timestep = num_timesteps + n_vector_steps * self.batch_size
-        # Guards everything below; signals every change that somebody may wait for
+        # Guards the attributes below, and is notified of every change that a thread may wait for
         self._changed = threading.Condition()
         self._claimed_timesteps = num_timesteps
         self._n_pauses = 0
-        # Threads that are changing the model or the envs
+        # Threads that are changing the model or the environments
         self._busy_threads: list[threading.Thread] = []
         self._is_stopping = False
-        # Idle time of the waits that are over, and since when the others last
+        # Idle time of the waits that have ended, and the start of each wait that has not
         self._idle_seconds = 0.0
         self._idle_counted_since = time.perf_counter()
         self._waiting_since: dict[threading.Thread, float] = {}
@@ -52,13 +52,14 @@ class WorkerPool(ABC):
         """
         Run the workers.
 
-        :return: batches of ``num_envs`` transitions; the last may be smaller if the groups of lanes are unequal
-        :raises BaseException: the first exception that a worker met, with its own traceback
+        :return: batches of ``num_envs`` transitions; the last one may be smaller if the groups of lanes are unequal
+        :raises BaseException: the first exception that a worker raised, with its own traceback
         """
 
     def take_idle_fraction(self) -> float:
         """
-        :return: share of the time since the last call in which a worker waited for other threads, mean over the workers
+        :return: fraction of the time since the last call that a worker spent waiting for other threads, mean over the
+            workers
         """
         with self._changed:
             now = time.perf_counter()
@@ -75,10 +76,12 @@ class WorkerPool(ABC):
     @contextmanager
     def standing_still(self) -> Iterator[None]:
         """
-        :return: a context manager that waits until nobody changes the model or steps an env, and lets nobody begin to
-            inside; for any thread
+        Pause: wait until no thread changes the model or steps an environment, and keep all threads from beginning to
+        until the end of the ``with`` block. Any thread may call this.
+
+        :return: a context manager
         """
-        # Who asks from inside a step (say, an env that plays against the model) can't wait for its end
+        # A call from inside a step (from an env that plays against the model, say) would wait for itself
         if threading.current_thread() in self._busy_threads:
             yield
             return
@@ -94,7 +97,10 @@ class WorkerPool(ABC):
     @contextmanager
     def changing_the_model(self) -> Iterator[None]:
         """
-        :return: a context manager for the calling thread's own changes, which waits while others want a still model
+        Wait until no thread pauses the pool, and keep threads from pausing it until the end of the ``with`` block, in
+        which the calling thread changes the model.
+
+        :return: a context manager
         """
         with self._changed:
             self._changed.wait_for(lambda: self._n_pauses == 0)
@@ -114,12 +120,13 @@ class WorkerPool(ABC):
 
     @abstractmethod
     def stop(self) -> None:
-        """Stop all workers and wait for them."""
+        """Stop all workers, and wait until they have ended."""
 
     def _step(self, worker: ActorLearner) -> Transitions | None:
         """
-        Let a worker take a step as soon as nobody wants it to stand still.
+        Let a worker take a step as soon as it may.
 
+        :param worker: the worker
         :return: its transitions, None if the training is over
         """
         with self._changed:
@@ -144,13 +151,14 @@ class WorkerPool(ABC):
 
     def _claim(self, n_lanes: int) -> int | None:
         """
-        Count a worker's next step before it is taken.
+        Count the next step of a worker before it is taken.
 
-        :param n_lanes: lanes that step
-        :return: the steps of all lanes up to this one, or None if the training is over
+        :param n_lanes: number of lanes of the worker
+        :return: number of environment steps up to and including this one, None if the training is over
         """
         claimed = self._claimed_timesteps + n_lanes
-        # Groups of unequal size may not add up to the last vector step: then stop before overshooting further
+        # The steps of groups of unequal size may not add up exactly: once total_timesteps is reached, do not go beyond
+        # the last vector step
         if self._claimed_timesteps >= self.total_timesteps and claimed > self._last_timestep:
             return None
         self._claimed_timesteps = claimed
@@ -170,7 +178,7 @@ class WorkerPool(ABC):
 
 
 class SerialWorkerPool(WorkerPool):
-    """The workers take turns on the calling thread: reproducible bit for bit."""
+    """The workers take turns on the calling thread, which is reproducible bit for bit."""
 
     def batches(self) -> Iterator[Transitions]:
         while parts := [part for part in map(self._step, self.workers) if part is not None]:
@@ -182,9 +190,9 @@ class SerialWorkerPool(WorkerPool):
 
 class ThreadWorkerPool(WorkerPool):
     """
-    One thread for each worker; between workers nothing waits for anything.
+    One thread for each worker. Workers do not wait for each other.
 
-    A worker waits only while the calling thread looks at a batch, and when that thread is more than one batch behind.
+    A worker waits only while the calling thread processes a batch, or if that thread is more than one batch behind.
     """
 
     def __init__(self, workers: list[ActorLearner], num_timesteps: int, total_timesteps: int) -> None:
@@ -192,7 +200,8 @@ class ThreadWorkerPool(WorkerPool):
         self._unreported: list[Transitions] = []
         self._n_unreported = 0
         self._batch_is_out = False
-        # Threads inside _run(), and those that left it. Counted there: start() may be interrupted half-way
+        # Numbers of threads inside _run(), and of those that have left it. They are counted there, since start() may
+        # be interrupted
         self._n_running = 0
         self._n_ended = 0
         self._exception: BaseException | None = None
@@ -232,12 +241,13 @@ class ThreadWorkerPool(WorkerPool):
         try:
             self._wait_for_the_end()
         except KeyboardInterrupt:
-            # An impatient second Ctrl-C: a worker left alive would step envs that the next learn() resets
+            # Wait in spite of a second Ctrl-C: a running worker would step environments that the next learn() resets
             self.stop()
             raise
 
     def _wait_for_the_end(self) -> None:
-        # Not Thread.join() alone: when interrupted, it takes the thread for dead. Who does not run yet won't step again
+        # Thread.join() is not enough: when interrupted, it marks the thread as stopped. Threads that do not run yet
+        # will not take a step any more
         with self._changed:
             self._changed.wait_for(lambda: self._n_running == 0)
         for thread in self._threads:
@@ -250,7 +260,7 @@ class ThreadWorkerPool(WorkerPool):
         )
 
     def _take_batch(self) -> Transitions:
-        """Take ``num_envs`` transitions, or the last ones, in the order in which they were made."""
+        """Take ``num_envs`` transitions, or all that are left, in the order in which they were made."""
         n_missing = self.batch_size
         parts = []
         while n_missing > 0 and self._unreported:
@@ -264,7 +274,7 @@ class ThreadWorkerPool(WorkerPool):
         return concatenate(parts)
 
     def _run(self, worker: ActorLearner) -> None:
-        """A worker's thread."""
+        """Run a worker until the training is over (the target of its thread)."""
         with self._changed:
             self._n_running += 1
         try:
@@ -281,7 +291,7 @@ class ThreadWorkerPool(WorkerPool):
                 self._changed.notify_all()
 
     def _may_step(self) -> bool:
-        # Nobody steps while the calling thread looks at a batch; then, one may wait for it while another one fills
+        # No steps while the calling thread processes a batch. Otherwise, one batch may be waiting while another fills
         is_ahead = self._batch_is_out or self._n_unreported >= 2 * self.batch_size
         return self._is_stopping or (super()._may_step() and not is_ahead)
 
@@ -295,9 +305,10 @@ class ThreadWorkerPool(WorkerPool):
 
 class Lookers:
     """
-    The threads that look at a model, which must stand still meanwhile: each with the pool that ran when it began.
+    The threads that are reading or replacing the parameters of a model, each with the pool that it has paused.
 
-    A pool makes its own workers stand still; here, a new pool waits for those who began to look before it was there.
+    Pausing a pool stops its own workers only. A thread that began before there was a pool is registered here, and a new
+    pool waits until it has finished.
     """
 
     def __init__(self) -> None:
@@ -305,14 +316,16 @@ class Lookers:
         self._pools: list[WorkerPool | None] = []
 
     def __reduce__(self) -> tuple[type["Lookers"], tuple]:
-        # A copy of the model has lookers of its own
+        # A copy of the model starts with no threads
         return type(self), ()
 
     @contextmanager
     def look(self, find_pool: Callable[[], WorkerPool | None]) -> Iterator[None]:
         """
-        :param find_pool: returns the pool that runs, if one does
-        :return: a context manager inside which the model stands still
+        Keep the model unchanged inside the ``with`` block.
+
+        :param find_pool: function that returns the running pool, or None
+        :return: a context manager
         """
         with self._changed:
             pool = find_pool()
@@ -327,7 +340,9 @@ class Lookers:
 
     def wait_for_earlier_ones(self, pool: WorkerPool) -> None:
         """
-        :param pool: is found by new lookers from now on; returns when nobody looks any more who did not find it
+        Wait for the threads that began before there was this pool.
+
+        :param pool: the new pool, which ``find_pool`` already returns
         """
         with self._changed:
             self._changed.wait_for(lambda: all(other is pool for other in self._pools))
@@ -338,14 +353,14 @@ def run_step(worker: ActorLearner, num_timesteps: int) -> Transitions:
     Let a worker take a step.
 
     :param worker: the worker
-    :param num_timesteps: steps of all lanes, these included
-    :return: its transitions
-    :raises Exception: what the step raised, with a note that names the lanes
+    :param num_timesteps: environment steps of all lanes, including these
+    :return: the transitions
+    :raises Exception: any exception of the step, with a note that names the lane
     """
     try:
         return worker.step(num_timesteps)
     except StopIteration as exception:
-        # As it is, it would end the loop over the batches as if the training were over
+        # Unchanged, it would end the loop over the batches as if the training were over
         raise RuntimeError(f"StopIteration was raised in {describe_lanes(worker, exception)}.") from exception
     except Exception as exception:
         exception.add_note(f"Raised in {describe_lanes(worker, exception)}.")
@@ -354,13 +369,13 @@ def run_step(worker: ActorLearner, num_timesteps: int) -> Transitions:
 
 def describe_lanes(worker: ActorLearner, exception: Exception) -> str:
     """
-    :param worker: the worker that met the exception
-    :param exception: its exception
-    :return: the env lane that it came from, or the worker's lanes if it can't be told
+    :param worker: the worker that raised an exception
+    :param exception: the exception
+    :return: the env lane that it came from, or all lanes of the worker if the lane is not known
     """
     traceback = exception.__traceback__
     while traceback is not None:
-        # DummyVecEnv steps its envs in a loop: the loop variable tells which one raised
+        # DummyVecEnv steps its environments in a loop, whose variable tells which of them raised the exception
         if traceback.tb_frame.f_code is DummyVecEnv.step_wait.__code__:
             return f"env lane {worker.lanes[traceback.tb_frame.f_locals['env_idx']]}"
         traceback = traceback.tb_next
@@ -371,8 +386,8 @@ def describe_lanes(worker: ActorLearner, exception: Exception) -> str:
 
 def concatenate(parts: list[Transitions]) -> Transitions:
     """
-    :param parts: transitions
-    :return: all of them, in one
+    :param parts: transitions in several parts
+    :return: all of them
     """
     if len(parts) == 1:
         return parts[0]
@@ -389,8 +404,8 @@ def concatenate(parts: list[Transitions]) -> Transitions:
 def split(transitions: Transitions, n_first: int) -> tuple[Transitions, Transitions]:
     """
     :param transitions: transitions
-    :param n_first: how many to split off
-    :return: the first ones (with the updates), and the rest
+    :param n_first: number of transitions in the first part
+    :return: the first part, with the statistics of all updates, and the rest
     """
     return _rows(transitions, range(n_first), transitions.updates), _rows(
         transitions, range(n_first, len(transitions)), []

@@ -1,4 +1,4 @@
-"""Atari games in ale_py's C++ engine, whose emulators run beside Python's threads instead of one at a time."""
+"""Atari games in ale_py's C++ engine, which emulates several games at the same time, unlike threads of Python."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -27,14 +27,14 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvS
 from sb3_async1step.common.vec_env_split import split_vec_env, take_lanes
 
 NOOP, FIRE, SECOND_ACTION_AFTER_RESET = 0, 1, 2
-# What the engine has of AtariEnv's options
+# Values of AtariEnv's options with which the engine can reproduce it
 NEEDED_OPTIONS: dict[str, tuple[Any, ...]] = {
     "mode": (None,),
     "difficulty": (None,),
     "continuous": (False,),
     "render_mode": (None, "rgb_array"),
 }
-# They change nothing that the learner sees
+# Wrappers that change nothing that the learner sees
 TRANSPARENT = (AtariWrapper, PassiveEnvChecker, OrderEnforcing)
 REPRODUCED = (
     ClipRewardEnv,
@@ -51,18 +51,18 @@ REPRODUCED = (
 @dataclass(frozen=True)
 class AtariSettings:
     """
-    What :class:`AleVecEnv` reads from an Atari env and its wrappers.
+    Settings that :class:`AleVecEnv` reads from an Atari env and its wrappers.
 
     :param game: name of the ROM
-    :param frame_skip: frames for which an action is repeated
+    :param frame_skip: number of frames for which an action is repeated
     :param pools_frames: whether an observation is the maximum of the last two frames
     :param screen_size: height and width of an observation, in pixels
-    :param noop_max: largest number of no-ops, each of one frame, after a reset
-    :param fires_after_reset: whether a reset takes the actions 1 and 2, too
+    :param noop_max: maximum number of no-ops, of one frame each, after a reset
+    :param fires_after_reset: whether the actions 1 and 2 are taken after a reset
     :param ends_on_life_loss: whether the learner's episode ends with each life
     :param clips_rewards: whether rewards are replaced by their signs
-    :param repeat_action_probability: for each frame, that the last action is taken instead
-    :param max_frames: of an episode, then it is truncated
+    :param repeat_action_probability: probability, for each frame, of repeating the previous action (sticky actions)
+    :param max_frames: number of frames after which an episode is truncated
     :param full_action_space: whether all 18 actions are allowed
     """
 
@@ -82,7 +82,7 @@ class AtariSettings:
 def list_wrappers(env: gym.Env) -> Iterable[gym.Wrapper]:
     """
     :param env: an env with its wrappers
-    :return: the wrappers, outermost first
+    :return: the wrappers, from the outermost to the innermost
     """
     while isinstance(env, gym.Wrapper):
         yield env
@@ -92,8 +92,8 @@ def list_wrappers(env: gym.Env) -> Iterable[gym.Wrapper]:
 def read_settings(env: gym.Env) -> AtariSettings:
     """
     :param env: an Atari env with its wrappers
-    :return: what the engine has to reproduce
-    :raises ValueError: if the engine can't; says what and why
+    :return: the settings that the engine has to reproduce
+    :raises ValueError: if the engine cannot reproduce them; the message says what and why
     """
     base = env.unwrapped
     if not isinstance(base, AtariEnv):
@@ -135,8 +135,8 @@ def read_settings(env: gym.Env) -> AtariSettings:
 
 def list_reproduced(settings: AtariSettings) -> list[type[gym.Wrapper]]:
     """
-    :param settings: of an env
-    :return: the wrappers whose work is done in its place
+    :param settings: settings of an env
+    :return: the wrappers whose work is done for this env
     """
     optional = {
         NoopResetEnv: settings.noop_max > 0,
@@ -151,7 +151,7 @@ def list_reproduced(settings: AtariSettings) -> list[type[gym.Wrapper]]:
 def find_results_writer(env: gym.Env) -> ResultsWriter | None:
     """
     :param env: an env with its wrappers
-    :return: what writes its monitor file, if it has one
+    :return: the writer of its monitor file, None if it has no such file
     """
     writers = [wrapper.results_writer for wrapper in list_wrappers(env) if isinstance(wrapper, Monitor)]
     return writers[0] if writers else None
@@ -163,8 +163,8 @@ def _refuse(reason: str) -> NoReturn:
 
 def make_engine(settings: AtariSettings) -> AtariVectorEnv:
     """
-    :param settings: of an env
-    :return: an engine with one game and one thread, to be reset with a seed first
+    :param settings: settings of an env
+    :return: an engine with one game and one thread, which has to be reset with a seed first
     """
     return AtariVectorEnv(
         settings.game,
@@ -178,9 +178,9 @@ def make_engine(settings: AtariSettings) -> AtariVectorEnv:
         stack_num=1,
         frameskip=settings.frame_skip,
         maxpool=settings.pools_frames,
-        # It draws from 0 to noop_max - 1
+        # The engine draws from 0 to noop_max - 1
         noop_max=settings.noop_max + 1 if settings.noop_max > 0 else 0,
-        # What these do differs from the wrappers
+        # With these options, the engine would differ from the wrappers
         episodic_life=False,
         life_loss_info=False,
         reward_clipping=False,
@@ -192,8 +192,8 @@ class AleLane:
     """
     One game, with the semantics of ``Monitor`` and ``AtariWrapper``.
 
-    :param settings: of the env that it replaces
-    :param results_writer: of the env's ``Monitor``, which writes its file; None for no file
+    :param settings: settings of the env that it replaces
+    :param results_writer: writer of the monitor file of that env, None for no file
     """
 
     def __init__(self, settings: AtariSettings, results_writer: ResultsWriter | None) -> None:
@@ -207,21 +207,22 @@ class AleLane:
 
     def _start_engine(self) -> None:
         self.engine = make_engine(self.settings)
-        # A new engine's random generator is always the same; a seed makes it load the game anew, which takes its time
+        # The random generator of a new engine always has the same state. A seed changes that, but makes the engine load
+        # the game again, which takes time
         self._needs_seed = True
-        # Between send() and the end of receive()
+        # True between send() and the end of receive()
         self._is_stepping = False
         self._game_is_over = True
 
     def reset(self, seed: int | None = None) -> np.ndarray:
         """
-        As the wrappers do: after a lost life, the game goes on.
+        Begin an episode as the wrappers do: after the loss of a life, the game goes on.
 
-        :param seed: of the game's random generator, None to leave it as it is
-        :return: observation; ``reset_info`` has the info
+        :param seed: seed of the game's random generator, None to leave it unchanged
+        :return: the first observation; its info is in ``reset_info``
         """
         if self._is_stepping:
-            # Ctrl-C came in between: nobody knows whether an answer is on its way
+            # Ctrl-C interrupted the step: it is not known whether the engine will still answer
             self._start_engine()
         obs, info = self._begin_episode(seed)
         if self.settings.fires_after_reset:
@@ -234,9 +235,9 @@ class AleLane:
         return obs
 
     def _begin_episode(self, seed: int | None) -> tuple[np.ndarray, dict[str, Any]]:
-        """``EpisodicLifeEnv.reset()``."""
+        """Do what ``EpisodicLifeEnv.reset()`` does."""
         if self.settings.ends_on_life_loss and not self._game_is_over:
-            # Leaves the state in which the life was lost
+            # Leave the state in which the life was lost
             self.send(NOOP)
             obs, _, _, info = self._finish_step()
             if not self._game_is_over:
@@ -244,7 +245,7 @@ class AleLane:
         if seed is None and self._needs_seed:
             seed = int(np.random.default_rng().integers(2**31))
         self._needs_seed = False
-        # SB3's seeds have 32 bits, the engine's 31
+        # SB3's seeds have 32 bits, those of the engine 31
         observations, infos = self.engine.reset(seed=None if seed is None else seed % 2**31)
         info = {name: int(values[0]) for name, values in infos.items() if name != "env_id"}
         self._game_is_over = False
@@ -254,7 +255,9 @@ class AleLane:
 
     def send(self, action: int) -> None:
         """
-        :param action: which the engine's thread begins to take
+        Let the engine's thread begin a step.
+
+        :param action: the action
         """
         self._is_stepping = True
         self.engine.send(np.array([action]))
@@ -263,8 +266,8 @@ class AleLane:
         """
         Wait for the end of the step.
 
-        :return: observation, reward, whether the learner's episode ended (then, the observation is the next one's
-            first), info
+        :return: observation, reward, whether the learner's episode ended, and info. If it ended, the observation is the
+            first of the next episode
         """
         obs, reward, done, info = self._finish_step()
         if done:
@@ -273,7 +276,7 @@ class AleLane:
         return obs, reward, done, info
 
     def _finish_step(self) -> tuple[np.ndarray, float, bool, dict[str, Any]]:
-        """What ``step()`` returns of ``Monitor``, ``EpisodicLifeEnv`` and ``ClipRewardEnv``."""
+        """Return what ``step()`` of ``Monitor``, ``EpisodicLifeEnv`` and ``ClipRewardEnv`` would return."""
         observations, rewards, terminated, truncated, infos = self.engine.recv()
         self._is_stepping = False
         info: dict[str, Any] = {name: int(values[0]) for name, values in infos.items() if name != "env_id"}
@@ -290,7 +293,7 @@ class AleLane:
         return self._to_image(observations), reward, self._game_is_over or lost_life, info
 
     def _finish_game(self, n_frames: int) -> dict[str, float]:
-        # Monitor's lengths are in frames, too
+        # Monitor is the innermost wrapper: it counts frames as well
         episode = {"r": self._return, "l": n_frames, "t": round(time.time() - self._start, 6)}
         if self.results_writer is not None:
             self.results_writer.write_row(episode)
@@ -301,7 +304,7 @@ class AleLane:
         return self.image
 
     def close(self) -> None:
-        """End the engine's thread, and close the monitor file."""
+        """Stop the engine's thread, and close the monitor file."""
         del self.engine
         if self.results_writer is not None:
             self.results_writer.close()
@@ -309,20 +312,21 @@ class AleLane:
 
 class AleVecEnv(VecEnv):
     """
-    Atari games in ale_py's C++ engine: one thread of the engine for each lane, so that the games of a worker are
-    emulated side by side, and while other workers learn.
+    Atari games in ale_py's C++ engine, with a thread of the engine for each lane. The games of a worker are emulated at
+    the same time, and while other workers learn.
 
-    It takes the place of ``DummyVecEnv`` and ``SubprocVecEnv``::
+    It replaces ``DummyVecEnv`` and ``SubprocVecEnv``::
 
         make_atari_env("PongNoFrameskip-v4", n_envs=16, vec_env_cls=AleVecEnv)
 
-    :param env_fns: make Atari envs in ``AtariWrapper``; they are read and not stepped
-    :raises ValueError: if the engine can't reproduce an env
+    :param env_fns: functions that make Atari envs with an ``AtariWrapper``; their settings are read, but they are not
+        stepped
+    :raises ValueError: if the engine cannot reproduce an env
     """
 
     def __init__(self, env_fns: Sequence[Callable[[], gym.Env]]) -> None:
         envs = [make() for make in env_fns]
-        # In this order: what can't be replaced is refused before any engine starts
+        # Read all settings first: an env that cannot be replaced is refused before any engine starts
         settings = [read_settings(env) for env in envs]
         self._attributes = {"render_mode": envs[0].render_mode, "spec": envs[0].spec}
         self.lanes = [AleLane(s, find_results_writer(env)) for s, env in zip(settings, envs, strict=True)]
@@ -340,36 +344,36 @@ class AleVecEnv(VecEnv):
 
     def step_async(self, actions: np.ndarray) -> None:
         """
-        :param actions: shape ``(num_envs,)``
+        :param actions: actions, shape ``(num_envs,)``
         """
         for lane, action in zip(self.lanes, actions.tolist(), strict=True):
             lane.send(action)
 
     def step_wait(self) -> VecEnvStepReturn:
         """
-        :return: observations, rewards, dones, infos, as of every VecEnv
+        :return: observations, rewards, dones and infos, as for every VecEnv
         """
         observations, rewards, dones, infos = zip(*[lane.receive() for lane in self.lanes], strict=True)
         self.reset_infos = [lane.reset_info for lane in self.lanes]
         return np.stack(observations), np.array(rewards, dtype=np.float32), np.array(dones), list(infos)
 
     def close(self) -> None:
-        """End the engine's threads, and close the monitor files."""
+        """Stop the engine's threads, and close the monitor files."""
         for lane in self.lanes:
             lane.close()
         self.lanes = []
 
     def get_images(self) -> list[np.ndarray]:
         """
-        :return: what each lane's agent sees, grey, shape ``(screen_size, screen_size, 3)``
+        :return: for each lane the grey image that the agent sees, shape ``(screen_size, screen_size, 3)``
         """
         return [np.repeat(lane.image, 3, axis=-1) for lane in self.lanes]
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
         """
-        :param wrapper_class: class of wrappers
+        :param wrapper_class: class of a wrapper
         :param indices: lanes, None for all
-        :return: whether what the wrapper does is done
+        :return: for each lane, whether the work of this wrapper is done
         """
         settings = [self.lanes[i].settings for i in self._get_indices(indices)]
         return [wrapper_class in list_reproduced(s) for s in settings]
@@ -378,8 +382,8 @@ class AleVecEnv(VecEnv):
         """
         :param attr_name: ``"render_mode"`` or ``"spec"``
         :param indices: lanes, None for all
-        :return: its value, for each lane
-        :raises AttributeError: for any other name: the games are the engine's, there are no env objects
+        :return: the value of the attribute for each lane
+        :raises AttributeError: for any other name, since the games run in the engine and there are no env objects
         """
         if attr_name not in self._attributes:
             raise AttributeError(f"AleVecEnv has no envs to ask for '{attr_name}', only {', '.join(self._attributes)}.")
@@ -387,13 +391,13 @@ class AleVecEnv(VecEnv):
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """
-        :raises NotImplementedError: always, there are no env objects
+        :raises NotImplementedError: always, since there are no env objects
         """
         raise NotImplementedError("AleVecEnv has no envs whose attributes could be set; DummyVecEnv has.")
 
     def env_method(self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any) -> list[Any]:
         """
-        :raises NotImplementedError: always, there are no env objects
+        :raises NotImplementedError: always, since there are no env objects
         """
         raise NotImplementedError(f"AleVecEnv has no envs whose '{method_name}' could be called; DummyVecEnv has.")
 
