@@ -67,7 +67,7 @@ TASKS = {
     "MinAtar/Breakout-v0": Task(
         8.0, 1_000_000, policy="CnnPolicy", policy_kwargs={"features_extractor_class": MinAtarCNN}
     ),
-    PONG: Task(-10.0, 2_000_000, n_dqn_steps=300_000, policy="CnnPolicy", n_final_episodes=20),
+    PONG: Task(-10.0, 1_000_000, n_dqn_steps=300_000, policy="CnnPolicy", n_final_episodes=20),
 }
 
 

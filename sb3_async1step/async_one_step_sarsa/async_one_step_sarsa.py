@@ -18,6 +18,7 @@ class AsyncOneStepSarsa(AsyncAlgorithm):
 
     # The behaviour policy chooses a' before the update, and executes it after
     on_policy: ClassVar[bool] = True
+    default_target_update_interval: ClassVar[int] = 500
 
     @staticmethod
     def next_state_values(target_network: QNetwork, rollout: Rollout) -> th.Tensor:

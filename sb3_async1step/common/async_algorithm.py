@@ -76,7 +76,7 @@ class AsyncAlgorithm(BaseAlgorithm):
     :param update_interval: vector steps of a worker's lanes between two updates (the paper's I_AsyncUpdate); a
         worker with a single lane also updates at the end of an episode, as in the paper
     :param target_update_interval: environment steps, over all lanes, between two updates of the target network
-        (the paper's I_target)
+        (the paper's I_target); by default 800 for Q-learning and 500 for Sarsa
     :param tau: soft update coefficient of the target network, 1 for a copy
     :param exploration_fraction: fraction of the training over which epsilon is annealed
     :param exploration_initial_eps: initial epsilon
@@ -107,6 +107,8 @@ class AsyncAlgorithm(BaseAlgorithm):
     }
     #: Whether the next action is chosen before the update, bootstrapped on, and then executed
     on_policy: ClassVar[bool]
+    #: What ``target_update_interval=None`` means
+    default_target_update_interval: ClassVar[int]
 
     policy: DQNPolicy
     q_net: QNetwork
@@ -122,7 +124,7 @@ class AsyncAlgorithm(BaseAlgorithm):
         n_envs: int | None = None,
         n_workers: int | str = "auto",
         update_interval: int = 1,
-        target_update_interval: int = 1000,
+        target_update_interval: int | None = None,
         tau: float = 1.0,
         exploration_fraction: float = 0.1,
         exploration_initial_eps: float = 1.0,
@@ -156,6 +158,8 @@ class AsyncAlgorithm(BaseAlgorithm):
         self.gamma = gamma
         self.n_workers = n_workers
         self.update_interval = update_interval
+        if target_update_interval is None:
+            target_update_interval = self.default_target_update_interval
         self.target_update_interval = target_update_interval
         self.tau = tau
         self.exploration_fraction = exploration_fraction
