@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from stable_baselines3.common.utils import LinearSchedule  # noqa: F401 (the parameters' table names it)
 import yaml
+from stable_baselines3.common.utils import LinearSchedule  # noqa: F401 (the parameters' table names it)
 
 from benchmarks.report import PAGES, insert_table, make_tables
 from sb3_async1step import AsyncOneStepQ, __version__

@@ -16,7 +16,7 @@ class AsyncOneStepSarsa(AsyncAlgorithm):
     The parameters are those of :class:`~sb3_async1step.common.async_algorithm.AsyncAlgorithm`.
     """
 
-    # The behaviour policy chooses a' before the update, and executes it after
+    # The behaviour policy chooses a' before the update, and executes it afterwards
     on_policy: ClassVar[bool] = True
     default_target_update_interval: ClassVar[int] = 500
 

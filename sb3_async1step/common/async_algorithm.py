@@ -58,9 +58,9 @@ class AsyncAlgorithm(BaseAlgorithm):
     """
     Base class of the asynchronous one-step methods (Mnih et al. 2016, https://arxiv.org/abs/1602.01783).
 
-    The lanes of a VecEnv (the paper's actor-learners) are split into groups, and each group is driven by a worker:
-    a thread that acts in all its lanes in one batch, and applies its gradients to the shared online network without
-    waiting for the others.
+    The lanes of a VecEnv (the paper's actor-learners) are split into groups, each of which is driven by a worker: a
+    thread that acts in all its lanes in one batch, and applies its gradients to the shared online network without
+    waiting for the other workers.
 
     :param policy: ``MlpPolicy``, ``CnnPolicy``, ``MultiInputPolicy`` (DQN's, with layer normalization), or a
         ``DQNPolicy``
@@ -72,7 +72,7 @@ class AsyncAlgorithm(BaseAlgorithm):
         actor-learners. An env object has its own number
     :param n_workers: number of worker threads, at most the number of env lanes; ``"auto"`` for as many as there are
         usable cores, or one if the network is so small that several would only wait for Python's interpreter lock.
-        With one worker, all runs on the calling thread and any VecEnv will do
+        With one worker, everything runs on the calling thread, with any VecEnv
     :param update_interval: vector steps of a worker's lanes between two updates (the paper's I_AsyncUpdate); a
         worker with a single lane also updates at the end of an episode, as in the paper
     :param target_update_interval: environment steps, over all lanes, between two updates of the target network
@@ -83,10 +83,10 @@ class AsyncAlgorithm(BaseAlgorithm):
     :param exploration_final_eps: final epsilon of all lanes, or the values that the lanes get
     :param exploration_final_probs: proportion of lanes for each final epsilon
     :param eval_eps: epsilon of ``predict(deterministic=False)``
-    :param max_grad_norm: norm that gradients are clipped to
+    :param max_grad_norm: norm to which gradients are clipped
     :param loss: ``"mse"`` (the paper's) or ``"huber"`` (DQN's), of the TD error
     :param lock_updates: whether workers wait for each other's updates. By default they don't (Hogwild); with another
-        optimizer than :class:`SharedRMSprop`, they always do
+        optimizer than :class:`~sb3_async1step.SharedRMSprop`, they always do
     :param backend: ``"threads"``, or ``"serial"``: the same workers take turns on the calling thread, reproducible
         bit for bit from the seed
     :param stats_window_size: number of episodes over which logged returns and lengths are averaged
@@ -94,7 +94,7 @@ class AsyncAlgorithm(BaseAlgorithm):
     :param policy_kwargs: further parameters of the policy
     :param verbose: 0 for no output, 1 for info messages, 2 for debug messages
     :param seed: seed of all random generators
-    :param device: ``"auto"`` means the CPU, which these methods are made for; an explicit device is honoured
+    :param device: ``"auto"`` means the CPU, for which these methods are made; any other device has to be named
     :param _init_setup_model: whether to build the networks at the creation of the instance
     :raises ValueError: if a parameter is out of range, or ``env`` has another number of lanes than ``n_envs``
     :raises TypeError: if the env can't be split among ``n_workers``
@@ -209,17 +209,17 @@ class AsyncAlgorithm(BaseAlgorithm):
         }
 
     def _setup_runtime(self) -> None:
-        """What is never saved."""
-        # The workers, while learn() runs
+        """Set the attributes that are never saved."""
+        # The pool of workers, while learn() runs
         self._pool: WorkerPool | None = None
-        # Since the last log, and its time: number of updates, sums of their losses and of their gradients' staleness
+        # Number of updates since the last log, the sums of their losses and of their gradients' staleness, and its time
         self._recent_updates = np.zeros(3)
         self._last_dump = time.perf_counter()
 
     def _setup_model(self) -> None:
         self._check_parameters()
         self._setup_lr_schedule()
-        # Not ours: a loaded model goes on with its workers' random generators
+        # Call the parent's version: ours would discard the loaded workers' random generators
         super().set_random_seed(self.seed)
         self.policy = self.policy_class(  # type: ignore[assignment]
             self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs
@@ -354,15 +354,15 @@ class AsyncAlgorithm(BaseAlgorithm):
         """
         Train the model.
 
-        :param total_timesteps: environment steps over all lanes; a lower bound, exceeded by less than one vector step
-        :param callback: called once for every ``num_envs`` transitions, on this thread; the workers stand still then
-        :param log_interval: episodes between two logs, None for no logs
+        :param total_timesteps: number of environment steps over all lanes; exceeded by less than one vector step
+        :param callback: called once for every ``num_envs`` transitions, on the calling thread, while no worker steps
+        :param log_interval: number of episodes between two logs, None for no logs
         :param tb_log_name: name of the run for TensorBoard, by default the class's
-        :param reset_num_timesteps: whether to count from zero
+        :param reset_num_timesteps: whether to start counting at zero again
         :param progress_bar: whether to show a progress bar
         :return: the trained model
-        :raises BaseException: what an env, a worker or a callback raised, with its own traceback. All workers
-            are stopped by then, and the model can predict, save and learn on
+        :raises BaseException: the exception of an env, a worker or a callback, with its own traceback. All workers
+            have been stopped by then, and the model can still predict, save and continue learning
         """
         assert self.env is not None, "You must set the environment before calling learn()"
         if self._pool is not None:
@@ -385,7 +385,7 @@ class AsyncAlgorithm(BaseAlgorithm):
             with self._run_workers(env, schedule, total_timesteps) as pool:
                 callback.on_rollout_start()
                 for n_batches, transitions in enumerate(pool.batches(), start=1):
-                    # The names under which callbacks of SB3 look for them
+                    # SB3's callbacks look for these names
                     actions, new_obs, rewards = transitions.actions, transitions.new_obs, transitions.rewards
                     dones, infos = transitions.dones, transitions.infos
                     n_episodes_before = self._episode_num
@@ -536,7 +536,7 @@ class AsyncAlgorithm(BaseAlgorithm):
         # SB3's own: reads only what BaseAlgorithm has
         OffPolicyAlgorithm.dump_logs(self)  # type: ignore[arg-type]
 
-    # ------------------------------------------------------------------ a still model for those who look at it
+    # ------------------------------------------------------------------ access to the model while it learns
 
     @contextmanager
     def _standing_still(self) -> Iterator[None]:
@@ -575,13 +575,13 @@ class AsyncAlgorithm(BaseAlgorithm):
         include: Iterable[str] | None = None,
     ) -> None:
         """
-        Save the model, from any thread. While it learns, no update is in flight meanwhile.
+        Save the model, from any thread. While it learns, this waits until no update is in flight.
 
-        The file appears whole, or not at all: if anything fails, the old one stays.
+        The file is written completely or not at all: if anything fails, an existing file is left as it was.
 
         :param path: file to write, ".zip" is added to a name without suffix
         :param exclude: names of attributes not to save
-        :param include: names of attributes to save, though they would not be by default
+        :param include: names of attributes to save that would not be saved by default
         """
         with self._standing_still():
             if self._pool is not None:
@@ -598,20 +598,21 @@ class AsyncAlgorithm(BaseAlgorithm):
         cls: type[SelfAsyncAlgorithm], path: str | pathlib.Path | io.BufferedIOBase, *args: Any, **kwargs: Any
     ) -> SelfAsyncAlgorithm:
         """
-        Load a model; it may go on with another number of lanes or workers.
+        Load a model. It may continue with another number of lanes or workers.
 
-        :param path: what ``save`` wrote
-        :param args: see :meth:`BaseAlgorithm.load <stable_baselines3.common.base_class.BaseAlgorithm.load>`
-        :param kwargs: likewise
+        :param path: path of a saved model, or an open file
+        :param args: positional arguments of
+            :meth:`BaseAlgorithm.load <stable_baselines3.common.base_class.BaseAlgorithm.load>`
+        :param kwargs: keyword arguments of the same method
         :return: the model
-        :raises ValueError: if the file is damaged, or another algorithm's
+        :raises ValueError: if the file is damaged, or was saved by another algorithm
         """
         check_saved_model(path, cls.__name__, expected="n_workers")
         return super().load(path, *args, **kwargs)
 
     def get_parameters(self) -> dict[str, dict]:
         """
-        :return: state dicts of the policy and of its optimizer; views, as in SB3: copy them to keep them
+        :return: state dicts of the policy and of its optimizer. As in SB3 they are views: copy them to keep them
         """
         with self._standing_still():
             return super().get_parameters()
@@ -620,11 +621,11 @@ class AsyncAlgorithm(BaseAlgorithm):
         self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
         """
-        Load parameters; the workers go on from them.
+        Load parameters, with which the workers continue.
 
-        :param load_path_or_dict: a saved model, or what ``get_parameters()`` returned
-        :param exact_match: whether all parameters must be there
-        :param device: device to load a file on
+        :param load_path_or_dict: path of a saved model, or a dict as returned by ``get_parameters()``
+        :param exact_match: whether all parameters must be given
+        :param device: device onto which a file is loaded
         """
         with self._standing_still():
             super().set_parameters(load_path_or_dict, exact_match, device)
@@ -654,8 +655,8 @@ class AsyncAlgorithm(BaseAlgorithm):
 
     def get_vec_normalize_env(self) -> VecNormalize | None:
         """
-        :return: the ``VecNormalize`` wrapper of the training env, if there is one. Inside a callback, its statistics
-            don't change from now on
+        :return: the ``VecNormalize`` wrapper of the training env, if it has one. Inside a callback, its statistics do
+            not change after this call
         """
         with self._standing_still():
             return super().get_vec_normalize_env()
@@ -709,9 +710,9 @@ def warn_of_a_single_lane(env: VecEnv, algorithm: str) -> None:
 
 def close_progress_bars(callback: BaseCallback) -> None:
     """
-    Close what SB3 leaves open when the training fails.
+    Close the progress bars that SB3 leaves open when the training fails.
 
-    :param callback: the training's callback
+    :param callback: the callback of the training
     """
     if isinstance(callback, CallbackList):
         for child in callback.callbacks:

@@ -55,8 +55,8 @@ class QNetwork(DQNQNetwork):
     def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
         """
         :param obs: observations
-        :param features_extractor: what computes their features
-        :return: the features; float32, in mixed precision, too
+        :param features_extractor: the features extractor
+        :return: the features, in float32 also with mixed precision
         """
         preprocessed_obs = self._preprocess(obs)
         if not self.mixed_precision:
@@ -68,7 +68,7 @@ class QNetwork(DQNQNetwork):
     def _preprocess(self, obs: PyTorchObs) -> PyTorchObs:
         if not (self.normalizes_image and isinstance(obs, th.Tensor)):
             return preprocess_obs(obs, self.observation_space, normalize_images=self.normalize_images)
-        # The same in place: fewer large pieces of memory to ask for, and every integer to 255 is exact in bfloat16
+        # The same in place, which allocates less memory; bfloat16 represents every integer up to 255 exactly
         dtype = th.bfloat16 if self.mixed_precision else th.float32
         return obs.to(dtype, copy=True).div_(255.0)
 
@@ -82,15 +82,16 @@ class MlpPolicy(DQNPolicy):
     :param lr_schedule: learning rate schedule
     :param net_arch: hidden layers behind the features extractor: two of 256 units by default, none behind a CNN that
         ends in a hidden layer of its own
-    :param features_extractor_class: what computes features from the observations
+    :param features_extractor_class: class of the features extractor
     :param features_extractor_kwargs: further parameters of the features extractor
     :param normalize_images: whether images are divided by 255
-    :param optimizer_class: any torch optimizer; only the updates of :class:`SharedRMSprop` can go without a lock
+    :param optimizer_class: any torch optimizer; only updates of :class:`~sb3_async1step.SharedRMSprop` need no lock
     :param optimizer_kwargs: further parameters of the optimizer, by default ``dict(fused=True)`` for Adam
-    :param layer_norm: whether a ``LayerNorm`` stands before the activation of each hidden layer: those of ``net_arch``,
-        and those of :class:`NipsCNN` and :class:`MinAtarCNN`. It keeps values that are learned without replay from
-        diverging (Gallici et al. 2025, "Simplifying Deep Temporal Difference Learning"). By default, networks with one
-        of these CNNs have it and others don't: small networks learn small differences between large values worse
+    :param layer_norm: whether there is a ``LayerNorm`` before the activation of each hidden layer: those of
+        ``net_arch``, and those of :class:`~sb3_async1step.NipsCNN` and :class:`~sb3_async1step.MinAtarCNN`. It keeps
+        values that are learned without replay from diverging (Gallici et al. 2025, "Simplifying Deep Temporal
+        Difference Learning"). By default only networks with one of these CNNs have it: with it, small networks are
+        worse at learning small differences between large values
     :param mixed_precision: whether the features extractor computes in bfloat16 (``torch.autocast``), which is faster
         where the processor can; weights, gradients, the layers of ``net_arch`` and the Q-values stay in float32
     :param kwargs: further parameters of SB3's ``DQNPolicy``
@@ -159,7 +160,7 @@ class MlpPolicy(DQNPolicy):
         return {**super()._get_constructor_parameters(), **ours}
 
     def _predict(self, obs: PyTorchObs, deterministic: bool = True) -> th.Tensor:
-        # The network counts actions from 0, the space may not
+        # The network numbers actions from 0, the action space may start elsewhere
         assert isinstance(self.action_space, spaces.Discrete)
         return super()._predict(obs, deterministic) + int(self.action_space.start)
 
@@ -171,7 +172,7 @@ class CnnPolicy(MlpPolicy, DQNCnnPolicy):
     :param observation_space: observation space
     :param action_space: action space
     :param lr_schedule: learning rate schedule
-    :param features_extractor_class: the paper's :class:`NipsCNN` by default
+    :param features_extractor_class: the paper's :class:`~sb3_async1step.NipsCNN` by default
     :param kwargs: further parameters of :class:`MlpPolicy`
     """
 
