@@ -43,7 +43,6 @@ class Task:
     """
     What is learned.
 
-    :param threshold: mean return of the last model that counts as having learned it
     :param n_steps: agent steps of ours
     :param n_dqn_steps: agent steps of DQN, whose seconds ours are compared with
     :param policy: the policy
@@ -51,7 +50,6 @@ class Task:
     :param n_final_episodes: episodes that the last model plays
     """
 
-    threshold: float
     n_steps: int
     n_dqn_steps: int = 100_000
     policy: str = "MlpPolicy"
@@ -61,13 +59,11 @@ class Task:
 
 PONG = "PongNoFrameskip-v4"
 TASKS = {
-    "CartPole-v1": Task(475.0, 200_000),
-    "Acrobot-v1": Task(-100.0, 300_000),
-    "LunarLander-v3": Task(100.0, 500_000),
-    "MinAtar/Breakout-v0": Task(
-        8.0, 1_000_000, policy="CnnPolicy", policy_kwargs={"features_extractor_class": MinAtarCNN}
-    ),
-    PONG: Task(-10.0, 1_000_000, n_dqn_steps=300_000, policy="CnnPolicy", n_final_episodes=20),
+    "CartPole-v1": Task(200_000),
+    "Acrobot-v1": Task(300_000),
+    "LunarLander-v3": Task(500_000),
+    "MinAtar/Breakout-v0": Task(1_000_000, policy="CnnPolicy", policy_kwargs={"features_extractor_class": MinAtarCNN}),
+    PONG: Task(1_000_000, n_dqn_steps=300_000, policy="CnnPolicy", n_final_episodes=20),
 }
 
 
@@ -89,30 +85,30 @@ def make_env(env_id: str, n_envs: int) -> VecEnv:
     return make_atari_lanes(n_envs) if env_id == PONG else make_vec_env(env_id, n_envs=n_envs)
 
 
-def train(env_id: str, algo: str, seed: int, folder: Path) -> tuple[float, float]:
+def train(env_id: str, algo: str, seed: int, n_steps: int | None, folder: Path) -> tuple[float, float]:
     """
     Train in the calling process, and save checkpoints and the last model.
 
     :param env_id: a key of ``TASKS``
     :param algo: the Zoo's id
     :param seed: of the training
+    :param n_steps: agent steps, by default those of the task
     :param folder: for the models
     :return: seconds from the construction to the end of ``learn()``, and peak memory in MiB
     """
     prepare(env_id)
     task = TASKS[env_id]
-    n_steps, policy_kwargs, buffer = task.n_steps, task.policy_kwargs, {}
+    policy_kwargs, buffer = task.policy_kwargs, {}
+    n_steps = n_steps or (task.n_dqn_steps if algo == "dqn" else task.n_steps)
     if algo == "dqn":
         # What our CnnPolicy knows of MinAtarCNN by itself
         policy_kwargs = {"net_arch": [], **policy_kwargs} if policy_kwargs else {}
-        n_steps = task.n_dqn_steps
         # Its default takes 56 GB of stacked Atari frames
         buffer = {"buffer_size": 100_000} if env_id == PONG else {}
     start = time.time()
-    n_lanes = 1 if algo == "dqn" else 16
-    env = make_atari_lanes(n_lanes) if env_id == PONG else env_id
+    env = make_atari_lanes(1 if algo == "dqn" else 16) if env_id == PONG else env_id
     model = ALGOS[algo](task.policy, env, seed=seed, policy_kwargs=policy_kwargs, **buffer)
-    save_freq = n_steps // N_CHECKPOINTS // model.n_envs
+    save_freq = max(1, n_steps // N_CHECKPOINTS // model.n_envs)
     model.learn(n_steps, callback=CheckpointCallback(save_freq, str(folder)))
     seconds = time.time() - start
     model.save(folder / "last")
@@ -140,17 +136,18 @@ def in_a_process_of_its_own(function: Callable[..., Any], *args: Any) -> Any:
         return pool.apply(function, args)
 
 
-def run_and_evaluate(env_id: str, algo: str, seed: int) -> Run:
+def run_and_evaluate(env_id: str, algo: str, seed: int, n_steps: int | None) -> Run:
     """
     :param env_id: a key of ``TASKS``
     :param algo: the Zoo's id
     :param seed: of the training
+    :param n_steps: agent steps, by default those of the task
     :return: the figures
     """
     task = TASKS[env_id]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        seconds, peak_memory = in_a_process_of_its_own(train, env_id, algo, seed, folder)
+        seconds, peak_memory = in_a_process_of_its_own(train, env_id, algo, seed, n_steps, folder)
         start = float((folder / "start").read_text())
         env = make_env(env_id, N_CURVE_EPISODES)
         checkpoints = find_checkpoints(folder)
@@ -179,6 +176,7 @@ def main() -> None:
     parser.add_argument("--env", required=True, choices=TASKS, help="Gymnasium's id")
     parser.add_argument("--algo", required=True, help="the Zoo's id")
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
+    parser.add_argument("--steps", type=int, help="agent steps, by default those of the table in the docs")
     parser.add_argument("--results", type=Path, default=RESULTS / "defaults", help="folder for the figures")
     arguments = parser.parse_args()
     prepare(arguments.env)
@@ -186,7 +184,7 @@ def main() -> None:
         path = result_path(arguments.results, arguments.env, arguments.algo, seed)
         if path.exists():
             continue
-        run = run_and_evaluate(arguments.env, arguments.algo, seed)
+        run = run_and_evaluate(arguments.env, arguments.algo, seed, arguments.steps)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(run), indent=1) + "\n")
         print(f"{arguments.env} {path.stem}: {np.mean(run.final_returns):.1f}, {run.seconds:.0f} s", flush=True)

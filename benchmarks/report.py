@@ -26,6 +26,14 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "guid
 
 # Mean return that counts as having learned the task, by the name of the folder of results
 THRESHOLDS = {"CartPole-v1": 475.0, "Acrobot-v1": -90.0, "MountainCar-v0": -120.0, "LunarLander-v3": 180.0}
+# The same of the constructors' defaults
+DEFAULTS_THRESHOLDS = {
+    "CartPole-v1": 475.0,
+    "Acrobot-v1": -100.0,
+    "LunarLander-v3": 100.0,
+    "MinAtar-Breakout-v0": 8.0,
+    "PongNoFrameskip-v4": -10.0,
+}
 ATARI = {"PongNoFrameskip-v4": (0.0, 10.0, 18.0), "BreakoutNoFrameskip-v4": (10.0, 30.0, 100.0)}
 # The game on which our algorithms and DQN are compared by the clock
 RACE = "PongNoFrameskip-v4"
@@ -356,6 +364,48 @@ def make_speed_tables(throughput: dict[str, Any]) -> dict[str, list[str]]:
     return {**tables, "floor": floor_table(throughput["floor"])}
 
 
+def defaults_table(runs: Runs) -> list[str]:
+    """
+    :param runs: the runs of ``benchmarks/defaults.py``
+    :return: lines of a table in Markdown: what the defaults learn, and in which time
+    """
+    lines = [
+        "| environment (threshold) | algorithm | mean return of each seed | reached it | agent steps | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for env_id, threshold in DEFAULTS_THRESHOLDS.items():
+        for algo, name in ALGORITHMS.items():
+            if group := runs.get(env_id, {}).get(algo):
+                scores = [float(np.mean(run.final_returns)) for run in group]
+                n_reached = sum(score >= threshold for score in scores)
+                lines.append(
+                    f"| {env_id} ({threshold:g}) | {name} | {', '.join(f'{score:.1f}' for score in scores)} "
+                    f"| {n_reached} of {len(scores)} | {format_count(group[0].n_steps)} "
+                    f"| {statistics.median(run.seconds for run in group):.0f} |"
+                )
+    return lines
+
+
+def draw_defaults(runs: Runs, path: Path) -> None:
+    """
+    Draw what the defaults learn on three environments, over time.
+
+    :param runs: the runs of ``benchmarks/defaults.py``
+    :param path: path of the picture
+    """
+    env_ids = [env_id for env_id in ("CartPole-v1", "Acrobot-v1", "LunarLander-v3") if env_id in runs]
+    figure, axes = plt.subplots(1, len(env_ids), figsize=(4 * len(env_ids), 3.2), layout="constrained", squeeze=False)
+    for axis, env_id in zip(axes[0], env_ids, strict=True):
+        for algo, name in ALGORITHMS.items():
+            if group := runs[env_id].get(algo):
+                draw_mean(axis, [np.array(run.curve_seconds) for run in group], group, COLOURS[algo], name)
+        axis.set(title=env_id, xlabel="seconds, with the defaults", ylabel="mean return")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    figure.savefig(path, dpi=90, metadata={"Software": None})
+    plt.close(figure)
+
+
 def make_learning_tables(runs: Runs) -> dict[str, list[str]]:
     """
     :param runs: all runs
@@ -366,6 +416,7 @@ def make_learning_tables(runs: Runs) -> dict[str, list[str]]:
         "classic control in short": short_table(runs),
         "MinAtar": minatar_table(runs),
         "Atari": atari_table(runs),
+        "defaults": defaults_table(read_runs(RESULTS / "defaults")),
     }
 
 
@@ -521,6 +572,8 @@ def main() -> None:
         page.write_text(text)
     for env_id, groups in read_runs().items():
         draw_curves(env_id, groups, PICTURES / f"{env_id}.png")
+    if defaults := read_runs(RESULTS / "defaults"):
+        draw_defaults(defaults, PICTURES / "learning_curve.png")
     draw_speeds(read_throughput(), PICTURES / "throughput.png")
     if studies := read_all():
         draw_actor_learners(studies, PICTURES / "actor_learners.png")

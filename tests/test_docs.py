@@ -69,6 +69,8 @@ def shorten(words):
     if words[:3] == ["python", "-m", "benchmarks.learning"]:
         words += ["--results", "results", "--checkpoints", "2", "--episodes", "1"]
         words += [] if "--steps" in words else ["--steps", "400"]
+    if words[:3] == ["python", "-m", "benchmarks.defaults"]:
+        words += ["--results", "results", "--steps", "400"]
     return words
 
 
