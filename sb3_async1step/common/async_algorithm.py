@@ -612,6 +612,6 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _check(name: str, value: object, is_valid: bool | np.bool, allowed: str) -> None:
+def _check(name: str, value: object, is_valid: bool | np.bool_, allowed: str) -> None:
     if not is_valid:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
