@@ -1,17 +1,19 @@
 """What README and docs print runs as printed, but for the numbers of steps and trials."""
 
 import inspect
-import os
 import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from benchmarks.report import PAGES, insert_table, make_tables
 from sb3_async1step import AsyncOneStepQ
+from tests.command_line import call_main, call_zoo
+from tests.helpers import DEADLINE
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (ROOT / "README.md", *(path for path in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in str(path)))
@@ -48,21 +50,26 @@ def shorten(words):
 
 
 @pytest.mark.parametrize("path", [pytest.param(path, id=str(path.relative_to(ROOT))) for path in DOCUMENTS])
-def test_commands(path, tmp_path):
-    programs = Path(sys.executable).parent
-    environment = {
-        **os.environ,
-        "PATH": f"{programs}:{os.environ['PATH']}",
-        "MPLBACKEND": "agg",
-        "PYTHONPATH": str(ROOT),
-    }
+def test_commands(path, tmp_path, monkeypatch):
+    # For the processes that they start
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     for words in read_commands(path):
+        code, output = call(words, tmp_path)
+        assert code == 0, f"{shlex.join(words)}\n{output}"
+
+
+def call(words, folder):
+    """Exit code and output of a command; the Zoo's and the benchmarks' run on this process."""
+    if words[0] == "make":
         # What make's targets do is seen where they are used; here, that they exist
-        command = ["make", "--dry-run", "-C", str(ROOT), *words[1:]] if words[0] == "make" else shorten(words)
-        result = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250, check=False
-        )
-        assert result.returncode == 0, f"{shlex.join(words)}\n{result.stdout}{result.stderr}"
+        words = ["make", "--dry-run", "-C", str(ROOT), *words[1:]]
+    elif words[0] == "sb3-async1step":
+        return call_zoo(shorten(words), folder)
+    elif words[:2] == ["python", "-m"]:
+        _, _, module, *options = shorten(words)
+        return call_main(import_module(module).main, [module, *options], folder)
+    result = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    return result.returncode, result.stdout + result.stderr
 
 
 def test_tables_are_those_of_the_results():
@@ -75,11 +82,11 @@ def test_tables_are_those_of_the_results():
 
 @pytest.mark.parametrize("code", python_examples())
 def test_python_example(code, tmp_path):
-    short, n_calls = re.subn(r"learn\(([\d_]+)", lambda call: f"learn({min(int(call[1]), 4000)}", code)
+    short, n_calls = re.subn(r"learn\(([\d_]+)", lambda call: f"learn({min(int(call[1]), 500)}", code)
     assert n_calls > 0
     result = subprocess.run(
         [sys.executable, "-c", short],
-        cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False,
+        cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
 
