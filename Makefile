@@ -11,8 +11,13 @@ VEC_ENV = $(if $(findstring NoFrameskip-v4,$(ENV)),--vec-env ale)
 PYTHON = python3
 BIN = .venv/bin
 INSTALLED = .venv/installed
+LOWEST_BIN = .venv-lowest/bin
+LOWEST_INSTALLED = .venv-lowest/installed
+LOWEST_TESTS = tests/test_learn.py tests/test_callbacks.py tests/test_optimizers.py tests/test_packaging.py \
+	tests/test_random_configurations.py tests/test_vec_env_split.py tests/test_ale_vec_env.py tests/test_zoo.py \
+	tests/test_save_load.py -k "not resumed"
 
-.PHONY: train enjoy test test-slow format lint type commit-checks docs bench report
+.PHONY: train enjoy test test-slow test-lowest format lint type commit-checks docs bench report
 
 train: $(INSTALLED)
 	$(BIN)/sb3-async1step train --algo $(ALGO) --env $(ENV) $(if $(STEPS),--n-timesteps $(STEPS)) --progress \
@@ -27,6 +32,11 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# The lower ends of setup.cfg's ranges: tests that touch each package that has one
+test-lowest: $(LOWEST_INSTALLED)
+	OMP_NUM_THREADS=1 $(LOWEST_BIN)/python -m pytest --numprocesses 2 --dist worksteal $(LOWEST_TESTS)
+	$(LOWEST_BIN)/ruff check .
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --select I --fix .
@@ -54,7 +64,12 @@ bench: $(INSTALLED)
 report: $(INSTALLED)
 	$(BIN)/python -m benchmarks.report
 
-$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+$(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --constraint constraints.txt --editable '.[zoo,atari,box2d,minatar,tests,docs]'
+	touch $@
+
+$(LOWEST_INSTALLED): setup.cfg setup.py pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	$(LOWEST_BIN)/pip install --constraint constraints-lowest.txt --editable '.[zoo,atari,minatar,tests]'
 	touch $@

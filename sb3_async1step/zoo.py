@@ -14,6 +14,7 @@ import subprocess
 import sys
 from importlib import import_module
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, NoReturn
 from unittest.mock import patch
 
@@ -130,7 +131,10 @@ def hyperparams_path(algo: str) -> str:
     :param algo: name of one of our algorithms in the Zoo
     :return: path of its YAML file of hyperparameters
     """
-    return str(files("sb3_async1step.hyperparams") / f"{algo}.yml")
+    package = Path(str(files("sb3_async1step")))
+    # A wheel holds the folder inside of the package, the repository beside it
+    folder = package / "hyperparams"
+    return str((folder if folder.is_dir() else package.parent / "hyperparams") / f"{algo}.yml")
 
 
 def register() -> None:

@@ -1,9 +1,10 @@
 import signal
-import threading
 from collections.abc import Iterator
 
 import pytest
 import torch as th
+
+from tests.helpers import actor_learners, wait_until
 
 # Shells start background jobs with Ctrl-C ignored, and tests press it
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -18,8 +19,8 @@ def algorithm(request: pytest.FixtureRequest) -> type:
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
-    """After every test: no worker is alive, and torch has as many threads as before."""
+    """After every test: all workers end, and torch has as many threads as before."""
     n_threads = th.get_num_threads()
     yield
-    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("actor-learner")] == []
+    wait_until(lambda: not actor_learners())
     assert th.get_num_threads() == n_threads

@@ -10,6 +10,8 @@ from gymnasium import spaces
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+from tests.helpers import DEADLINE
+
 
 class RandomWalkEnv(gym.Env):
     """
@@ -58,16 +60,21 @@ class BlockingEnv(RandomWalkEnv):
         self.release = release
         self.where = where
         self.n_resets = 0
+        self.hangs = threading.Event()
+
+    def _hang(self) -> None:
+        self.hangs.set()
+        assert self.release.wait(DEADLINE)
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
         self.n_resets += 1
         if self.where == "reset" and self.n_resets > 1:
-            assert self.release.wait(timeout=60)
+            self._hang()
         return super().reset(**kwargs)
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         if self.where == "step" and self.n_steps == 2:
-            assert self.release.wait(timeout=60)
+            self._hang()
         return super().step(action)
 
 

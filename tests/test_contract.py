@@ -1,7 +1,8 @@
 """What an SB3 user does with DQN: spaces, wrappers, networks, loggers, and the getters and setters of BaseAlgorithm."""
 
 import json
-import time
+import threading
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -26,7 +27,9 @@ from stable_baselines3.common.vec_env import (
 )
 
 from sb3_async1step import MinAtarCNN, NipsCNN
+from sb3_async1step.common import worker_pool
 from tests.envs import RandomWalkEnv, make_env
+from tests.helpers import DEADLINE, wait_until
 
 
 class SampleEnv(gym.Env):
@@ -242,7 +245,8 @@ def test_acting_is_done_in_evaluation_mode_and_learning_in_training_mode(algorit
             modes["learning" if th.is_grad_enabled() else "acting"].add(self.training)
             return super().forward(observations)
 
-    model = algorithm("MlpPolicy", make_env(4), policy_kwargs={"features_extractor_class": Spying})
+    policy_kwargs = {"features_extractor_class": Spying}
+    model = algorithm("MlpPolicy", make_env(4), n_workers=2, update_interval=5, policy_kwargs=policy_kwargs)
     model.learn(100)
     assert modes == {"acting": {False}, "learning": {True}}
 
@@ -524,7 +528,8 @@ def test_buffers_that_are_replaced(algorithm, n_workers):
 
 def test_batch_norm_with_a_single_lane(algorithm):
     policy_kwargs = {"features_extractor_class": Extractor}
-    model = algorithm("MlpPolicy", make_env(1), policy_kwargs=policy_kwargs, target_update_interval=3).learn(200)
+    parameters = {"update_interval": 5, "target_update_interval": 3}
+    model = algorithm("MlpPolicy", make_env(1), policy_kwargs=policy_kwargs, **parameters).learn(200)
     assert model.q_net.features_extractor.layers[1].num_batches_tracked > 0
 
 
@@ -551,20 +556,40 @@ def test_an_optimizer_in_the_policys_place(algorithm):
     assert model.policy.optimizer.state[model.q_net.q_net[0].weight]["momentum_buffer"].abs().sum() > 0
 
 
-def test_idle_time_is_a_share(algorithm, tmp_path):
-    model = algorithm("MlpPolicy", make_env(4), n_workers=2)
+def test_idle_time_is_a_share(algorithm, tmp_path, monkeypatch):
+    """By a clock that goes on when the callback says so: while one of two workers waits, and while both do."""
+    now = [0.0]
+    monkeypatch.setattr(worker_pool, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    is_busy, release = threading.Event(), threading.Event()
+
+    class BusyEnv(RandomWalkEnv):
+        def step(self, action):
+            is_busy.set()
+            assert release.wait(DEADLINE)
+            return super().step(action)
+
+    class OtherEnv(RandomWalkEnv):
+        def step(self, action):
+            assert is_busy.wait(DEADLINE)
+            return super().step(action)
+
+    def let_time_pass(seconds, n_waiting):
+        wait_until(lambda: len(model._pool._waiting_since) == n_waiting)
+        now[0] += seconds
+        model.dump_logs()
+
+    def look(locals_, globals_):
+        # Two steps of the other env
+        let_time_pass(5.0, n_waiting=1)
+        release.set()
+        let_time_pass(3.0, n_waiting=2)
+        return False
+
+    model = algorithm("MlpPolicy", DummyVecEnv([BusyEnv, OtherEnv]), n_workers=2)
     model.set_logger(configure(str(tmp_path), ["json"]))
-
-    def sleep(locals_, globals_):
-        if model.num_timesteps % 200 == 0:
-            time.sleep(0.2)
-        return True
-
-    model.learn(800, callback=sleep, log_interval=1)
+    model.learn(1000, callback=look, log_interval=None)
     rows = [json.loads(line) for line in (tmp_path / "progress.json").read_text().splitlines()]
-    idle = [row["async/worker_idle_fraction"] for row in rows]
-    assert min(idle) >= 0 and max(idle) <= 1.0 + 1e-9
-    assert max(idle) > 0.5
+    assert [row["async/worker_idle_fraction"] for row in rows] == [0.5, 1.0]
 
 
 def test_no_updates_are_kept_without_logs(algorithm):

@@ -18,6 +18,8 @@ from stable_baselines3.common.utils import LinearSchedule  # noqa: F401 (the par
 
 from benchmarks.report import PAGES, insert_table, make_tables
 from sb3_async1step import AsyncOneStepQ, __version__
+from tests.command_line import call_main, call_zoo
+from tests.helpers import DEADLINE
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -77,31 +79,36 @@ def shorten(words):
 @pytest.mark.parametrize(
     "path", [pytest.param(path, id=str(path.relative_to(ROOT))) for path in DOCUMENTS if read_commands(path)]
 )
-def test_commands(path, tmp_path):
-    programs = Path(sys.executable).parent
-    environment = {
-        **os.environ,
-        "PATH": f"{programs}:{os.environ['PATH']}",
-        "MPLBACKEND": "agg",
-        "PYTHONPATH": str(ROOT),
-    }
+def test_commands(path, tmp_path, monkeypatch):
+    # For the processes that they start
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     for words in read_commands(path):
+        code, output = call(words, tmp_path)
+        assert code == 0, f"{shlex.join(words)}\n{output}"
+
+
+def call(words, folder):
+    """Exit code and output of a command; the Zoo's and the benchmarks' run on this process."""
+    if words[0] == "make":
         # What make's targets do is seen where they are used; here, that they exist
-        command = ["make", "--dry-run", "-C", str(ROOT), *words[1:]] if words[0] == "make" else shorten(words)
-        result = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250, check=False
-        )
-        assert result.returncode == 0, f"{shlex.join(words)}\n{result.stdout}{result.stderr}"
+        words = ["make", "--dry-run", "-C", str(ROOT), *words[1:]]
+    elif words[0] == "sb3-async1step":
+        return call_zoo(shorten(words), folder)
+    elif words[:2] == ["python", "-m"]:
+        _, _, module, *options = shorten(words)
+        return call_main(importlib.import_module(module).main, [module, *options], folder)
+    result = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    return result.returncode, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("code", python_examples())
 def test_python_example(code, tmp_path):
-    short, n_calls = re.subn(r"learn\(([\d_]+)", lambda call: f"learn({min(int(call[1]), 4000)}", code)
+    short, n_calls = re.subn(r"learn\(([\d_]+)", lambda call: f"learn({min(int(call[1]), 2000)}", code)
     assert n_calls > 0
     result = subprocess.run(
         [sys.executable, "-c", short],
         cwd=tmp_path, env={**os.environ, "MPLBACKEND": "agg"},
-        capture_output=True, text=True, timeout=250, check=False,
+        capture_output=True, text=True, timeout=DEADLINE, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     # Files that the page says are there

@@ -14,7 +14,9 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa, SharedRMSprop
+from sb3_async1step.common.shared_parameters import SharedParameters
 from tests.envs import BlockingEnv, RandomWalkEnv, make_env
+from tests.helpers import DEADLINE, wait_until
 from tests.test_vec_env_split import DictEnv, ImageEnv, UnknownWrapper
 
 BACKENDS = ["threads", "serial"]
@@ -126,19 +128,25 @@ def test_a_lane_that_hangs_does_not_hold_up_the_others(algorithm, where):
     env = DummyVecEnv([lambda: BlockingEnv(release, where), RandomWalkEnv, RandomWalkEnv])
 
     class ReleaseLate(BaseCallback):
-        def _on_step(self):
-            if self.num_timesteps >= 900:
-                self.steps_before_release = [len(e.unwrapped.tape) for e in env.envs]
-                release.set()
-                return False
-            return True
+        """Lets the lane go on as soon as each of the others has made 100 steps beside it."""
 
-    callback = ReleaseLate()
-    algorithm("MlpPolicy", env, n_workers=3).learn(2000, callback=callback)
-    blocked, *others = callback.steps_before_release
-    assert blocked <= 6
-    assert sum(others) > 890
-    assert min(others) > 100
+        steps_at_first = None
+
+        def _on_step(self):
+            if not env.envs[0].hangs.is_set():
+                return True
+            steps = [len(e.unwrapped.tape) for e in env.envs]
+            self.steps_at_first = self.steps_at_first or steps
+            made = [n - before for n, before in zip(steps, self.steps_at_first, strict=True)]
+            if min(made[1:]) < 100:
+                return True
+            assert made[0] == 0
+            release.set()
+            return False
+
+    # Unless they do, the lane's patience ends
+    algorithm("MlpPolicy", env, n_workers=3).learn(10**9, callback=ReleaseLate())
+    assert release.is_set()
 
 
 def test_sarsa_executes_the_action_it_bootstrapped_on():
@@ -198,7 +206,7 @@ def test_truncation_bootstraps_from_the_terminal_observation_and_termination_doe
 
 
 def test_td_targets(algorithm):
-    model = algorithm("MlpPolicy", make_env(1), gamma=0.5, seed=0)
+    model = algorithm("MlpPolicy", make_env(1), gamma=0.5, loss="mse", seed=0)
     from sb3_async1step.common.rollout import Rollout
 
     rollout = Rollout(
@@ -230,9 +238,11 @@ def test_the_gradient_is_clipped(max_grad_norm):
             norms.append(float(th.nn.utils.get_total_norm(gradients)))
             return super().step(closure)
 
-    AsyncOneStepQ(
-        "MlpPolicy", make_env(1), max_grad_norm=max_grad_norm, policy_kwargs={"optimizer_class": Recording}
-    ).learn(200)
+    model = AsyncOneStepQ(
+        "MlpPolicy", make_env(1), max_grad_norm=max_grad_norm, update_interval=5, loss="mse",
+        policy_kwargs={"optimizer_class": Recording},
+    )  # fmt: skip
+    model.learn(200)
     assert len(norms) >= 40
     assert max(norms) == pytest.approx(max_grad_norm, rel=1e-2)
 
@@ -240,10 +250,16 @@ def test_the_gradient_is_clipped(max_grad_norm):
 def test_lanes_of_a_worker_do_not_change_the_size_of_the_gradient():
     """Eight identical lanes make the same update as one."""
 
+    policy_kwargs = {"optimizer_class": SharedRMSprop}
+
     def train(n_lanes):
         env = DummyVecEnv([lambda: RandomWalkEnv(max_steps=1000, p_terminate=0.0) for _ in range(n_lanes)])
-        model = AsyncOneStepQ("MlpPolicy", env, n_workers=1, exploration_initial_eps=0.0, exploration_final_eps=0.0)
-        model.policy.load_state_dict(AsyncOneStepQ("MlpPolicy", make_env(1), seed=0).policy.state_dict())
+        model = AsyncOneStepQ(
+            "MlpPolicy", env, n_workers=1, update_interval=5, exploration_initial_eps=0.0, exploration_final_eps=0.0,
+            policy_kwargs=policy_kwargs,
+        )  # fmt: skip
+        start = AsyncOneStepQ("MlpPolicy", make_env(1), seed=0, policy_kwargs=policy_kwargs)
+        model.policy.load_state_dict(start.policy.state_dict())
         env._seeds = [3] * n_lanes
         model.learning_rate = 0.01
         return weights_of(model.learn(5 * n_lanes))
@@ -263,14 +279,16 @@ def test_paper_layout_updates_at_the_end_of_an_episode():
 
 @pytest.mark.parametrize("lock_updates", [False, True])
 def test_staleness_is_measured(lock_updates):
-    model = AsyncOneStepQ(
-        "MlpPolicy",
-        make_env(8),
-        n_workers=8,
-        update_interval=1,
-        lock_updates=lock_updates,
-        policy_kwargs={"net_arch": []},
-    )
+    """All workers read the weights before any of them applies its gradient: each update finds one more before it."""
+    all_have_read = threading.Barrier(8)
+
+    class Meeting(AsyncOneStepQ):
+        def compute_loss(self, online_network, target_network, rollout):
+            all_have_read.wait(DEADLINE)
+            return super().compute_loss(online_network, target_network, rollout)
+
+    parameters = {"n_workers": 8, "update_interval": 1, "policy_kwargs": {"net_arch": []}}
+    model = Meeting("MlpPolicy", make_env(8), lock_updates=lock_updates, **parameters)
     seen = []
 
     class Collect(BaseCallback):
@@ -278,13 +296,12 @@ def test_staleness_is_measured(lock_updates):
             seen.extend(update.gradient_staleness for update in self.locals["transitions"].updates)
             return True
 
-    model.learn(4000, callback=Collect(), log_interval=None)
-    assert min(seen) == 0
-    assert 0 < max(seen) <= 4000
-    serial = AsyncOneStepQ("MlpPolicy", make_env(8), n_workers=8, update_interval=1, backend="serial")
+    model.learn(8, callback=Collect(), log_interval=None)
+    assert sorted(seen) == list(range(8))
+    serial = AsyncOneStepQ("MlpPolicy", make_env(8), backend="serial", **parameters)
     seen.clear()
-    serial.learn(800, callback=Collect(), log_interval=None)
-    assert set(seen) == {0}
+    serial.learn(80, callback=Collect(), log_interval=None)
+    assert seen == [0] * 80
 
 
 @pytest.mark.parametrize(
@@ -296,23 +313,42 @@ def test_staleness_is_measured(lock_updates):
         (th.optim.RMSprop, False, False),
     ],
 )
-def test_updates_overlap_only_if_they_may(optimizer_class, lock_updates, may_overlap):
-    running, most = [], [0]
+def test_updates_overlap_only_if_they_may(optimizer_class, lock_updates, may_overlap, monkeypatch):
+    """An update lasts until another one has begun; if none may, until another worker has come to its own."""
+    coming, running, n_together, have_met = [], [], [], threading.Event()
 
     class Probe(optimizer_class):
         def step(self, closure=None):
             running.append(self)
-            most[0] = max(most[0], len(running))
-            time.sleep(0.01)
+            n_together.append(len(running))
+            if len(running) > 1:
+                have_met.set()
+            # The first one creates the statistics, and is always alone
+            elif may_overlap and len(n_together) > 1:
+                assert have_met.wait(DEADLINE)
+            elif 1 < len(n_together) <= 5:
+                wait_until(lambda: len(coming) > 1)
+                # It would begin now, were it not made to wait
+                time.sleep(0.05)
             super().step(closure)
             running.remove(self)
+
+    def apply_gradient(shared, optimizer):
+        coming.append(optimizer)
+        n_updates = apply_gradient_of_shared(shared, optimizer)
+        coming.remove(optimizer)
+        return n_updates
+
+    apply_gradient_of_shared = SharedParameters.apply_gradient
+    monkeypatch.setattr(SharedParameters, "apply_gradient", apply_gradient)
 
     model = AsyncOneStepQ(
         "MlpPolicy", make_env(4), n_workers=4, update_interval=1, lock_updates=lock_updates,
         policy_kwargs={"net_arch": [4], "optimizer_class": Probe},
     )  # fmt: skip
     model.learn(200)
-    assert (most[0] > 1) == may_overlap
+    assert len(n_together) == 200
+    assert (max(n_together) > 1) == may_overlap
 
 
 def test_weights_stay_small_with_adam_and_several_workers():
@@ -410,7 +446,8 @@ def test_save_and_load(algorithm, tmp_path):
     assert loaded.gamma == 0.9
     assert loaded.num_timesteps == 400
     state, loaded_state = (m.policy.optimizer.state_dict()["state"] for m in (model, loaded))
-    assert all(th.equal(state[i]["square_avg"], loaded_state[i]["square_avg"]) for i in state)
+    assert all(th.equal(loaded_state[i][name], value) for i in state for name, value in state[i].items())
+    assert state
     loaded.learn(100, reset_num_timesteps=False)
     assert loaded.num_timesteps == 500
     observations = env.reset()

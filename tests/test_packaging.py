@@ -1,5 +1,8 @@
 """What an installed package holds."""
 
+import configparser
+import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -7,6 +10,8 @@ from importlib.metadata import metadata, version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import sb3_async1step
 from sb3_async1step.zoo import ALGORITHMS, hyperparams_path
@@ -30,10 +35,23 @@ def wheel(tmp_path_factory):
     source = folder / "source"
     # A copy: building leaves files beside the sources
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(source)], check=True)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)]
-    subprocess.run(command, check=True)
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, stdout=subprocess.DEVNULL)
+    # As from a package index that has no wheel
+    (sdist,) = folder.glob("*.tar.gz")
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(sdist)], check=True)
     (path,) = folder.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory):
+    """A folder like ``site-packages``, with what the wheel holds."""
+    folder = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
 
 
 def test_wheel_holds_every_module_and_data_file(wheel):
@@ -45,18 +63,87 @@ def test_wheel_holds_every_module_and_data_file(wheel):
     assert names == package | hyperparams
 
 
-def test_the_wheel_works_without_the_sources(wheel, tmp_path):
-    target = tmp_path / "site"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(target)
+def test_the_wheel_works_without_the_sources(site, tmp_path):
     code = (
         "import sb3_async1step, sb3_async1step.zoo as zoo; from pathlib import Path; "
         "print(sb3_async1step.__file__); print(*[Path(zoo.hyperparams_path(a)).is_file() for a in zoo.ALGORITHMS])"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(target), "PATH": ""},
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(site), "PATH": ""},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     file, found = result.stdout.splitlines()
-    assert file.startswith(str(target))
+    assert file.startswith(str(site))
     assert found == "True True"
+
+
+# The imports of what others wrote are as good as Any: reading them takes half a minute
+MYPY_SETTINGS = """
+[mypy]
+[mypy-torch.*,stable_baselines3.*,gymnasium.*,numpy.*]
+follow_imports = skip
+follow_imports_for_stubs = true
+"""
+PROGRAM_OF_A_USER = """
+from sb3_async1step import AsyncOneStepQ
+
+model = AsyncOneStepQ("MlpPolicy", "CartPole-v1", gamma=0.9)
+reveal_type(model.learn(1000))
+AsyncOneStepQ("MlpPolicy", "CartPole-v1", gamma="0.9")
+"""
+
+
+@pytest.mark.parametrize("installed", ["editable", "as a wheel"])
+def test_type_checkers_read_our_annotations(installed, site, tmp_path):
+    (tmp_path / "mypy.ini").write_text(MYPY_SETTINGS)
+    (tmp_path / "program.py").write_text(PROGRAM_OF_A_USER)
+    environment = {name: value for name, value in os.environ.items() if name not in ("MYPYPATH", "PYTHONPATH")}
+    if installed == "as a wheel":
+        environment["PYTHONPATH"] = str(site)
+    result = subprocess.run(
+        [sys.executable, "-m", "mypy", "--verbose", "program.py"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    revealed, wrong, _ = result.stdout.splitlines()
+    assert re.fullmatch(r'program.py:5: note: Revealed type is ".*\bAsyncOneStepQ"', revealed)
+    assert wrong.startswith('program.py:6: error: Argument "gamma" to "AsyncOneStepQ" has incompatible type "str"')
+    package = (site if installed == "as a wheel" else ROOT) / "sb3_async1step"
+    assert f"{package}/py.typed" in result.stderr or f"Parsing {package}/__init__.py" in result.stderr
+
+
+# ---------------------------------------------------------------------- versions
+
+#: What `make test-lowest` installs
+EXTRAS_TESTED = ("zoo", "atari", "minatar", "tests")
+
+
+def read_requirements():
+    """What the package and the tested extras require, by name; two ranges of a package must be the same."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    sections = [config["options"]["install_requires"], *(config["options.extras_require"][e] for e in EXTRAS_TESTED)]
+    lines = [line for section in sections for line in section.splitlines() if line and not line.startswith("#")]
+    requirements = {}
+    for requirement in map(Requirement, lines):
+        assert requirements.setdefault(requirement.name, requirement).specifier == requirement.specifier
+    return requirements
+
+
+def read_pins(path):
+    return {
+        requirement.name: Version(specifier.version)
+        for requirement in map(Requirement, re.findall(r"^[\w-].*", path.read_text(), re.MULTILINE))
+        for specifier in requirement.specifier
+        if specifier.operator == "=="
+    }
+
+
+def test_lowest_versions_are_those_that_are_tested():
+    """``constraints-lowest.txt`` pins the lower end of each range, and nothing else."""
+    lowest = {
+        name: Version(specifier.version)
+        for name, requirement in read_requirements().items()
+        for specifier in requirement.specifier
+        if specifier.operator == ">="
+    }
+    assert read_pins(ROOT / "constraints-lowest.txt") == lowest

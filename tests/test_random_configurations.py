@@ -2,7 +2,6 @@
 
 import threading
 
-import pytest
 import torch as th
 from gymnasium import spaces
 from hypothesis import HealthCheck, given, settings
@@ -80,7 +79,6 @@ def make_env(configuration):
     return env
 
 
-@pytest.mark.timeout(500)
 @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(configurations())
 def test_any_configuration_trains(configuration):
@@ -89,7 +87,7 @@ def test_any_configuration_trains(configuration):
     env = make_env(configuration)
     n_steps, n_lanes = configuration["n_steps"], configuration["n_lanes"]
     model = configuration["algorithm"](policy, env, policy_kwargs=policy_kwargs, **configuration["parameters"])
-    threads_before = threading.active_count()
+    threads_before = set(threading.enumerate())
 
     model.learn(n_steps, log_interval=configuration["log_interval"])
     assert n_steps <= model.num_timesteps < n_steps + n_lanes
@@ -97,7 +95,7 @@ def test_any_configuration_trains(configuration):
     model.learn(100, log_interval=configuration["log_interval"], reset_num_timesteps=False)
     assert before + 100 <= model.num_timesteps < before + 100 + n_lanes
 
-    assert threading.active_count() == threads_before
+    assert set(threading.enumerate()) <= threads_before
     assert model._n_updates > 0
     assert all(bool(parameter.isfinite().all()) for parameter in model.policy.parameters())
     action, _ = model.predict(env.observation_space.sample())

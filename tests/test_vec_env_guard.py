@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
@@ -15,13 +16,16 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 
 from sb3_async1step import split_vec_env
 from tests.envs import RaisingEnv, RandomWalkEnv, make_env
+from tests.helpers import DEADLINE, FOREVER, has_made_steps, meanwhile, press_ctrl_c, wait_until
+
+needs_posix = pytest.mark.skipif(os.name != "posix", reason="signals, fork and file descriptors of POSIX")
 
 
 class ForkedVecEnv(SubprocVecEnv):
-    """Starts fast, and its processes inherit each other's pipes."""
+    """Starts fast, and its processes inherit each other's pipes (on systems that can fork)."""
 
     def __init__(self, env_fns):
-        super().__init__(env_fns, start_method="fork")
+        super().__init__(env_fns, start_method="fork" if os.name == "posix" else "spawn")
 
 
 @split_vec_env.register
@@ -110,6 +114,7 @@ def processes_of(env):
     return [psutil.Process(process.pid) for process in env.unwrapped.processes]
 
 
+@needs_posix
 @pytest.mark.parametrize(("backend", "n_workers"), [("threads", 3), ("threads", 1), ("serial", 3), ("threads", 2)])
 @pytest.mark.parametrize("lane", [0, 2])
 def test_a_killed_process(algorithm, backend, n_workers, lane, tmp_path):
@@ -118,13 +123,16 @@ def test_a_killed_process(algorithm, backend, n_workers, lane, tmp_path):
     env = VecFrameStack(make([RandomWalkEnv] * 3), 2)
     processes = processes_of(env)
     model = algorithm("MlpPolicy", env, n_workers=n_workers, backend=backend)
-    timer = threading.Timer(0.3, lambda: processes[lane].send_signal(signal.SIGKILL))
-    timer.start()
-    with pytest.raises(RuntimeError, match=f"The process of env lane {lane} was killed by signal 9") as caught:
+
+    def kill_one():
+        wait_until(lambda: has_made_steps(model, 60))
+        processes[lane].send_signal(signal.SIGKILL)
+
+    death = pytest.raises(RuntimeError, match=f"The process of env lane {lane} was killed by signal 9")
+    with meanwhile(kill_one), death as caught:
         model.learn(10**9, log_interval=None)
     assert isinstance(caught.value.__cause__, (EOFError, OSError))
-    timer.join()
-    _, alive = psutil.wait_procs(processes, timeout=5)
+    _, alive = psutil.wait_procs(processes, timeout=DEADLINE)
     assert alive == []
     env.close()
     # With a new env, it goes on
@@ -139,13 +147,13 @@ def test_a_killed_process(algorithm, backend, n_workers, lane, tmp_path):
 
 
 def test_an_exception_in_a_process(algorithm, capfd):
-    env = SubprocVecEnv([RandomWalkEnv, lambda: RaisingEnv(at_step=9), RandomWalkEnv], start_method="fork")
+    env = ForkedVecEnv([RandomWalkEnv, lambda: RaisingEnv(at_step=9), RandomWalkEnv])
     processes = processes_of(env)
     with pytest.raises(
         RuntimeError, match=r"The process of env lane 1 ended\. If it raised an exception, its traceback"
     ):
         algorithm("MlpPolicy", env, n_workers=3).learn(10_000)
-    assert psutil.wait_procs(processes, timeout=5)[1] == []
+    assert psutil.wait_procs(processes, timeout=DEADLINE)[1] == []
     assert "the env is broken" in capfd.readouterr().err
 
 
@@ -237,6 +245,7 @@ def test_two_models_learn_at_the_same_time(algorithm):
     assert alone[1] != alone[2]
 
 
+@needs_posix
 @pytest.mark.parametrize(("backend", "n_workers"), [("threads", 1), ("serial", 3), ("threads", 3)])
 def test_learning_on_after_ctrl_c(algorithm, backend, n_workers):
     """The answers to the interrupted step are not mistaken for those to later ones."""
@@ -246,22 +255,72 @@ def test_learning_on_after_ctrl_c(algorithm, backend, n_workers):
             time.sleep(0.02)
             return super().step(action)
 
-    env = SubprocVecEnv([Slow] * 3, start_method="fork")
+    env = ForkedVecEnv([Slow] * 3)
     model = algorithm("MlpPolicy", env, n_workers=n_workers, backend=backend)
+
+    def interrupt():
+        wait_until(lambda: has_made_steps(model, 6))
+        press_ctrl_c()
+
     for _ in range(3):
-        timer = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT))
-        timer.start()
-        with pytest.raises(KeyboardInterrupt):
+        with meanwhile(interrupt), pytest.raises(KeyboardInterrupt):
             model.learn(10**9)
-        timer.join()
     assert model.learn(30).num_timesteps == 30
     env.close()
 
 
+class PipeOfWindows:
+    """
+    What ``multiprocessing.Pipe()`` gives on Windows: it keeps the boundaries of messages, and has no file descriptor.
+
+    :param connection: of this system
+    """
+
+    def __init__(self, connection):
+        self.connection = connection
+        self.send, self.close = connection.send, connection.close
+        self.rest = b""
+        self.n_to_take = None
+
+    def fileno(self):
+        raise AssertionError("a handle, nothing that os.read() can read")
+
+    def recv_bytes(self):
+        message, self.rest = self.rest or self.connection.recv_bytes(), b""
+        if self.n_to_take is not None:
+            self.rest, self.n_to_take = message[self.n_to_take :], None
+            raise KeyboardInterrupt
+        return message
+
+    def recv(self):
+        return pickle.loads(self.recv_bytes())
+
+
+@pytest.mark.parametrize("n_taken", [0, 4, 10**6])
+def test_learning_on_after_a_broken_message_on_windows(algorithm, n_taken):
+    """Ctrl-C before, while and after a message is received."""
+    env = ForkedVecEnv([RandomWalkEnv] * 2)
+    env.remotes = tuple(PipeOfWindows(remote) for remote in env.remotes)
+    model = algorithm("MlpPolicy", env, n_workers=1)
+
+    def interrupt_later(locals_, globals_):
+        env.remotes[1].n_to_take = n_taken
+        return True
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            model.learn(100, callback=interrupt_later)
+        assert all(remote.rest == b"" for remote in env.remotes)
+        assert not env.waiting
+    assert model.learn(30).num_timesteps == 30
+    env.close()
+
+
+@needs_posix
 @pytest.mark.parametrize("n_taken", [1, 4, 100])
 def test_learning_on_after_a_broken_message(algorithm, monkeypatch, n_taken):
     """Ctrl-C may come when a part of an answer was read, and is lost."""
-    env = SubprocVecEnv([RandomWalkEnv] * 2, start_method="fork")
+    env = ForkedVecEnv([RandomWalkEnv] * 2)
     model = algorithm("MlpPolicy", env, n_workers=1)
 
     def interrupted_recv():
@@ -282,20 +341,21 @@ def test_learning_on_after_a_broken_message(algorithm, monkeypatch, n_taken):
     env.close()
 
 
+@needs_posix
 def test_learn_ends_though_a_process_was_forked_meanwhile(algorithm):
     env = SubprocVecEnv([RandomWalkEnv] * 2)
     children = []
 
     def fork(locals_, globals_):
         if not children:
-            children.append(multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,)))
+            children.append(multiprocessing.get_context("fork").Process(target=time.sleep, args=(FOREVER,)))
             children[0].start()
         return True
 
-    start = time.perf_counter()
     algorithm("MlpPolicy", env, n_workers=2).learn(40, callback=fork)
-    assert time.perf_counter() - start < 15
+    assert children[0].is_alive()
     children[0].kill()
+    children[0].join()
     env.close()
 
 

@@ -13,13 +13,23 @@ from stable_baselines3.common.monitor import load_results
 
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa, MinAtarCNN
 from sb3_async1step.zoo import ALGORITHMS, OPTIMIZERS, hyperparams_path, main, sample_hyperparams
+from tests.command_line import call_zoo
+from tests.helpers import DEADLINE
+
+PROGRAM = str(Path(sys.executable).parent / "sb3-async1step")
 
 
 def run(arguments, cwd, code=0):
     """``sb3-async1step`` with these arguments; returns what it printed."""
-    command = [str(Path(sys.executable).parent / "sb3-async1step"), *arguments.split()]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=250, check=False)
-    assert result.returncode == code, result.stdout + result.stderr
+    actual, output = call_zoo(["sb3-async1step", *arguments.split()], cwd)
+    assert actual == code, output
+    return output
+
+
+def run_program(*command, cwd):
+    """Run a program on a fresh process; returns what it printed."""
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
 
 
@@ -258,14 +268,19 @@ def test_wrong_commands(arguments, problem, tmp_path):
 
 
 def test_help(tmp_path):
-    assert "async_one_step_sarsa" in run("--help", cwd=tmp_path)
+    assert "async_one_step_sarsa" in run_program(PROGRAM, "--help", cwd=tmp_path)
     assert "--optimize-hyperparameters" in run("train --help", cwd=tmp_path)
     # A script of the Zoo's knows our algorithms
     assert "async_one_step_q" in run("record_video --help", cwd=tmp_path)
-    module = subprocess.run(
-        [sys.executable, "-m", "sb3_async1step.zoo", "enjoy", "--help"], capture_output=True, text=True, check=True
-    )
-    assert "--load-best" in module.stdout
+    module = sys.executable, "-m", "sb3_async1step.zoo"
+    assert "--load-best" in run_program(*module, "enjoy", "--help", cwd=tmp_path)
+
+
+def test_programs_train(tmp_path):
+    """On fresh processes, on which nothing has registered anything: the commands above are called on this one."""
+    options = ["--algo", "async_one_step_q", "--env", "CartPole-v1", "-n", "64", "--eval-freq", "-1"]
+    run_program(PROGRAM, "train", *options, cwd=tmp_path)
+    assert (tmp_path / "logs" / "async_one_step_q" / "CartPole-v1_1" / "CartPole-v1.zip").exists()
 
 
 def test_the_library_does_not_need_the_zoo():

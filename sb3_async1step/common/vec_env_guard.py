@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import wraps
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from threading import Thread
 from typing import Any, NoReturn
 
@@ -120,19 +121,35 @@ def discard_replies(env: SubprocVecEnv) -> None:
 
     :param env: the VecEnv
     :raises EOFError: if a process ended
-    :raises OSError: likewise
+    :raises OSError: if a pipe is broken
     """
     for remote in env.remotes:
         # They answer in order, and no env is an instance of this class
         remote.send(("is_wrapped", type(None)))
-        read_until(remote, encode_message(False))
+        # On Windows, a pipe is no Connection but a PipeConnection
+        read = read_bytes_until if isinstance(remote, Connection) else read_messages_until
+        read(remote, False)
     env.waiting = False
+
+
+def read_messages_until(remote: Any, last: Any) -> None:
+    """
+    Read messages from a pipe of Windows. It keeps their boundaries: if the beginning of one was taken when receiving it
+    was interrupted, the next message is its rest. (Its ``fileno()`` is a handle, which ``os.read()`` can't read.)
+
+    :param remote: end of a pipe, a ``PipeConnection``
+    :param last: the last message on the way, something small
+    :raises EOFError: if the pipe was closed before
+    """
+    end = bytes(ForkingPickler.dumps(last))
+    while remote.recv_bytes() != end:
+        pass
 
 
 def encode_message(message: Any) -> bytes:
     """
     :param message: something small
-    :return: the bytes by which a pipe carries it
+    :return: the bytes by which a pipe that is a stream carries it
     """
     reader, writer = Pipe(duplex=False)
     with reader, writer:
@@ -140,14 +157,16 @@ def encode_message(message: Any) -> bytes:
         return os.read(reader.fileno(), 2**16)
 
 
-def read_until(remote: Connection, end: bytes) -> None:
+def read_bytes_until(remote: Connection, last: Any) -> None:
     """
-    Read bytes, not messages: who was interrupted while receiving a message may have taken its beginning.
+    Read bytes, not messages: in a stream, nothing tells where a message begins whose beginning was taken when receiving
+    it was interrupted.
 
     :param remote: end of a pipe
-    :param end: the last bytes on the way
+    :param last: the last message on the way, something small
     :raises EOFError: if the pipe was closed before
     """
+    end = encode_message(last)
     received = b""
     while received != end:
         chunk = os.read(remote.fileno(), 2**16)

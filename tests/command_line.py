@@ -1,0 +1,47 @@
+"""Command lines on this process: a fresh Python takes seconds to import PyTorch and the Zoo."""
+
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest.mock import patch
+
+from sb3_async1step import zoo
+
+
+def call_main(main: Callable[[], None], words: list[str], folder: Path) -> tuple[int, str]:
+    """
+    Call a program's ``main()`` as its script would.
+
+    :param main: parses ``sys.argv``
+    :param words: the command line, the program's name included
+    :param folder: the working directory
+    :return: exit code, and what was printed
+    """
+    output = io.StringIO()
+    with chdir(folder), patch.object(sys, "argv", words), redirect_stdout(output), redirect_stderr(output):
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except Exception:
+            traceback.print_exc()
+            code = 1
+    return code, output.getvalue()
+
+
+def call_zoo(words: list[str], folder: Path) -> tuple[int, str]:
+    """
+    Call ``sb3-async1step``, see :func:`call_main`.
+
+    :param words: the command line, the program's name included
+    :param folder: the working directory
+    :return: exit code, and what was printed
+    """
+    # What --vec-env ale replaces for the rest of the process
+    with patch.object(zoo.AsyncExperimentManager, "default_vec_env_cls", None), patch.dict(os.environ):
+        return call_main(zoo.main, words, folder)

@@ -1,0 +1,84 @@
+"""Tests of threads wait for what they need to have happened: no outcome depends on how busy the machine is."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+#: Seconds after which something that should have happened is taken for hanging; only a test that fails waits so long
+DEADLINE = 300.0
+#: Seconds that nobody waits for: what ends before them was interrupted
+FOREVER = 3600.0
+
+
+def wait_until(condition: Callable[[], Any], deadline: float = DEADLINE) -> None:
+    """
+    :param condition: asked again and again until it holds
+    :param deadline: seconds
+    :raises AssertionError: if it does not hold by then
+    """
+    end = time.monotonic() + deadline
+    while not condition():
+        assert time.monotonic() < end, f"waited for {deadline:.0f} s in vain"
+        time.sleep(0.005)
+
+
+@contextmanager
+def meanwhile(function: Callable[[], Any]) -> Iterator[None]:
+    """
+    :param function: runs on another thread inside the ``with`` block, which ends when both have
+    :raises BaseException: what the function raised
+    """
+    with ThreadPoolExecutor(1) as executor:
+        future = executor.submit(function)
+        yield
+    future.result()
+
+
+def press_ctrl_c() -> None:
+    """Interrupt the main thread."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def functions_of(thread: threading.Thread) -> list[str]:
+    """
+    :param thread: a thread
+    :return: names of the functions that it is inside of, innermost first
+    """
+    frame = sys._current_frames().get(thread.ident or 0)
+    names = []
+    while frame is not None:
+        names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    return names
+
+
+def is_waiting(thread: threading.Thread) -> bool:
+    """
+    :param thread: a thread
+    :return: whether it waits for a ``threading.Condition``
+    """
+    return functions_of(thread)[:1] == ["wait"]
+
+
+def has_made_steps(model: BaseAlgorithm, n_steps: int) -> bool:
+    """
+    :param model: learns, perhaps
+    :param n_steps: environment steps
+    :return: whether it learns and has made so many
+    """
+    return model._pool is not None and model.num_timesteps >= n_steps
+
+
+def actor_learners() -> list[str]:
+    """
+    :return: names of the workers' threads that are alive
+    """
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("actor-learner")]
