@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
+from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa, SharedRMSprop
 from tests.envs import RandomWalkEnv, make_env
 
 GAMMA = 0.9
@@ -124,7 +124,7 @@ def test_serial_mode_equals_algorithm_1(sarsa, n_lanes, n_workers):
         exploration_fraction=fraction,
         max_grad_norm=1e6,
         backend="serial",
-        policy_kwargs={"net_arch": [16]},
+        policy_kwargs={"net_arch": [16], "optimizer_class": SharedRMSprop},
         seed=SEED,
     )
     network, target = deepcopy(model.q_net), deepcopy(model.q_net_target)

@@ -20,6 +20,8 @@ from tests.helpers import DEADLINE, wait_until
 from tests.test_vec_env_split import DictEnv, ImageEnv, UnknownWrapper
 
 BACKENDS = ["threads", "serial"]
+# A small one has a single worker
+LARGE_NETWORK = {"net_arch": [1024, 1024]}
 
 
 class Spy(BaseCallback):
@@ -397,7 +399,7 @@ def test_subprocesses(algorithm, start_method):
 def test_an_unknown_wrapper_gets_one_worker_and_a_warning(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
     with pytest.warns(UserWarning, match="UnknownWrapper can't be split"):
-        model = AsyncOneStepQ("MlpPolicy", UnknownWrapper(make_env(4)))
+        model = AsyncOneStepQ("MlpPolicy", UnknownWrapper(make_env(4)), policy_kwargs=LARGE_NETWORK)
     with pytest.warns(UserWarning, match="UnknownWrapper can't be split"):
         assert model.learn(40).num_timesteps == 40
 
@@ -408,7 +410,8 @@ def test_auto_takes_no_more_workers_than_cores_or_lanes(monkeypatch):
         env = make_env(n_lanes)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert AsyncOneStepQ("MlpPolicy", env)._count_workers(env) == n_workers
+            model = AsyncOneStepQ("MlpPolicy", env, policy_kwargs=LARGE_NETWORK)
+            assert model._count_workers(env) == n_workers
 
 
 def test_actions_of_a_space_that_does_not_start_at_zero(algorithm):
