@@ -310,7 +310,8 @@ def test_nips_cnn(algorithm):
 def test_minatar_cnn(algorithm):
     """The network of Young and Tian (2019), and nothing behind it."""
     env = SampleEnv(spaces.Box(0, 1, (10, 10, 4), dtype=bool))
-    q_net = algorithm("CnnPolicy", env, policy_kwargs={"features_extractor_class": MinAtarCNN}).q_net
+    policy_kwargs = {"features_extractor_class": MinAtarCNN, "layer_norm": False}
+    q_net = algorithm("CnnPolicy", env, policy_kwargs=policy_kwargs).q_net
     assert [tuple(parameter.shape) for parameter in q_net.parameters()] == [
         (16, 4, 3, 3), (16,), (128, 1024), (128,), (3, 128), (3,),
     ]  # fmt: skip

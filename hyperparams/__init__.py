@@ -1,1 +1,0 @@
-"""Hyperparameters for the RL Zoo, one YAML file for each algorithm."""
