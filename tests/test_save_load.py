@@ -111,8 +111,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(algorithm, n_lanes, n_workers
 def test_two_calls_of_learn_equal_one(algorithm):
     def train(*totals):
         env = make_env(3)
-        model = algorithm("MlpPolicy", env, backend="serial", n_workers=3, seed=1, exploration_initial_eps=0.1,
-                          exploration_final_eps=0.1)  # fmt: skip
+        # Schedules depend on the steps of each call
+        model = algorithm(
+            "MlpPolicy", env, backend="serial", n_workers=3, seed=1, learning_rate=1e-3, exploration_initial_eps=0.1,
+            exploration_final_eps=0.1,
+        )  # fmt: skip
         for total in totals:
             model.learn(total, reset_num_timesteps=total == totals[0])
         state = state_of(model)
