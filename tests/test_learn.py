@@ -73,15 +73,15 @@ def test_groups_of_unequal_size_overshoot_by_less_than_a_vector_step(total):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("interval", [3, 37, 400])
+@pytest.mark.parametrize("interval", [3, 37, 150])
 def test_target_syncs_exactly_once_for_each_multiple(algorithm, backend, interval):
     spy = Spy()
     model = algorithm("MlpPolicy", make_env(4), n_workers=4, target_update_interval=interval, backend=backend)
-    model.learn(1300, callback=spy)
-    assert spy.shared.n_target_syncs == 1300 // interval
+    model.learn(500, callback=spy)
+    assert spy.shared.n_target_syncs == 500 // interval
     # The phase goes on
-    model.learn(400, callback=spy, reset_num_timesteps=False)
-    assert spy.shared.n_target_syncs == 1700 // interval - 1300 // interval
+    model.learn(120, callback=spy, reset_num_timesteps=False)
+    assert spy.shared.n_target_syncs == 620 // interval - 500 // interval
 
 
 @pytest.mark.parametrize("n_workers", [1, 3])
@@ -355,7 +355,7 @@ def test_updates_overlap_only_if_they_may(optimizer_class, lock_updates, may_ove
 
 def test_weights_stay_small_with_adam_and_several_workers():
     """Without a lock, one worker's step may divide the others' gradients by their mean square before it is there."""
-    for seed in range(4):
+    for seed in range(2):
         env = make_vec_env("CartPole-v1", n_envs=4, seed=seed)
         policy_kwargs = {"net_arch": [64], "optimizer_class": th.optim.Adam}
         model = AsyncOneStepQ("MlpPolicy", env, n_workers=4, learning_rate=1e-3, seed=seed, policy_kwargs=policy_kwargs)

@@ -48,7 +48,7 @@ def configurations(draw):
         "max_steps": draw(st.integers(1, 9)),
         "wrappers": [wrapper for wrapper in wrappers if not (wrapper == "stack" and name in UNSTACKABLE)],
         "algorithm": draw(st.sampled_from([AsyncOneStepQ, AsyncOneStepSarsa])),
-        "n_steps": draw(st.integers(1, 200)),
+        "n_steps": draw(st.integers(1, 100)),
         "log_interval": draw(st.sampled_from([None, 1, 4])),
         "parameters": {
             "n_workers": draw(st.one_of(st.just("auto"), st.integers(1, n_lanes))),
@@ -79,7 +79,7 @@ def make_env(configuration):
     return env
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(configurations())
 def test_any_configuration_trains(configuration):
     policy = {"image": "CnnPolicy", "dict": "MultiInputPolicy"}.get(configuration["space"], "MlpPolicy")
@@ -92,8 +92,8 @@ def test_any_configuration_trains(configuration):
     model.learn(n_steps, log_interval=configuration["log_interval"])
     assert n_steps <= model.num_timesteps < n_steps + n_lanes
     before = model.num_timesteps
-    model.learn(100, log_interval=configuration["log_interval"], reset_num_timesteps=False)
-    assert before + 100 <= model.num_timesteps < before + 100 + n_lanes
+    model.learn(50, log_interval=configuration["log_interval"], reset_num_timesteps=False)
+    assert before + 50 <= model.num_timesteps < before + 50 + n_lanes
 
     assert set(threading.enumerate()) <= threads_before
     assert model._n_updates > 0
