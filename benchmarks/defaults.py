@@ -98,7 +98,8 @@ def train(env_id: str, algo: str, seed: int, n_steps: int | None, folder: Path) 
     """
     prepare(env_id)
     task = TASKS[env_id]
-    policy_kwargs, buffer = task.policy_kwargs, {}
+    policy_kwargs = task.policy_kwargs
+    buffer: dict[str, Any] = {}
     n_steps = n_steps or (task.n_dqn_steps if algo == "dqn" else task.n_steps)
     if algo == "dqn":
         # What our CnnPolicy knows of MinAtarCNN by itself

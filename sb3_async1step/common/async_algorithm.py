@@ -310,9 +310,9 @@ class AsyncAlgorithm(BaseAlgorithm):
         return 1
 
     def _network_is_small(self) -> bool:
-        observation = obs_as_tensor(create_empty_array(self.observation_space, n=1, fn=np.zeros), self.device)
+        observation: Any = create_empty_array(self.observation_space, n=1, fn=np.zeros)
         # The target network, which is always in evaluation mode: batch norm can't learn from a single observation
-        return count_multiplications(self.q_net_target, observation) < SMALL_NETWORK
+        return count_multiplications(self.q_net_target, obs_as_tensor(observation, self.device)) < SMALL_NETWORK
 
     # ------------------------------------------------------------------ algorithm
 
