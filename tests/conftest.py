@@ -1,13 +1,20 @@
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch as th
 
-from tests.helpers import actor_learners, wait_until
+from tests.helpers import actor_learners, insistent_ctrl_c, wait_until
 
 # Shells start background jobs with Ctrl-C ignored, and tests press it
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_call() -> Generator[None]:
+    """Inside of pytest's own hooks, which replace ``sys.unraisablehook`` too."""
+    with insistent_ctrl_c():
+        return (yield)
 
 
 @pytest.fixture(params=["q", "sarsa"])

@@ -47,6 +47,37 @@ def press_ctrl_c() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+def press_ctrl_c_outside_of(function: str) -> None:
+    """
+    Interrupt the main thread when it has left a function.
+
+    :param function: its name
+    """
+    wait_until(lambda: function not in functions_of(threading.main_thread()))
+    press_ctrl_c()
+
+
+@contextmanager
+def insistent_ctrl_c() -> Iterator[None]:
+    """
+    Press Ctrl-C again if Python drops it: a ``KeyboardInterrupt`` that is raised in a destructor or in a callback of
+    the garbage collector (Hypothesis has one) is reported to ``sys.unraisablehook``, and the main thread goes on.
+    """
+    report = sys.unraisablehook
+
+    def press_again(unraisable: "sys.UnraisableHookArgs") -> None:
+        if unraisable.exc_type is KeyboardInterrupt:
+            threading.Thread(target=press_ctrl_c_outside_of, args=("press_again",)).start()
+        else:
+            report(unraisable)
+
+    sys.unraisablehook = press_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
+
+
 def functions_of(thread: threading.Thread) -> list[str]:
     """
     :param thread: a thread
