@@ -25,7 +25,7 @@ def make_images(n_envs):
 # ---------------------------------------------------------------------- lanes
 
 
-@pytest.mark.parametrize(("n_envs", "n_lanes"), [(None, 32), (3, 3), (1, 1)])
+@pytest.mark.parametrize(("n_envs", "n_lanes"), [(None, 16), (3, 3), (1, 1)])
 def test_an_env_id_makes_lanes(algorithm, n_envs, n_lanes, capsys):
     model = algorithm("MlpPolicy", "CartPole-v1", n_envs=n_envs, seed=0, verbose=1)
     assert model.n_envs == model.get_env().num_envs == n_lanes
@@ -39,7 +39,7 @@ def test_the_seed_decides_the_lanes_of_an_env_id(algorithm):
     np.testing.assert_array_equal(first, same)
     assert not np.array_equal(first, other)
     # No two lanes are alike
-    assert len(np.unique(first, axis=0)) == 32
+    assert len(np.unique(first, axis=0)) == 16
 
 
 def test_an_env_has_its_own_number_of_lanes(algorithm):
@@ -61,7 +61,7 @@ def test_numbers_of_lanes_that_are_none(algorithm, n_envs):
 
 
 def test_envs_that_come_later_may_have_other_numbers_of_lanes(algorithm, tmp_path):
-    model = algorithm("MlpPolicy", "CartPole-v1", seed=0).learn(32)
+    model = algorithm("MlpPolicy", "CartPole-v1", seed=0).learn(16)
     model.set_env(make_vec_env("CartPole-v1", n_envs=3))
     assert model.n_envs == model.get_env().num_envs == 3
     assert model.learn(6).num_timesteps == 6
@@ -74,7 +74,7 @@ def test_envs_that_come_later_may_have_other_numbers_of_lanes(algorithm, tmp_pat
 
 
 def test_a_single_lane_is_said_to_learn_badly(algorithm):
-    message = f"{algorithm.__name__} learns from a single env lane.*Give it the env's id.*makes 32 lanes.*make_vec_env"
+    message = f"{algorithm.__name__} learns from a single env lane.*Give it the env's id.*makes 16 lanes.*make_vec_env"
     with pytest.warns(UserWarning, match=message) as record:
         algorithm("MlpPolicy", gym.make("CartPole-v1")).learn(10)
     # Where the user called learn()

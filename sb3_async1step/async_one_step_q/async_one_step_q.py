@@ -17,7 +17,6 @@ class AsyncOneStepQ(AsyncAlgorithm):
     """
 
     on_policy: ClassVar[bool] = False
-    default_target_update_interval: ClassVar[int] = 800
 
     @staticmethod
     def next_state_values(target_network: QNetwork, rollout: Rollout) -> th.Tensor:

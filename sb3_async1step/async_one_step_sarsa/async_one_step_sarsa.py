@@ -18,7 +18,6 @@ class AsyncOneStepSarsa(AsyncAlgorithm):
 
     # The behaviour policy chooses a' before the update, and executes it afterwards
     on_policy: ClassVar[bool] = True
-    default_target_update_interval: ClassVar[int] = 500
 
     @staticmethod
     def next_state_values(target_network: QNetwork, rollout: Rollout) -> th.Tensor:

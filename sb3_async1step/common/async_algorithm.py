@@ -48,9 +48,8 @@ SelfAsyncAlgorithm = TypeVar("SelfAsyncAlgorithm", bound="AsyncAlgorithm")
 LOSSES = {"mse": F.mse_loss, "huber": F.smooth_l1_loss}
 #: Annealed to zero, as in the paper (section 8 of its supplement)
 DEFAULT_LEARNING_RATE = LinearSchedule(1e-3, 0.0, 1.0)
-#: Twice as many lanes as the paper had actor-learners (section 5.1): half as many learn more slowly by the clock, and
-#: forget more
-DEFAULT_N_ENVS = 32
+#: As many lanes as the paper had actor-learners (section 5.1)
+DEFAULT_N_ENVS = 16
 WORKER_POOLS: dict[str, type[WorkerPool]] = {"threads": ThreadWorkerPool, "serial": SerialWorkerPool}
 
 
@@ -62,13 +61,13 @@ class AsyncAlgorithm(BaseAlgorithm):
     thread that acts in all its lanes in one batch, and applies its gradients to the shared online network without
     waiting for the other workers.
 
-    :param policy: ``MlpPolicy``, ``CnnPolicy``, ``MultiInputPolicy`` (DQN's, with layer normalization), or a
+    :param policy: ``MlpPolicy``, ``CnnPolicy``, ``MultiInputPolicy`` (DQN's, with other networks by default), or a
         ``DQNPolicy``
     :param env: the environment to learn from (if registered in Gym, can be str)
     :param learning_rate: learning rate, or a function of the progress remaining (from 1 to 0); by default annealed
         linearly to zero
     :param gamma: discount factor
-    :param n_envs: number of env lanes to make if ``env`` is an id, by default 32, twice as many as the paper had
+    :param n_envs: number of env lanes to make if ``env`` is an id, by default 16, as many as the paper had
         actor-learners. An env object has its own number
     :param n_workers: number of worker threads, at most the number of env lanes; ``"auto"`` for as many as there are
         usable cores, or one if the network is so small that several would only wait for Python's interpreter lock.
@@ -76,7 +75,7 @@ class AsyncAlgorithm(BaseAlgorithm):
     :param update_interval: vector steps of a worker's lanes between two updates (the paper's I_AsyncUpdate); a
         worker with a single lane also updates at the end of an episode, as in the paper
     :param target_update_interval: environment steps, over all lanes, between two updates of the target network
-        (the paper's I_target); by default 800 for Q-learning and 500 for Sarsa
+        (the paper's I_target)
     :param tau: soft update coefficient of the target network, 1 for a copy
     :param exploration_fraction: fraction of the training over which epsilon is annealed
     :param exploration_initial_eps: initial epsilon
@@ -107,8 +106,6 @@ class AsyncAlgorithm(BaseAlgorithm):
     }
     #: Whether the next action is chosen before the update, bootstrapped on, and then executed
     on_policy: ClassVar[bool]
-    #: What ``target_update_interval=None`` means
-    default_target_update_interval: ClassVar[int]
 
     policy: DQNPolicy
     q_net: QNetwork
@@ -124,7 +121,7 @@ class AsyncAlgorithm(BaseAlgorithm):
         n_envs: int | None = None,
         n_workers: int | str = "auto",
         update_interval: int = 1,
-        target_update_interval: int | None = None,
+        target_update_interval: int = 500,
         tau: float = 1.0,
         exploration_fraction: float = 0.1,
         exploration_initial_eps: float = 1.0,
@@ -158,8 +155,6 @@ class AsyncAlgorithm(BaseAlgorithm):
         self.gamma = gamma
         self.n_workers = n_workers
         self.update_interval = update_interval
-        if target_update_interval is None:
-            target_update_interval = self.default_target_update_interval
         self.target_update_interval = target_update_interval
         self.tau = tau
         self.exploration_fraction = exploration_fraction
