@@ -46,7 +46,7 @@ from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
 from sb3_async1step.common import async_algorithm
 from sb3_async1step.common.heap import keep_freed_memory
 from sb3_async1step.common.parallelism import count_usable_cores
-from sb3_async1step.envs.ale_vec_env import AleVecEnv
+from sb3_async1step.vec_envs.ale_vec_env import AleVecEnv
 from sb3_async1step.zoo import AsyncExperimentManager, register
 
 ENV_ID = "PongNoFrameskip-v4"
@@ -76,7 +76,7 @@ def make_ours(
     algorithm: type[AsyncOneStepQ] | type[AsyncOneStepSarsa],
     n_lanes: int = N_LANES,
     vec_env_class: type[VecEnv] = AleVecEnv,
-    n_workers: int | str = "auto",
+    n_workers: int | Literal["auto"] = "auto",
     mixed_precision: bool = False,
 ) -> AsyncOneStepQ | AsyncOneStepSarsa:
     """
@@ -96,7 +96,7 @@ make_q = functools.partial(make_ours, AsyncOneStepQ)
 
 
 def make_with_threads(
-    env_id: str, n_lanes: int, n_workers: int | str = "auto", n_threads: int | None = None
+    env_id: str, n_lanes: int, n_workers: int | Literal["auto"] = "auto", n_threads: int | None = None
 ) -> AsyncOneStepQ:
     """
     :param env_id: CartPole or Pong

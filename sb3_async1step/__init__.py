@@ -1,16 +1,20 @@
-"""Asynchronous one-step Q-learning and Sarsa (Mnih et al. 2016) for Stable-Baselines3."""
+"""The asynchronous methods of Mnih et al. (2016) for Stable-Baselines3."""
 
 from importlib.resources import files
 
+from sb3_async1step.a3c import A3C
+from sb3_async1step.async_n_step_q import AsyncNStepQ
 from sb3_async1step.async_one_step_q import AsyncOneStepQ
 from sb3_async1step.async_one_step_sarsa import AsyncOneStepSarsa
 from sb3_async1step.common.optimizers import SharedRMSprop
 from sb3_async1step.common.torch_layers import MinAtarCNN, NipsCNN
-from sb3_async1step.common.vec_env_split import rejoin_vec_env, split_vec_env
+from sb3_async1step.vec_envs.split import rejoin_vec_env, split_vec_env
 
 __version__ = (files(__name__) / "version.txt").read_text().strip()
 
 __all__ = [
+    "A3C",
+    "AsyncNStepQ",
     "AsyncOneStepQ",
     "AsyncOneStepSarsa",
     "MinAtarCNN",

@@ -158,7 +158,7 @@ def take_ale_option(arguments: list[str]) -> list[str]:
     if option.vec_env != "ale":
         return arguments
     # Imported here, since it needs ale_py
-    AsyncExperimentManager.default_vec_env_cls = import_module("sb3_async1step.envs.ale_vec_env").AleVecEnv
+    AsyncExperimentManager.default_vec_env_cls = import_module("sb3_async1step.vec_envs.ale_vec_env").AleVecEnv
     return others
 
 

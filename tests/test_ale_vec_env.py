@@ -12,7 +12,7 @@ from stable_baselines3.common.monitor import Monitor, load_results
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecTransposeImage
 
 from sb3_async1step import AsyncOneStepQ, NipsCNN
-from sb3_async1step.envs.ale_vec_env import AleVecEnv
+from sb3_async1step.vec_envs.ale_vec_env import AleVecEnv
 from tests.helpers import wait_until
 
 gym.register_envs(ale_py)

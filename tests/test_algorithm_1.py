@@ -132,8 +132,8 @@ def test_serial_mode_equals_algorithm_1(sarsa, n_lanes, n_workers):
     model.learn(total)
 
     seeds = np.random.SeedSequence(SEED).spawn(n_workers)
-    from sb3_async1step.common.exploration import allot_final_epsilons
-    from sb3_async1step.common.vec_env_split import group_lanes
+    from sb3_async1step.value_based.exploration import allot_final_epsilons
+    from sb3_async1step.vec_envs.split import group_lanes
 
     final_eps = allot_final_epsilons((0.1, 0.01, 0.5), (0.4, 0.3, 0.3), n_lanes)
     envs = [RandomWalkEnv() for _ in range(n_lanes)]

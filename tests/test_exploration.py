@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sb3_async1step.common.exploration import BehaviourPolicy, ExplorationSchedule, allot_final_epsilons
+from sb3_async1step.value_based.exploration import BehaviourPolicy, ExplorationSchedule, allot_final_epsilons
 
 MIX = ((0.1, 0.01, 0.5), (0.4, 0.3, 0.3))
 

@@ -14,7 +14,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa, SharedRMSprop
-from sb3_async1step.common.shared_parameters import SharedParameters
+from sb3_async1step.workers.shared_parameters import SharedParameters
 from tests.envs import BlockingEnv, RandomWalkEnv, make_env
 from tests.helpers import DEADLINE, wait_until
 from tests.test_vec_env_split import DictEnv, ImageEnv, UnknownWrapper
@@ -209,7 +209,7 @@ def test_truncation_bootstraps_from_the_terminal_observation_and_termination_doe
 
 def test_td_targets(algorithm):
     model = algorithm("MlpPolicy", make_env(1), gamma=0.5, loss="mse", seed=0)
-    from sb3_async1step.common.rollout import Rollout
+    from sb3_async1step.workers.rollout import Rollout
 
     rollout = Rollout(
         th.randn(3, 4), th.tensor([0, 1, 2]), th.tensor([1.0, 2.0, 3.0]), th.randn(3, 4), th.tensor([0.0, 1.0, 0.0]),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from sb3_async1step.common.rollout import RolloutBuffer
+from sb3_async1step.workers.rollout import RolloutBuffer
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 6, 5), (2, 3)])

@@ -5,7 +5,7 @@ import pytest
 import torch as th
 
 from sb3_async1step import AsyncOneStepQ
-from sb3_async1step.common.shared_parameters import SharedParameters
+from sb3_async1step.workers.shared_parameters import SharedParameters
 from tests.envs import make_env
 
 

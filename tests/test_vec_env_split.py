@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import (
     VecTransposeImage,
 )
 
-from sb3_async1step.common.vec_env_split import find_unsplittable, group_lanes, rejoin_vec_env, split_vec_env
+from sb3_async1step.vec_envs.split import find_unsplittable, group_lanes, rejoin_vec_env, split_vec_env
 from tests.envs import RandomWalkEnv
 
 

@@ -1,3 +1,3 @@
-from sb3_async1step.common.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_async1step.value_based.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 
 __all__ = ["CnnPolicy", "MlpPolicy", "MultiInputPolicy"]

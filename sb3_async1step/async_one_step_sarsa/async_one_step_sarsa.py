@@ -1,32 +1,57 @@
 from typing import ClassVar
 
-import torch as th
-from stable_baselines3.dqn.policies import QNetwork
+from sb3_async1step.async_one_step_sarsa.actor_learner import OneStepSarsaActorLearner
+from sb3_async1step.value_based.actor_learner import ValueBasedSettings
+from sb3_async1step.value_based.algorithm import ValueBasedAlgorithm
+from sb3_async1step.workers.actor_learner import ActorLearner
 
-from sb3_async1step.common.async_algorithm import AsyncAlgorithm
-from sb3_async1step.common.rollout import Rollout
 
-
-class AsyncOneStepSarsa(AsyncAlgorithm):
+class AsyncOneStepSarsa(ValueBasedAlgorithm):
     """
     Asynchronous one-step Sarsa (Mnih et al. 2016, section 4: Algorithm 1 with another target).
 
     Paper: https://arxiv.org/abs/1602.01783
 
-    The parameters are those of :class:`~sb3_async1step.common.async_algorithm.AsyncAlgorithm`.
+    :param policy: ``MlpPolicy``, ``CnnPolicy``, ``MultiInputPolicy`` (DQN's, with other networks by default), or a
+        ``DQNPolicy``
+    :param env: the environment to learn from (if registered in Gym, can be str)
+    :param learning_rate: learning rate, or a function of the progress remaining (from 1 to 0); by default annealed
+        linearly to zero
+    :param gamma: discount factor
+    :param n_envs: number of env lanes to make if ``env`` is an id, by default 16, as many as the paper had
+        actor-learners, without a ``render_mode``. An env object has its own number
+    :param n_workers: number of worker threads, at most the number of env lanes; ``"auto"`` for as many as there are
+        usable cores, or one if the network is so small that several would only wait for Python's interpreter lock.
+        With one worker, everything runs on the calling thread, with any VecEnv
+    :param update_interval: vector steps of a worker's lanes between two updates (the paper's I_AsyncUpdate); a
+        worker with a single lane also updates at the end of an episode, as in the paper
+    :param target_update_interval: environment steps, over all lanes, between two updates of the target network
+        (the paper's I_target)
+    :param tau: soft update coefficient of the target network, 1 for a copy
+    :param exploration_fraction: fraction of the training over which epsilon is annealed
+    :param exploration_initial_eps: initial epsilon
+    :param exploration_final_eps: final epsilon of all lanes, or the values that the lanes get
+    :param exploration_final_probs: proportion of lanes for each final epsilon
+    :param eval_eps: epsilon of ``predict(deterministic=False)``
+    :param max_grad_norm: norm to which gradients are clipped
+    :param loss: ``"mse"`` (the paper's) or ``"huber"`` (DQN's), of the TD error
+    :param lock_updates: whether workers wait for each other's updates. By default they don't (Hogwild); with another
+        optimizer than :class:`~sb3_async1step.SharedRMSprop`, they always do
+    :param backend: ``"threads"``, or ``"serial"``: the same workers take turns on the calling thread, reproducible
+        bit for bit from the seed
+    :param stats_window_size: number of episodes over which logged returns and lengths are averaged
+    :param tensorboard_log: folder for TensorBoard logs (no logging if None)
+    :param policy_kwargs: further parameters of the policy
+    :param verbose: 0 for no output, 1 for info messages, 2 for debug messages
+    :param seed: seed of all random generators
+    :param device: ``"auto"`` means the CPU, for which these methods are made; any other device has to be named
+    :param _init_setup_model: whether to build the networks at the creation of the instance
+    :raises AssertionError: if the action space is not ``Discrete``
+    :raises ValueError: if a parameter is out of range, or ``env`` has another number of lanes than ``n_envs``
+    :raises TypeError: if the env can't be split among ``n_workers``
     """
 
-    # The behaviour policy chooses a' before the update, and executes it afterwards
-    on_policy: ClassVar[bool] = True
+    actor_learner_class: ClassVar[type[ActorLearner]] = OneStepSarsaActorLearner
 
-    @staticmethod
-    def next_state_values(target_network: QNetwork, rollout: Rollout) -> th.Tensor:
-        """
-        The value of the action taken next: ``Q(s', a'; theta^-)``.
-
-        :param target_network: the target network
-        :param rollout: ``n`` transitions
-        :return: values of s', shape ``(n,)``
-        """
-        next_q_values = target_network(rollout.next_observations)
-        return next_q_values.gather(dim=1, index=rollout.next_actions[:, None]).squeeze(dim=1)
+    def _make_settings(self, num_envs: int) -> ValueBasedSettings:
+        return ValueBasedSettings(**self._get_value_based_settings(num_envs))

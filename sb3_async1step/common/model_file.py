@@ -5,12 +5,20 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 import uuid
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 
 from stable_baselines3.common.save_util import open_path
+
+#: Modules that earlier versions of this package had, and in which saved models look for classes
+RENAMED_MODULES = {
+    "sb3_async1step.common.policies": "sb3_async1step.value_based.policies",
+    "sb3_async1step.common.actor_learner": "sb3_async1step.workers.actor_learner",
+}
 
 
 @contextmanager
@@ -52,6 +60,22 @@ def _fsync_folder(folder: pathlib.Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def renamed_modules() -> Iterator[None]:
+    """
+    Inside the ``with`` block, models of earlier versions of this package can be unpickled.
+
+    :return: a context manager
+    """
+    for old, new in RENAMED_MODULES.items():
+        sys.modules.setdefault(old, import_module(new))
+    try:
+        yield
+    finally:
+        for old in RENAMED_MODULES:
+            sys.modules.pop(old, None)
 
 
 def check_saved_model(path: str | pathlib.Path | io.BufferedIOBase, algorithm: str, expected: str) -> None:

@@ -1,7 +1,7 @@
 """The optimizer whose statistics all workers share."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch as th
 
@@ -25,6 +25,9 @@ class SharedRMSprop(th.optim.Optimizer):
     :param eps: term that is added to the average before the square root is taken
     :raises ValueError: if a hyperparameter is negative, or ``alpha`` is greater than one
     """
+
+    #: Workers may apply their updates at the same time (Hogwild): half an update of another one does no harm
+    is_lock_free: ClassVar[bool] = True
 
     def __init__(
         self,

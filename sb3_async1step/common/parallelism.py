@@ -2,12 +2,11 @@
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch as th
-from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 #: A network with fewer multiplications for each observation is done before threads have shared the work: on CartPole
@@ -28,10 +27,10 @@ def count_usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def count_multiplications(network: nn.Module, observation: PyTorchObs) -> int:
+def count_multiplications(network: nn.Module, forward: Callable[[], Any]) -> int:
     """
     :param network: a network in evaluation mode
-    :param observation: a batch of one observation
+    :param forward: makes one forward pass with one observation
     :return: multiplications in the network's linear layers and convolutions
     """
     n_multiplications = 0
@@ -47,7 +46,7 @@ def count_multiplications(network: nn.Module, observation: PyTorchObs) -> int:
     hooks = [layer.register_forward_hook(count) for layer in layers]
     try:
         with th.no_grad():
-            network(observation)
+            forward()
     finally:
         for hook in hooks:
             hook.remove()

@@ -31,6 +31,8 @@ from stable_baselines3.common.vec_env import (
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
+from sb3_async1step.vec_envs.observations import store_rows
+
 AnyVecEnv = TypeVar("AnyVecEnv", bound=VecEnv)
 
 
@@ -198,11 +200,7 @@ class _VecNormalizePart(VecNormalize):
         whole, lanes = self.whole, slice(self.lanes.start, self.lanes.stop)
         whole.returns[lanes] = self.returns
         whole.old_reward[lanes] = self.old_reward
-        if isinstance(self.old_obs, dict) and isinstance(whole.old_obs, dict):
-            for key, obs in self.old_obs.items():
-                whole.old_obs[key][lanes] = obs
-        elif isinstance(whole.old_obs, np.ndarray):
-            whole.old_obs[lanes] = self.old_obs
+        store_rows(whole.old_obs, lanes, self.old_obs)
 
 
 @split_vec_env.register

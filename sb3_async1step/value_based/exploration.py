@@ -34,7 +34,7 @@ def allot_final_epsilons(
 
 class ExplorationSchedule:
     """
-    The exploration schedule of all lanes: linear from the initial epsilon to the final one of each lane, as in DQN.
+    The exploration schedule of several lanes: linear from the initial epsilon to the final one of each lane, as in DQN.
 
     :param initial_eps: epsilon of every lane at the start
     :param final_eps: final epsilon of each lane, shape ``(n_lanes,)``
@@ -42,43 +42,53 @@ class ExplorationSchedule:
     """
 
     def __init__(self, initial_eps: float, final_eps: np.ndarray, fraction: float) -> None:
+        self.initial_eps = initial_eps
+        self.final_eps = final_eps
+        self.fraction = fraction
         # LinearSchedule works with arrays as well as with floats
         self._schedule = LinearSchedule(initial_eps, final_eps, fraction)  # type: ignore[arg-type]
-        self.epsilons = np.full(len(final_eps), initial_eps, dtype=float)
 
-    def update(self, progress_remaining: float) -> None:
+    def __call__(self, progress_remaining: float) -> np.ndarray:
         """
-        Set ``epsilons``, shape ``(n_lanes,)``, in place, since the workers hold views of parts of this array.
-
         :param progress_remaining: progress remaining, from 1 (start) to 0 (end)
+        :return: epsilon of each lane, shape ``(n_lanes,)``
         """
-        self.epsilons[:] = self._schedule(progress_remaining)
+        return np.broadcast_to(self._schedule(progress_remaining), self.final_eps.shape)
+
+    def take_lanes(self, lanes: range) -> "ExplorationSchedule":
+        """
+        :param lanes: consecutive lanes
+        :return: the schedule of these lanes
+        """
+        return ExplorationSchedule(self.initial_eps, self.final_eps[lanes.start : lanes.stop], self.fraction)
 
 
 class BehaviourPolicy:
     """
     Epsilon-greedy behaviour policy of the lanes of one worker.
 
-    :param epsilons: current epsilon of each lane, shape ``(n_lanes,)``; a view of the array that
-        :class:`ExplorationSchedule` updates
+    :param exploration: the exploration schedule of these lanes
     :param n_actions: number of actions
     :param random_generator: the random generator of this worker
     """
 
-    def __init__(self, epsilons: np.ndarray, n_actions: int, random_generator: np.random.Generator) -> None:
-        self.epsilons = epsilons
+    def __init__(self, exploration: ExplorationSchedule, n_actions: int, random_generator: np.random.Generator) -> None:
+        self.exploration = exploration
         self.n_actions = n_actions
         self.random_generator = random_generator
 
-    def choose_actions(self, q_values: np.ndarray, lanes: np.ndarray | slice = slice(None)) -> np.ndarray:
+    def choose_actions(
+        self, q_values: np.ndarray, progress_remaining: float, lanes: np.ndarray | slice = slice(None)
+    ) -> np.ndarray:
         """
         Choose an action for each lane.
 
         :param q_values: action values, shape ``(n, n_actions)``
+        :param progress_remaining: progress remaining, from 1 (start) to 0 (end of the training)
         :param lanes: the lanes of the worker to which the rows belong, by default all
         :return: indices of the actions, shape ``(n,)``
         """
         n_rows = len(q_values)
-        explores = self.random_generator.random(n_rows) < self.epsilons[lanes]
+        explores = self.random_generator.random(n_rows) < self.exploration(progress_remaining)[lanes]
         random_actions = self.random_generator.integers(self.n_actions, size=n_rows)
         return np.where(explores, random_actions, q_values.argmax(axis=1))

@@ -24,7 +24,7 @@ from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
-from sb3_async1step.common.vec_env_split import split_vec_env, take_lanes
+from sb3_async1step.vec_envs.split import split_vec_env, take_lanes
 
 NOOP, FIRE, SECOND_ACTION_AFTER_RESET = 0, 1, 2
 # Values of AtariEnv's options with which the engine can reproduce it

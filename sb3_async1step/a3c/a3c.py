@@ -1,0 +1,218 @@
+from typing import Any, ClassVar, Literal
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+
+from sb3_async1step.a3c.actor_learner import A3CActorLearner, A3CSettings
+from sb3_async1step.a3c.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_async1step.common.async_algorithm import AsyncAlgorithm, Backend, SelfAsyncAlgorithm
+from sb3_async1step.common.optimizers import SharedRMSprop
+from sb3_async1step.common.parameter_checks import (
+    check,
+    check_bool,
+    check_not_negative,
+    check_unit_interval,
+    is_whole,
+)
+from sb3_async1step.sb3_internals import dump_logs_by_iterations
+from sb3_async1step.workers.actor_learner import ActorLearner
+from sb3_async1step.workers.shared_parameters import SharedParameters
+
+
+class A3C(AsyncAlgorithm):
+    """
+    Asynchronous advantage actor-critic (Mnih et al. 2016, Algorithm 3 in the supplement).
+
+    Paper: https://arxiv.org/abs/1602.01783
+
+    :param policy: ``MlpPolicy``, ``CnnPolicy``, ``MultiInputPolicy`` (those of SB3's A2C), or an ``ActorCriticPolicy``
+    :param env: the environment to learn from (if registered in Gym, can be str)
+    :param learning_rate: learning rate, or a function of the progress remaining (from 1 to 0)
+    :param gamma: discount factor
+    :param n_envs: number of env lanes to make if ``env`` is an id, by default 16, as many as the paper had
+        actor-learners, without a ``render_mode``. An env object has its own number
+    :param n_workers: number of worker threads, at most the number of env lanes; ``"auto"`` for as many as there are
+        usable cores, or one if the network is so small that several would only wait for Python's interpreter lock.
+        With one worker, everything runs on the calling thread, with any VecEnv
+    :param update_interval: most time steps of a segment (the paper's t_max), after which a worker updates; a worker
+        with a single lane also updates at the end of an episode, as in the paper
+    :param gae_lambda: lambda of generalized advantage estimation; 1 is the paper's advantage, the n-step return less
+        the value
+    :param ent_coef: coefficient of the entropy in the loss (the paper's beta)
+    :param vf_coef: coefficient of the value loss
+    :param normalize_advantage: whether to normalize the advantages of a rollout
+    :param max_grad_norm: norm to which gradients are clipped
+    :param rms_prop_eps: term that shared RMSProp adds to the average of squared gradients, unless ``policy_kwargs``
+        names another optimizer
+    :param use_sde: whether to explore by state-dependent noise (gSDE), for Box actions
+    :param sde_sample_freq: time steps after which that noise is drawn again, -1 for once in a segment
+    :param lock_updates: whether workers wait for each other's updates. By default they don't (Hogwild); with another
+        optimizer than :class:`~sb3_async1step.SharedRMSprop`, they always do
+    :param backend: ``"threads"``, or ``"serial"``: the same workers take turns on the calling thread, reproducible
+        bit for bit from the seed
+    :param stats_window_size: number of episodes over which logged returns and lengths are averaged
+    :param tensorboard_log: folder for TensorBoard logs (no logging if None)
+    :param policy_kwargs: further parameters of the policy
+    :param verbose: 0 for no output, 1 for info messages, 2 for debug messages
+    :param seed: seed of all random generators
+    :param device: ``"auto"`` means the CPU, for which these methods are made; any other device has to be named
+    :param _init_setup_model: whether to build the networks at the creation of the instance
+    :raises AssertionError: if the action space is not ``Box``, ``Discrete``, ``MultiDiscrete`` or ``MultiBinary``
+    :raises ValueError: if a parameter is out of range, or ``env`` has another number of lanes than ``n_envs``
+    :raises TypeError: if the env can't be split among ``n_workers``
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    actor_learner_class: ClassVar[type[ActorLearner]] = A3CActorLearner
+
+    policy: ActorCriticPolicy
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 7e-4,
+        gamma: float = 0.99,
+        n_envs: int | None = None,
+        n_workers: int | Literal["auto"] = "auto",
+        update_interval: int = 5,
+        gae_lambda: float = 1.0,
+        ent_coef: float = 0.01,
+        vf_coef: float = 0.5,
+        normalize_advantage: bool = False,
+        max_grad_norm: float = 0.5,
+        rms_prop_eps: float = 1e-5,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        lock_updates: bool = False,
+        backend: Backend = "threads",
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            gamma=gamma,
+            n_envs=n_envs,
+            n_workers=n_workers,
+            update_interval=update_interval,
+            max_grad_norm=max_grad_norm,
+            lock_updates=lock_updates,
+            backend=backend,
+            supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+        )
+        self.gae_lambda = gae_lambda
+        self.ent_coef = ent_coef
+        self.vf_coef = vf_coef
+        self.normalize_advantage = normalize_advantage
+        self.rms_prop_eps = rms_prop_eps
+        if _init_setup_model:
+            self._setup_model()
+
+    def _make_policy(self) -> BasePolicy:
+        # As SB3's A2C does with its own RMSprop
+        optimizer = {"optimizer_class": SharedRMSprop, "optimizer_kwargs": {"eps": self.rms_prop_eps}}
+        policy_kwargs = (
+            self.policy_kwargs if "optimizer_class" in self.policy_kwargs else optimizer | self.policy_kwargs
+        )
+        return self.policy_class(
+            self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **policy_kwargs
+        )
+
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        check_unit_interval(gae_lambda=self.gae_lambda)
+        check_not_negative(ent_coef=self.ent_coef, vf_coef=self.vf_coef, rms_prop_eps=self.rms_prop_eps)
+        check_bool(normalize_advantage=self.normalize_advantage, use_sde=self.use_sde)
+        freq = self.sde_sample_freq
+        check("sde_sample_freq", freq, is_whole(freq) and (freq == -1 or freq >= 1), "-1, or 1 or more")
+        start = getattr(self.action_space, "start", 0)
+        if (
+            isinstance(self.action_space, spaces.Discrete)
+            and start != 0
+            and not issubclass(self.policy_class, MlpPolicy)
+        ):
+            raise ValueError(
+                f"The actions start at {start}, but {self.policy_class.__name__} predicts actions that start at 0: "
+                "derive it from sb3_async1step.a3c.MlpPolicy."
+            )
+
+    def _make_settings(self, num_envs: int) -> A3CSettings:
+        return A3CSettings(
+            device=self.device,
+            gamma=self.gamma,
+            update_interval=self.update_interval,
+            max_grad_norm=self.max_grad_norm,
+            action_space=self.action_space,
+            gae_lambda=self.gae_lambda,
+            ent_coef=self.ent_coef,
+            vf_coef=self.vf_coef,
+            normalize_advantage=self.normalize_advantage,
+            use_sde=self.use_sde,
+            sde_sample_freq=self.sde_sample_freq,
+        )
+
+    def _share_parameters(self) -> SharedParameters:
+        return SharedParameters(self.policy, self.policy, self.lock_updates)
+
+    def _forward_once(self, observation: Any) -> None:
+        self.policy.get_distribution(observation)
+        self.policy.predict_values(observation)
+
+    def learn(
+        self: SelfAsyncAlgorithm,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int | None = 100,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfAsyncAlgorithm:
+        """
+        Train the model.
+
+        :param total_timesteps: number of environment steps over all lanes; exceeded by less than one vector step
+        :param callback: called once for every ``num_envs`` transitions, on the calling thread, while no worker steps
+        :param log_interval: number of iterations (``update_interval`` vector steps of all lanes) between two logs, as
+            in SB3's A2C, None for no logs
+        :param tb_log_name: name of the run for TensorBoard, by default the class's
+        :param reset_num_timesteps: whether to start counting at zero again
+        :param progress_bar: whether to show a progress bar
+        :return: the trained model
+        :raises BaseException: the exception of an env, a worker or a callback, with its own traceback. All workers
+            have been stopped by then, and the model can still predict, save and continue learning
+        """
+        return super().learn(
+            total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
+        )
+
+    def _log_is_due(self, log_interval: int, n_episodes_before: int, n_batches: int) -> bool:
+        return n_batches % (log_interval * self.update_interval) == 0
+
+    def dump_logs(self) -> None:
+        """Write log data: A2C's keys, and the ``async/*`` metrics over the updates since the last log."""
+        self._record_updates()
+        if hasattr(self.policy, "log_std"):
+            self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
+        n_batches = (self.num_timesteps - self._num_timesteps_at_start) // self.n_envs
+        dump_logs_by_iterations(self, n_batches // self.update_interval)

@@ -1,0 +1,169 @@
+"""Algorithm 3 of the paper (in its supplement): one thread of the asynchronous advantage actor-critic."""
+
+import threading
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.distributions import Distribution, StateDependentNoiseDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.utils import explained_variance
+from torch.nn import functional as F
+
+from sb3_async1step.vec_envs.observations import map_arrays
+from sb3_async1step.workers.actor_learner import ActorLearner, Settings
+from sb3_async1step.workers.rollout import Rollout
+
+
+@dataclass
+class A3CSettings(Settings):
+    """
+    What all workers of A3C need to know.
+
+    :param action_space: the env's
+    :param gae_lambda: lambda of generalized advantage estimation, 1 for the paper's advantage
+    :param ent_coef: coefficient of the entropy (the paper's beta)
+    :param vf_coef: coefficient of the value loss
+    :param normalize_advantage: whether the advantages of a rollout are normalized
+    :param use_sde: whether the policy explores by state-dependent noise
+    :param sde_sample_freq: time steps after which its noise is drawn again, -1 for once in a segment
+    """
+
+    action_space: spaces.Space
+    gae_lambda: float
+    ent_coef: float
+    vf_coef: float
+    normalize_advantage: bool
+    use_sde: bool
+    sde_sample_freq: int
+
+
+class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
+    """A worker of :class:`~sb3_async1step.A3C`."""
+
+    settings: A3CSettings
+
+    # torch.distributions draw from PyTorch's global generator, which one worker uses at a time
+    _sampling: ClassVar[threading.Lock] = threading.Lock()
+
+    @property
+    def acting_policy(self) -> ActorCriticPolicy:
+        """The view of theta' that acts."""
+        policy = self.local.acting_network
+        assert isinstance(policy, ActorCriticPolicy)
+        return policy
+
+    def begin_segment(self) -> None:
+        super().begin_segment()
+        if self.settings.use_sde:
+            self._draw_noise()
+
+    def choose_actions(self) -> np.ndarray:
+        # Perform a_t according to the policy pi(a_t | s_t; theta')
+        freq = self.settings.sde_sample_freq
+        if self.settings.use_sde and freq > 0 and self._steps_since_update > 0 and self._steps_since_update % freq == 0:
+            self._draw_noise()
+        with th.no_grad():
+            distribution = self.acting_policy.get_distribution(self.to_tensor(self.observations))
+            return self._sample(distribution).cpu().numpy()
+
+    def to_env_actions(self, actions: np.ndarray) -> np.ndarray:
+        # As SB3's A2C does
+        space = self.settings.action_space
+        if isinstance(space, spaces.Discrete):
+            return actions + space.start
+        if not isinstance(space, spaces.Box):
+            return actions
+        if self.acting_policy.squash_output:
+            return self.acting_policy.unscale_action(actions)
+        return np.clip(actions, space.low, space.high)
+
+    def compute_loss(self, rollout: Rollout) -> tuple[th.Tensor, dict[str, float]]:
+        policy = self.local.learning_network
+        assert isinstance(policy, ActorCriticPolicy)
+        actions = self.to_device(rollout.actions.reshape(-1, *rollout.actions.shape[2:]))
+        values, log_prob, entropy = policy.evaluate_actions(self.to_batch(rollout.observations), actions)
+        values = values.flatten()
+
+        # A = R - V(s; theta'_v), through which no gradient flows
+        advantages = self.compute_advantages(rollout, values.detach().reshape(rollout.rewards.shape)).flatten()
+        returns = advantages + values.detach()
+        if self.settings.normalize_advantage:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+        policy_loss = -(advantages * log_prob).mean()
+        value_loss = F.mse_loss(returns, values)
+        # Some distributions have no analytical entropy
+        entropy_loss = -th.mean(-log_prob if entropy is None else entropy)
+        loss = policy_loss + self.settings.ent_coef * entropy_loss + self.settings.vf_coef * value_loss
+        return loss, {
+            "train/policy_loss": policy_loss.item(),
+            "train/value_loss": value_loss.item(),
+            "train/entropy_loss": entropy_loss.item(),
+            "train/explained_variance": float(explained_variance(values.detach().cpu().numpy(), returns.cpu().numpy())),
+        }
+
+    @th.no_grad()
+    def compute_advantages(self, rollout: Rollout, values: th.Tensor) -> th.Tensor:
+        """
+        :param rollout: transitions, time by lane
+        :param values: V(s; theta'_v), shape ``(n_steps, n_lanes)``
+        :return: advantages, shape ``(n_steps, n_lanes)``
+        """
+        rewards = self.to_device(rollout.rewards)
+        continues = self.to_device(~rollout.terminated).float()
+        same_episode = self.to_device(~(rollout.terminated | rollout.truncated)).float()
+        next_values = self.compute_next_values(rollout, values)
+        gamma, gae_lambda = self.settings.gamma, self.settings.gae_lambda
+
+        # With lambda = 1, this is R - V(s_i), with R <- r_i + gamma * R
+        td_errors = rewards + gamma * continues * next_values - values
+        advantages = th.empty_like(td_errors)
+        following = th.zeros_like(td_errors[0])
+        for i in reversed(range(len(rollout))):
+            following = advantages[i] = td_errors[i] + gamma * gae_lambda * same_episode[i] * following
+        return advantages
+
+    def compute_next_values(self, rollout: Rollout, values: th.Tensor) -> th.Tensor:
+        """
+        :param rollout: transitions, time by lane
+        :param values: V(s; theta'_v), shape ``(n_steps, n_lanes)``
+        :return: V(s'; theta'_v), shape ``(n_steps, n_lanes)``
+        """
+        next_values = th.empty_like(values)
+        next_values[:-1] = values[1:]
+        # The rollout does not go on from the last states, nor from those in which an episode was cut off
+        ends = rollout.truncated.copy()
+        ends[-1] = True
+        observations = map_arrays(lambda array: array[ends], rollout.next_observations)
+        next_values[self.to_device(ends)] = self.acting_policy.predict_values(self.to_tensor(observations)).flatten()
+        return next_values
+
+    def _sample(self, distribution: Distribution) -> th.Tensor:
+        return self._draw(distribution.get_actions)
+
+    def _draw_noise(self) -> None:
+        self._draw(lambda: self.acting_policy.reset_noise(self.n_lanes))
+
+    def _draw(self, function: Any) -> Any:
+        """Call a function that draws from PyTorch's generator, which is seeded by this worker's own meanwhile."""
+        seed = int(self.random_generator.integers(2**63))
+        with self._sampling:
+            state = th.default_generator.get_state()
+            try:
+                th.default_generator.manual_seed(seed)
+                return function()
+            finally:
+                th.default_generator.set_state(state)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        distribution = self.acting_policy.action_dist
+        if not isinstance(distribution, StateDependentNoiseDistribution):
+            return {}
+        return {name: getattr(distribution, name, None) for name in ("exploration_mat", "exploration_matrices")}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self.acting_policy.action_dist, name, value)

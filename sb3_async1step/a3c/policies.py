@@ -1,0 +1,27 @@
+"""SB3's actor-critic policies, for action spaces that start anywhere."""
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    MultiInputActorCriticPolicy,
+)
+from stable_baselines3.common.type_aliases import PyTorchObs
+
+
+class MlpPolicy(ActorCriticPolicy):
+    """SB3's ``ActorCriticPolicy``, whose parameters it has."""
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        actions = super()._predict(observation, deterministic)
+        # The network numbers actions from 0, the action space may start elsewhere
+        return actions + int(self.action_space.start) if isinstance(self.action_space, spaces.Discrete) else actions
+
+
+class CnnPolicy(MlpPolicy, ActorCriticCnnPolicy):
+    """SB3's ``ActorCriticCnnPolicy``, whose parameters it has."""
+
+
+class MultiInputPolicy(MlpPolicy, MultiInputActorCriticPolicy):
+    """SB3's ``MultiInputActorCriticPolicy``, whose parameters it has."""

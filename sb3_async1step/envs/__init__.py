@@ -1,1 +1,0 @@
-"""Envs that are made for several workers."""

@@ -1,0 +1,113 @@
+"""A worker of a value-based method: it acts epsilon-greedily, and bootstraps on the shared target network."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.vec_env import VecEnv
+from torch.nn import functional as F
+
+from sb3_async1step.value_based.exploration import BehaviourPolicy, ExplorationSchedule
+from sb3_async1step.value_based.target_network import SharedQNetworks
+from sb3_async1step.vec_envs.observations import Observations
+from sb3_async1step.workers.actor_learner import ActorLearner, AnySettings, Settings, WorkerRecipe
+from sb3_async1step.workers.rollout import AnyRollout
+
+LOSSES = {"mse": F.mse_loss, "huber": F.smooth_l1_loss}
+
+
+@dataclass
+class ValueBasedSettings(Settings):
+    """
+    What all workers of a value-based method need to know.
+
+    :param exploration: the exploration schedule of all lanes
+    :param n_actions: number of actions
+    :param first_action: the action of the environment that has index 0 in the network's output
+    :param target_update_interval: environment steps, over all lanes, between two updates of the target network (the
+        paper's I_target)
+    :param tau: soft update coefficient of the target network
+    :param loss: a key of ``LOSSES``
+    """
+
+    exploration: ExplorationSchedule
+    n_actions: int
+    first_action: int
+    target_update_interval: int
+    tau: float
+    loss: str
+
+
+class ValueBasedActorLearner(ActorLearner[AnySettings, AnyRollout]):
+    """
+    A worker that learns action values. A subclass says what their targets are.
+
+    :param recipe: see :class:`~sb3_async1step.workers.actor_learner.ActorLearner`
+    :param env: see there
+    :param observations: see there
+    :param shared: the online network and the target network
+    """
+
+    settings: ValueBasedSettings  # type: ignore[assignment]
+    shared: SharedQNetworks
+
+    def __init__(self, recipe: WorkerRecipe, env: VecEnv, observations: Observations, shared: SharedQNetworks) -> None:
+        super().__init__(recipe, env, observations, shared)
+        self.behaviour = BehaviourPolicy(
+            self.settings.exploration.take_lanes(self.lanes), self.settings.n_actions, self.random_generator
+        )
+
+    @abstractmethod
+    def compute_targets(self, rollout: AnyRollout) -> th.Tensor:
+        """
+        :param rollout: transitions, time by lane
+        :return: the values that ``Q(s, a)`` shall come closer to, shape ``(n_steps, n_lanes)``
+        """
+
+    def choose_actions(self) -> np.ndarray:
+        return self.act_epsilon_greedily(self.observations)
+
+    def act_epsilon_greedily(self, observations: Observations, lanes: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """
+        :param observations: observations of some lanes
+        :param lanes: which of this worker's lanes these are, by default all
+        :return: indices of the behaviour policy's actions, shape ``(n,)``
+        """
+        with th.no_grad():
+            q_values = self.local.acting_network(self.to_tensor(observations))
+        return self.behaviour.choose_actions(q_values.cpu().numpy(), self.shared.progress_remaining, lanes)
+
+    def to_env_actions(self, actions: np.ndarray) -> np.ndarray:
+        return actions + self.settings.first_action
+
+    def compute_loss(self, rollout: AnyRollout) -> tuple[th.Tensor, dict[str, float]]:
+        with th.no_grad():
+            targets = self.compute_targets(rollout).reshape(-1)
+        actions = self.to_device(rollout.actions).reshape(-1, 1)
+        q_values = self.local.learning_network(self.to_batch(rollout.observations)).gather(dim=1, index=actions)
+        loss = LOSSES[self.settings.loss](q_values.squeeze(dim=1), targets)
+        return loss, {"train/loss": loss.item()}
+
+    def compute_target_q_values(self, observations: Observations) -> th.Tensor:
+        """
+        :param observations: shape ``(n_steps, n_lanes, ...)``
+        :return: ``Q(s, a; theta^-)`` for all actions a, shape ``(n_steps, n_lanes, n_actions)``
+        """
+        q_values = self.shared.target_network(self.to_batch(observations))
+        return q_values.reshape(-1, self.n_lanes, self.settings.n_actions)
+
+    def end_step(self, num_timesteps: int) -> None:
+        """
+        Update the target network once for each multiple of the interval that this step crossed.
+
+        :param num_timesteps: environment steps of all lanes, including these (the paper's T)
+        """
+        interval = self.settings.target_update_interval
+        n_syncs = num_timesteps // interval - (num_timesteps - self.n_lanes) // interval
+        if n_syncs > 0:
+            self.before_target_sync()
+            self.shared.sync_target(n_syncs, self.settings.tau)
+
+    def before_target_sync(self) -> None:
+        """Do what needs the old target network."""

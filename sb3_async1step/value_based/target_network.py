@@ -1,0 +1,37 @@
+"""The target network that all workers share."""
+
+import threading
+
+from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
+from stable_baselines3.dqn.policies import DQNPolicy
+
+from sb3_async1step.workers.shared_parameters import SharedParameters
+
+
+class SharedQNetworks(SharedParameters):
+    """
+    The shared online network (theta) and target network (theta^-).
+
+    :param policy: the policy whose networks and optimizer are shared
+    :param lock_updates: see :class:`~sb3_async1step.workers.shared_parameters.SharedParameters`
+    """
+
+    def __init__(self, policy: DQNPolicy, lock_updates: bool) -> None:
+        super().__init__(policy.q_net, policy, lock_updates)
+        self.target_network = policy.q_net_target
+        self._sync_lock = threading.Lock()
+
+    def sync_target(self, n_times: int, tau: float) -> None:
+        """
+        Move the target network towards the online network: theta^- <- theta.
+
+        :param n_times: number of soft updates, which are made at once: ``n`` updates with ``tau`` equal one with
+            ``1 - (1 - tau)^n``
+        :param tau: soft update coefficient, 1 for a copy
+        """
+        tau = 1.0 - (1.0 - tau) ** n_times
+        with self._sync_lock:
+            polyak_update(self.network.parameters(), self.target_network.parameters(), tau)
+            # The running statistics of BatchNorm are copied, as in SB3's DQN
+            online_statistics = get_parameters_by_name(self.network, ["running_"])
+            polyak_update(online_statistics, get_parameters_by_name(self.target_network, ["running_"]), 1.0)

@@ -1,0 +1,79 @@
+"""
+Observations of several lanes, in the order of the lanes: an array, or a dict of arrays.
+
+Only this module asks which of the two they are.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+Observations = np.ndarray | dict[str, np.ndarray]
+
+
+def map_arrays(function: Callable[..., np.ndarray], *observations: Observations) -> Observations:
+    """
+    :param function: takes an array of each of the observations, and returns one
+    :param observations: observations of the same space
+    :return: the function's results, in the structure of the observations
+    """
+    first = observations[0]
+    if isinstance(first, dict):
+        return {key: function(*(parts[key] for parts in observations)) for key in first}
+    return function(*observations)
+
+
+def list_arrays(observations: Observations) -> list[np.ndarray]:
+    """
+    :param observations: observations
+    :return: their arrays, one or several
+    """
+    return list(observations.values()) if isinstance(observations, dict) else [observations]
+
+
+def take_rows(observations: Observations, rows: slice | np.ndarray) -> Observations:
+    """
+    :param observations: observations
+    :param rows: lanes
+    :return: the observations of these lanes, a view if they are a slice
+    """
+    return map_arrays(lambda array: array[rows], observations)
+
+
+def store_rows(storage: Observations, rows: int | slice | np.ndarray, observations: Observations) -> None:
+    """
+    :param storage: observations to overwrite in part
+    :param rows: which part of the first axis
+    :param observations: the values
+    """
+    for array, values in zip(
+        list_arrays(storage), list_arrays(map_arrays(_second, storage, observations)), strict=True
+    ):
+        array[rows] = values
+
+
+def concatenate(parts: Sequence[Observations]) -> Observations:
+    """
+    :param parts: observations of several groups of lanes
+    :return: the observations of all lanes
+    """
+    return map_arrays(lambda *arrays: np.concatenate(arrays), *parts)
+
+
+def replace_rows(observations: Observations, replacements: dict[int, Observations]) -> Observations:
+    """
+    :param observations: observations
+    :param replacements: the observation of a lane, by the lane
+    :return: a copy with the replacements, or the observations themselves if there are none
+    """
+    if not replacements:
+        return observations
+    replaced = map_arrays(np.copy, observations)
+    for row, observation in replacements.items():
+        store_rows(replaced, row, observation)
+    return replaced
+
+
+def _second(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    # In the order of the first one's keys
+    return second

@@ -1,0 +1,323 @@
+"""One thread of the paper: pull, act, step, store, gradient, push."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_async1step.vec_envs.observations import Observations, list_arrays, replace_rows
+from sb3_async1step.workers.rollout import AnyRollout, Rollout, RolloutBuffer, merge_time_and_lanes
+from sb3_async1step.workers.shared_parameters import LocalParameters, SharedParameters
+from sb3_async1step.workers.transitions import Transitions, UpdateStats
+
+
+@dataclass
+class Settings:
+    """
+    What all workers of an algorithm need to know.
+
+    :param device: of the networks
+    :param gamma: discount factor
+    :param update_interval: vector steps of a worker's lanes between two updates
+    :param max_grad_norm: norm to which gradients are clipped
+    """
+
+    device: th.device
+    gamma: float
+    update_interval: int
+    max_grad_norm: float
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+@dataclass(frozen=True)
+class WorkerRecipe:
+    """
+    What a worker is made from, apart from its env and the shared parameters. It can be pickled.
+
+    :param actor_learner: the class of the worker
+    :param settings: those of the algorithm
+    :param lanes: the numbers of the worker's lanes among all lanes of the model
+    :param random_generator: the worker's own
+    """
+
+    actor_learner: type["ActorLearner"]
+    settings: Settings
+    lanes: range
+    random_generator: np.random.Generator
+
+    def build(self, env: VecEnv, observations: Observations, shared: SharedParameters) -> "ActorLearner":
+        """
+        :param env: VecEnv with the lanes of this worker
+        :param observations: the current observations of these lanes
+        :param shared: the parameters that all workers share
+        :return: the worker
+        """
+        return self.actor_learner(self, env, observations, shared)
+
+
+@dataclass
+class WorkerState:
+    """
+    The state of a worker between two steps, from which it can continue.
+
+    :param lanes: the lanes of the worker
+    :param update_interval: vector steps between two updates
+    :param steps_since_update: vector steps since the last update
+    :param rollout: the transitions since the last gradient, see :meth:`RolloutBuffer.get_state`
+    :param gradients: gradients accumulated since the last update (None for a parameter without a gradient)
+    :param metrics: metrics of each part of the rollout that these gradients are from, and its number of time steps
+    :param local_values: the thread-specific parameters, if there are any
+    :param extra: what the algorithm's actor-learner keeps besides
+    """
+
+    lanes: range
+    update_interval: int
+    steps_since_update: int
+    rollout: Rollout | None
+    gradients: list[th.Tensor | None]
+    metrics: list[tuple[dict[str, float], int]]
+    local_values: list[th.Tensor] | None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        if {field.name for field in fields(self)} != set(attributes):
+            # From a file of an earlier version. No worker has no lanes, so none continues from it
+            attributes = {"lanes": range(0), "update_interval": 0}
+        self.__dict__.update(attributes)
+
+
+class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
+    """
+    A worker: one thread of the paper, which drives a group of env lanes in one batch.
+
+    The gradient is the sum over the time steps of the rollout, as in the paper, and the mean over the lanes, so that
+    its size depends on ``update_interval`` alone. A subclass says how it acts and what its loss is.
+
+    :param recipe: what the worker is made from
+    :param env: VecEnv with the lanes of this worker
+    :param observations: the current observations of these lanes
+    :param shared: the parameters that all workers share
+    """
+
+    #: Whether the worker has parameters of its own (theta'), which it pulls at the start of each segment
+    thread_specific_parameters: ClassVar[bool] = True
+
+    settings: AnySettings
+
+    def __init__(self, recipe: WorkerRecipe, env: VecEnv, observations: Observations, shared: SharedParameters) -> None:
+        self.settings = recipe.settings  # type: ignore[assignment]
+        self.lanes = recipe.lanes
+        self.random_generator = recipe.random_generator
+        self.env = env
+        self.observations = observations
+        self.shared = shared
+        self.local = LocalParameters(shared, self.thread_specific_parameters)
+        self.rollout: RolloutBuffer[AnyRollout] = RolloutBuffer(self.settings.update_interval)
+        self._steps_since_update = 0
+        # Of each part of the rollout whose gradient has been accumulated, and its number of time steps
+        self._metrics: list[tuple[dict[str, float], int]] = []
+
+    @property
+    def n_lanes(self) -> int:
+        return len(self.lanes)
+
+    # ------------------------------------------------------------------ what an algorithm says
+
+    @abstractmethod
+    def choose_actions(self) -> np.ndarray:
+        """
+        :return: actions for the current observations, as the network numbers them, shape ``(n_lanes, *action_shape)``
+        """
+
+    @abstractmethod
+    def to_env_actions(self, actions: np.ndarray) -> np.ndarray:
+        """
+        :param actions: actions of this worker's lanes
+        :return: the same as the env understands them
+        """
+
+    @abstractmethod
+    def compute_loss(self, rollout: AnyRollout) -> tuple[th.Tensor, dict[str, float]]:
+        """
+        :param rollout: transitions since the last gradient, time by lane
+        :return: mean loss over the transitions, a scalar, and metrics for the logger
+        """
+
+    def complete_step(self, step: Rollout, new_obs: Observations) -> AnyRollout:
+        """
+        Add to a time step what else the algorithm stores.
+
+        :param step: one time step of all lanes; its arrays lack the first axis
+        :param new_obs: the observations in which the next actions are taken
+        :return: the step to store
+        """
+        return step  # type: ignore[return-value]
+
+    def begin_segment(self) -> None:
+        """Do what is due before the first step after an update."""
+        self.local.pull()
+
+    def end_step(self, num_timesteps: int) -> None:
+        """
+        Do what is due after each step, before an update.
+
+        :param num_timesteps: environment steps of all lanes, including these (the paper's T)
+        """
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """
+        :return: what the algorithm keeps from one step to the next
+        """
+        return {}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """
+        :param state: what :meth:`get_extra_state` returned
+        """
+
+    # ------------------------------------------------------------------ the thread
+
+    def step(self, num_timesteps: int) -> Transitions:
+        """
+        Take one step in every lane, and update the parameters if an update is due.
+
+        :param num_timesteps: environment steps of all lanes, including these (the paper's T)
+        :return: the transitions
+        :raises ValueError: if a reward, an observation or the gradient is not finite; the shared parameters are not
+            changed then
+        """
+        if self._steps_since_update == 0:
+            self.begin_segment()
+        actions = self.choose_actions()
+        env_actions = self.to_env_actions(actions)
+        result: Any = self.env.step(env_actions)
+        new_obs, rewards, dones, infos = result
+        self._check_finite("reward", rewards)
+        self._check_finite("observation", new_obs)
+        self.rollout.add(self.complete_step(self._describe_step(actions, new_obs, rewards, dones, infos), new_obs))
+        self.observations = new_obs
+        self._steps_since_update += 1
+
+        # As in the paper, a single lane also updates at the end of its episode
+        is_due = self._steps_since_update == self.settings.update_interval or (self.n_lanes == 1 and bool(dones[0]))
+        if is_due:
+            self.accumulate_gradient()
+        self.end_step(num_timesteps)
+        updates = [self._update()] if is_due else []
+        return Transitions(env_actions, new_obs, rewards, dones, infos, updates)
+
+    def _describe_step(
+        self, actions: np.ndarray, new_obs: Any, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]
+    ) -> Rollout:
+        truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos], dtype=bool) & dones
+        # Only truncated lanes need their terminal observation: after a termination, nothing is bootstrapped
+        ends = {int(lane): infos[lane]["terminal_observation"] for lane in np.flatnonzero(truncated)}
+        next_observations = replace_rows(new_obs, ends)
+        if ends:
+            self._check_finite("terminal observation", next_observations)
+        rewards = np.asarray(rewards, dtype=np.float32)
+        return Rollout(self.observations, actions, rewards, next_observations, dones & ~truncated, truncated)
+
+    def _check_finite(self, name: str, values: Observations) -> None:
+        for array in list_arrays(values):
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                lane = int(np.flatnonzero(~np.isfinite(array.reshape(self.n_lanes, -1)).all(axis=1))[0])
+                raise ValueError(
+                    f"The {name} of env lane {self.lanes[lane]} is not finite: {array[lane]}. Nothing was learned "
+                    "from it. Repair the env; stable_baselines3.common.vec_env.VecCheckNan helps to find the cause."
+                )
+
+    def accumulate_gradient(self) -> None:
+        """Add the gradient of the transitions since the last one: d_theta <- d_theta + ..."""
+        n_steps = self.rollout.n_filled
+        if n_steps == 0:
+            return
+        rollout = self.rollout.take()
+        # BatchNorm cannot normalize a single transition
+        self.local.learning_network.set_training_mode(rollout.rewards.size > 1)
+        loss, metrics = self.compute_loss(rollout)
+        self.local.share_buffers()
+        # Mean over the lanes, sum over the time steps
+        (loss * n_steps).backward()
+        self._metrics.append((metrics, n_steps))
+
+    def _update(self) -> UpdateStats:
+        self._clip_gradient()
+        staleness = self.local.push()
+        n_steps = [n for _, n in self._metrics]
+        metrics = {
+            key: float(np.average([m[key] for m, _ in self._metrics], weights=n_steps)) for key in self._metrics[0][0]
+        }
+        self._metrics.clear()
+        self._steps_since_update = 0
+        return UpdateStats(metrics, staleness)
+
+    def _clip_gradient(self) -> None:
+        norm = th.nn.utils.clip_grad_norm_(self.local.learning_network.parameters(), self.settings.max_grad_norm)
+        if not th.isfinite(norm):
+            raise ValueError(
+                f"The gradient's norm is {norm.item()}: the training diverges. The update was not applied. "
+                "Lower the learning rate, or normalize rewards and observations (VecNormalize)."
+            )
+
+    # ------------------------------------------------------------------ tensors
+
+    def to_tensor(self, observations: Observations) -> Any:
+        """
+        :param observations: observations of some lanes
+        :return: tensors, as networks take them
+        """
+        return obs_as_tensor(observations, self.settings.device)
+
+    def to_batch(self, observations: Observations) -> Any:
+        """
+        :param observations: observations of a rollout, shape ``(n_steps, n_lanes, ...)``
+        :return: tensors in shape ``(n_steps * n_lanes, ...)``, as networks take them
+        """
+        return self.to_tensor(merge_time_and_lanes(observations))
+
+    def to_device(self, array: np.ndarray) -> th.Tensor:
+        """
+        :param array: an array of a rollout
+        :return: a tensor that shares its memory, if the device is the CPU
+        """
+        return th.as_tensor(array, device=self.settings.device)
+
+    # ------------------------------------------------------------------ saving
+
+    def get_state(self) -> WorkerState:
+        """
+        :return: a copy of everything that another worker needs to continue in place of this one
+        """
+        return WorkerState(
+            self.lanes,
+            self.rollout.n_steps,
+            self._steps_since_update,
+            self.rollout.get_state(),
+            self.local.get_gradients(),
+            list(self._metrics),
+            self.local.get_values(),
+            self.get_extra_state(),
+        )
+
+    def set_state(self, state: WorkerState) -> None:
+        """
+        Continue where another worker stopped. If its lanes or its update interval differ, its state is ignored, and the
+        transitions since its last update are lost.
+
+        :param state: a state returned by :meth:`get_state`
+        """
+        if (state.lanes, state.update_interval) != (self.lanes, self.rollout.n_steps):
+            return
+        self._steps_since_update = state.steps_since_update
+        self.rollout.set_state(state.rollout)  # type: ignore[arg-type]
+        self.local.set_gradients(state.gradients)
+        self._metrics = list(state.metrics)
+        self.local.set_values(state.local_values)
+        self.set_extra_state(state.extra)

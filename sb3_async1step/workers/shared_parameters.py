@@ -1,0 +1,189 @@
+"""What the workers share, the online network and the statistics of one optimizer, and their two ways to it."""
+
+import copy
+import threading
+from contextlib import nullcontext
+from typing import TypeVar
+
+import torch as th
+from stable_baselines3.common.policies import BaseModel, BasePolicy
+
+AnyNetwork = TypeVar("AnyNetwork", bound=BaseModel)
+
+
+class SharedParameters:
+    """
+    The online network (the paper's theta) and its optimizer, as the workers see them.
+
+    A worker does not use the module of the online network itself, but a :class:`LocalParameters`: by :meth:`pull` it
+    reads the parameters, by :meth:`push` it applies a gradient.
+
+    :param network: the online network
+    :param policy: the policy that it belongs to, and whose optimizer is shared
+    :param lock_updates: whether updates wait for each other; those of an optimizer that does not say that it
+        ``is_lock_free`` always do
+    """
+
+    def __init__(self, network: BaseModel, policy: BasePolicy, lock_updates: bool) -> None:
+        self.network = network
+        self.policy = policy
+        # Adam divides the mean of the gradients by the root of their mean square. Without a lock, another worker may
+        # have added to the mean already, but not yet to the mean square: where that is still zero, the step is immense
+        self.lock_updates = lock_updates or not getattr(policy.optimizer, "is_lock_free", False)
+        self.n_updates = 0
+        #: From 1 (start) to 0 (end of the training), for the workers' schedules
+        self.progress_remaining = 1.0
+        self._optimizer_has_state = False
+        self._update_lock = threading.Lock()
+        self._count_lock = threading.Lock()
+
+    def push(self, optimizer: th.optim.Optimizer) -> int:
+        """
+        Apply the gradient of a view to the online network.
+
+        :param optimizer: the view's optimizer
+        :return: how many updates all workers had applied before this one
+        """
+        for group, shared_group in zip(optimizer.param_groups, self.policy.optimizer.param_groups, strict=True):
+            # The learning rate of the schedule, and whatever else a callback has changed
+            group.update({name: value for name, value in shared_group.items() if name != "params"})
+        # The first update creates the statistics, which two workers must not do at the same time
+        exclusive = self.lock_updates or not self._optimizer_has_state
+        with self._update_lock if exclusive else nullcontext():
+            optimizer.step()
+            self._optimizer_has_state = True
+        with self._count_lock:
+            self.n_updates += 1
+            return self.n_updates - 1
+
+
+class LocalParameters:
+    """
+    A worker's parameters, and its only ways to the shared ones.
+
+    They are a view by default: modules of the same structure whose parameters share the memory of the online network,
+    but have gradients and version counters of their own. Therefore, gradients of concurrent workers do not mix, a write
+    without a lock (Hogwild) by one worker does not make another's backward pass fail, and ``predict()`` may switch the
+    policy to evaluation mode at any time.
+
+    :param shared: the shared parameters
+    :param thread_specific: whether the worker has values of its own (the paper's theta'), which change only when it
+        pulls the shared ones
+    """
+
+    def __init__(self, shared: SharedParameters, thread_specific: bool) -> None:
+        self._shared = shared
+        # What pulls read and pushes write
+        self._view = view_network(shared.network)
+        #: Computes gradients
+        self.learning_network = copy_network(shared.network) if thread_specific else self._view
+        #: Chooses actions, always in evaluation mode
+        self.acting_network = view_network(self.learning_network)
+        self.acting_network.set_training_mode(False)
+        self.thread_specific = thread_specific
+        self._n_updates_when_pulled = 0
+        self.renew_optimizer()
+
+    def renew_optimizer(self) -> None:
+        """Use the shared optimizer's statistics again, after loading has replaced them."""
+        self._optimizer = view_optimizer(self._shared.policy, self._shared.network, self._view)
+
+    def pull(self) -> None:
+        """Read the shared parameters: theta' <- theta."""
+        if self.thread_specific:
+            with th.no_grad():
+                for mine, shared in zip(self.learning_network.parameters(), self._view.parameters(), strict=True):
+                    mine.copy_(shared)
+        self._n_updates_when_pulled = self._shared.n_updates
+
+    def push(self) -> int:
+        """
+        Apply the accumulated gradient to the shared parameters, and clear it.
+
+        :return: number of updates that others applied between the last pull and this one
+        """
+        for mine, view in zip(self.learning_network.parameters(), self._view.parameters(), strict=True):
+            view.grad = mine.grad
+        n_updates_before = self._shared.push(self._optimizer)
+        for mine, view in zip(self.learning_network.parameters(), self._view.parameters(), strict=True):
+            mine.grad = view.grad = None
+        return n_updates_before - self._n_updates_when_pulled
+
+    def share_buffers(self) -> None:
+        """Share those buffers (of BatchNorm) that a forward pass replaced instead of changing them in place."""
+        for mine, shared in zip(self.learning_network.buffers(), self._shared.network.buffers(), strict=True):
+            if mine.data_ptr() != shared.data_ptr():
+                shared.copy_(mine)
+                mine.data = shared.data
+
+    def get_gradients(self) -> list[th.Tensor | None]:
+        """
+        :return: a copy of the gradient accumulated since the last push, None for a parameter without one
+        """
+        return [None if p.grad is None else p.grad.clone() for p in self.learning_network.parameters()]
+
+    def set_gradients(self, gradients: list[th.Tensor | None]) -> None:
+        """
+        :param gradients: what :meth:`get_gradients` returned
+        """
+        for parameter, gradient in zip(self.learning_network.parameters(), gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.clone()
+
+    def get_values(self) -> list[th.Tensor] | None:
+        """
+        :return: a copy of theta', None if there is none
+        """
+        return [p.detach().clone() for p in self.learning_network.parameters()] if self.thread_specific else None
+
+    def set_values(self, values: list[th.Tensor] | None) -> None:
+        """
+        :param values: what :meth:`get_values` returned
+        """
+        if self.thread_specific and values is not None:
+            for parameter, value in zip(self.learning_network.parameters(), values, strict=True):
+                parameter.data.copy_(value)
+
+
+def copy_network(network: AnyNetwork) -> AnyNetwork:
+    """
+    :param network: a network, or a policy with an optimizer
+    :return: a copy with values of its own, but with the same buffers (statistics of BatchNorm), and no optimizer
+    """
+    optimizer = getattr(network, "optimizer", None)
+    duplicate = copy.deepcopy(network, memo={} if optimizer is None else {id(optimizer): None})
+    for mine in duplicate.parameters():
+        mine.grad = None
+    for my_buffer, shared_buffer in zip(duplicate.buffers(), network.buffers(), strict=True):
+        my_buffer.data = shared_buffer.data
+    return duplicate
+
+
+def view_network(network: AnyNetwork) -> AnyNetwork:
+    """
+    :param network: a network, or a policy
+    :return: a view of it: another module whose parameters share its memory, with gradients of their own
+    """
+    view = copy_network(network)
+    for mine, shared in zip(view.parameters(), network.parameters(), strict=True):
+        mine.data = shared.data
+    return view
+
+
+def view_optimizer(policy: BasePolicy, network: BaseModel, view: BaseModel) -> th.optim.Optimizer:
+    """
+    :param policy: the policy that has the shared optimizer
+    :param network: the network whose parameters that optimizer changes
+    :param view: a view of the network
+    :return: an optimizer that applies the gradients of the view, with the statistics of the shared optimizer
+    """
+    shared = policy.optimizer
+    view_of = dict(zip(network.parameters(), view.parameters(), strict=True))
+    groups = [{**group, "params": [view_of[p] for p in group["params"]]} for group in shared.param_groups]
+    # The groups hold all settings. If the user has replaced the optimizer, the policy's arguments may not fit
+    is_the_policys = type(shared) is policy.optimizer_class
+    optimizer = type(shared)(groups, **(policy.optimizer_kwargs if is_the_policys else {}))
+    for group in shared.param_groups:
+        for parameter in group["params"]:
+            # The same dict: what the optimizer of one worker keeps in it, all workers see
+            optimizer.state[view_of[parameter]] = shared.state[parameter]
+    return optimizer
