@@ -25,7 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ale_py
 import gymnasium as gym

@@ -78,6 +78,23 @@ def insistent_ctrl_c() -> Iterator[None]:
         sys.unraisablehook = report
 
 
+def with_worker(algorithm: type[BaseAlgorithm], **methods: Callable) -> type[BaseAlgorithm]:
+    """
+    :param algorithm: one of our algorithms
+    :param methods: methods of its workers to replace; each gets the method that it replaces as its first argument
+    :return: a subclass of the algorithm with other workers
+    """
+    worker_class = algorithm.actor_learner_class
+
+    def bind(name: str, method: Callable) -> Callable:
+        return lambda self, *args: method(getattr(super(changed, self), name), self, *args)
+
+    changed: type = type(worker_class.__name__, (worker_class,), {})
+    for name, method in methods.items():
+        setattr(changed, name, bind(name, method))
+    return type(algorithm.__name__, (algorithm,), {"actor_learner_class": changed})
+
+
 def functions_of(thread: threading.Thread) -> list[str]:
     """
     :param thread: a thread

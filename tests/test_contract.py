@@ -27,7 +27,7 @@ from stable_baselines3.common.vec_env import (
 )
 
 from sb3_async1step import MinAtarCNN, NipsCNN
-from sb3_async1step.common import worker_pool
+from sb3_async1step.workers import pool
 from tests.envs import RandomWalkEnv, make_env
 from tests.helpers import DEADLINE, wait_until
 
@@ -560,7 +560,7 @@ def test_an_optimizer_in_the_policys_place(algorithm):
 def test_idle_time_is_a_share(algorithm, tmp_path, monkeypatch):
     """By a clock that goes on when the callback says so: while one of two workers waits, and while both do."""
     now = [0.0]
-    monkeypatch.setattr(worker_pool, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(pool, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     is_busy, release = threading.Event(), threading.Event()
 
     class BusyEnv(RandomWalkEnv):
@@ -596,5 +596,5 @@ def test_idle_time_is_a_share(algorithm, tmp_path, monkeypatch):
 def test_no_updates_are_kept_without_logs(algorithm):
     model = algorithm("MlpPolicy", make_env(2), n_workers=2)
     model.learn(2000, log_interval=None)
-    assert model._recent_updates.shape == (3,)
-    assert model._recent_updates[0] == model._n_updates
+    assert model._update_log.n_updates == model._n_updates
+    assert set(model._update_log._sums) == {"train/loss", "async/gradient_staleness"}

@@ -36,25 +36,25 @@ def test_one_value_for_all_lanes():
 
 def test_schedule_is_linear_then_constant():
     schedule = ExplorationSchedule(1.0, np.array([0.1, 0.5]), fraction=0.2)
-    view = schedule.epsilons[1:]
+    second_lane = schedule.take_lanes(range(1, 2))
     for progress, expected in [(1.0, [1.0, 1.0]), (0.9, [0.55, 0.75]), (0.8, [0.1, 0.5]), (0.0, [0.1, 0.5])]:
-        schedule.update(progress)
-        np.testing.assert_allclose(schedule.epsilons, expected)
-        np.testing.assert_allclose(view, expected[1:])
+        np.testing.assert_allclose(schedule(progress), expected)
+        np.testing.assert_allclose(second_lane(progress), expected[1:])
 
 
 def test_behaviour_policy_explores_as_often_as_epsilon_says():
     n = 20_000
-    policy = BehaviourPolicy(np.repeat([0.0, 0.4, 1.0], n), 4, np.random.default_rng(0))
+    exploration = ExplorationSchedule(1.0, np.repeat([0.0, 0.4, 1.0], n), fraction=0.2)
+    policy = BehaviourPolicy(exploration, 4, np.random.default_rng(0))
     q_values = np.tile([0.0, 3.0, 1.0, 2.0], (3 * n, 1))
-    actions = policy.choose_actions(q_values).reshape(3, n)
+    actions = policy.choose_actions(q_values, 0.0).reshape(3, n)
     # Exploration picks the greedy action, too
     np.testing.assert_allclose((actions == 1).mean(axis=1), [1.0, 0.6 + 0.1, 0.25], atol=0.02)
     np.testing.assert_allclose(np.bincount(actions[2]) / n, 0.25, atol=0.02)
 
 
 def test_behaviour_policy_uses_the_epsilon_of_the_lanes_asked_for():
-    policy = BehaviourPolicy(np.array([0.0, 1.0]), 2, np.random.default_rng(0))
+    policy = BehaviourPolicy(ExplorationSchedule(1.0, np.array([0.0, 1.0]), 0.2), 2, np.random.default_rng(0))
     q_values = np.array([[0.0, 1.0]])
-    assert {policy.choose_actions(q_values, np.array([0]))[0] for _ in range(50)} == {1}
-    assert {policy.choose_actions(q_values, np.array([1]))[0] for _ in range(50)} == {0, 1}
+    assert {policy.choose_actions(q_values, 0.0, np.array([0]))[0] for _ in range(50)} == {1}
+    assert {policy.choose_actions(q_values, 0.0, np.array([1]))[0] for _ in range(50)} == {0, 1}

@@ -303,7 +303,7 @@ def test_ctrl_c_in_predict_does_not_freeze_the_training(algorithm):
     env = DummyVecEnv([lambda: BlockingEnv(release, "step") for _ in range(2)])
 
     def interrupt():
-        wait_until(lambda: is_waiting(main_thread) and "standing_still" in functions_of(main_thread))
+        wait_until(lambda: is_waiting(main_thread) and "closed" in functions_of(main_thread))
         press_ctrl_c()
 
     main_thread = threading.main_thread()

@@ -14,9 +14,12 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa, SharedRMSprop
+from sb3_async1step.async_one_step_sarsa.actor_learner import SarsaRollout
+from sb3_async1step.value_based.target_network import SharedQNetworks
+from sb3_async1step.workers.rollout import Rollout
 from sb3_async1step.workers.shared_parameters import SharedParameters
 from tests.envs import BlockingEnv, RandomWalkEnv, make_env
-from tests.helpers import DEADLINE, wait_until
+from tests.helpers import DEADLINE, wait_until, with_worker
 from tests.test_vec_env_split import DictEnv, ImageEnv, UnknownWrapper
 
 BACKENDS = ["threads", "serial"]
@@ -25,14 +28,13 @@ LARGE_NETWORK = {"net_arch": [1024, 1024]}
 
 
 class Spy(BaseCallback):
-    """Keeps the shared parameters, and what each call of ``on_step`` saw."""
+    """Keeps what each call of ``on_step`` saw."""
 
     def __init__(self):
         super().__init__()
         self.tape = []
 
     def _on_step(self):
-        self.shared = self.model._pool.workers[0].shared
         shapes = [len(self.locals[name]) for name in ("actions", "new_obs", "rewards", "dones", "infos")]
         self.tape.append((self.num_timesteps, shapes, threading.current_thread()))
         return True
@@ -74,14 +76,20 @@ def test_groups_of_unequal_size_overshoot_by_less_than_a_vector_step(total):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("interval", [3, 37, 150])
-def test_target_syncs_exactly_once_for_each_multiple(algorithm, backend, interval):
-    spy = Spy()
+def test_target_syncs_exactly_once_for_each_multiple(algorithm, backend, interval, monkeypatch):
+    def sync_target(shared, n_times, tau):
+        n_syncs.append(n_times)
+        sync_target_of_shared(shared, n_times, tau)
+
+    n_syncs = []
+    sync_target_of_shared = SharedQNetworks.sync_target
+    monkeypatch.setattr(SharedQNetworks, "sync_target", sync_target)
     model = algorithm("MlpPolicy", make_env(4), n_workers=4, target_update_interval=interval, backend=backend)
-    model.learn(500, callback=spy)
-    assert spy.shared.n_target_syncs == 500 // interval
+    model.learn(500)
+    assert sum(n_syncs) == 500 // interval
     # The phase goes on
-    model.learn(120, callback=spy, reset_num_timesteps=False)
-    assert spy.shared.n_target_syncs == 620 // interval - 500 // interval
+    model.learn(120, reset_num_timesteps=False)
+    assert sum(n_syncs) == 620 // interval
 
 
 @pytest.mark.parametrize("n_workers", [1, 3])
@@ -155,13 +163,13 @@ def test_sarsa_executes_the_action_it_bootstrapped_on():
     """The tape of what was bootstrapped on and what the env executed, across updates and ends of episodes."""
     bootstrapped = []
 
-    class Recording(AsyncOneStepSarsa):
-        def compute_loss(self, online_network, target_network, rollout):
-            bootstrapped.extend(zip(rollout.next_actions.tolist(), rollout.terminated.tolist(), strict=True))
-            return super().compute_loss(online_network, target_network, rollout)
+    def compute_loss(parents, worker, rollout):
+        bootstrapped.extend(zip(rollout.next_actions[:, 0].tolist(), rollout.terminated[:, 0].tolist(), strict=True))
+        return parents(rollout)
 
     env = make_env(1, max_steps=10**9, p_terminate=0.1)
-    Recording("MlpPolicy", env, update_interval=3, target_update_interval=7, seed=0).learn(500)
+    recording = with_worker(AsyncOneStepSarsa, compute_loss=compute_loss)
+    recording("MlpPolicy", env, update_interval=3, target_update_interval=7, seed=0).learn(500)
     tape = env.envs[0].unwrapped.tape
     expected = []
     for entry, following in pairwise(tape[1:]):
@@ -194,40 +202,52 @@ def test_truncation_bootstraps_from_the_terminal_observation_and_termination_doe
 
     seen = []
 
-    class Recording(algorithm):
-        def compute_loss(self, online_network, target_network, rollout):
-            seen.append(rollout)
-            return super().compute_loss(online_network, target_network, rollout)
+    def compute_loss(parents, worker, rollout):
+        seen.append(rollout)
+        return parents(rollout)
 
     env = DummyVecEnv([lambda: CountingEnv(True), lambda: CountingEnv(False)])
-    Recording("MlpPolicy", env, n_workers=1, update_interval=6).learn(12)
+    with_worker(algorithm, compute_loss=compute_loss)("MlpPolicy", env, n_workers=1, update_interval=6).learn(12)
     (rollout,) = seen
-    assert rollout.observations.reshape(6, 2)[:, 0].tolist() == [0, 1, 2, 0, 1, 2]
-    assert rollout.next_observations.reshape(6, 2)[:, 0].tolist() == [1, 2, 3, 1, 2, 3]
-    assert rollout.terminated.reshape(6, 2).tolist() == [[0, 0], [0, 0], [0, 1]] * 2
+    assert rollout.observations[:, 0].flatten().tolist() == [0, 1, 2, 0, 1, 2]
+    assert rollout.next_observations[:, 0].flatten().tolist() == [1, 2, 3, 1, 2, 3]
+    assert rollout.terminated.tolist() == [[False, False], [False, False], [False, True]] * 2
+    assert rollout.truncated.tolist() == [[False, False], [False, False], [True, False]] * 2
 
 
-def test_td_targets(algorithm):
-    model = algorithm("MlpPolicy", make_env(1), gamma=0.5, loss="mse", seed=0)
-    from sb3_async1step.workers.rollout import Rollout
-
-    rollout = Rollout(
-        th.randn(3, 4), th.tensor([0, 1, 2]), th.tensor([1.0, 2.0, 3.0]), th.randn(3, 4), th.tensor([0.0, 1.0, 0.0]),
-        th.tensor([2, 0, 1]),
-    )  # fmt: skip
+@pytest.mark.parametrize("sarsa", [False, True])
+@pytest.mark.parametrize("loss", ["mse", "huber"])
+def test_td_targets(sarsa, loss):
+    model = (AsyncOneStepSarsa if sarsa else AsyncOneStepQ)("MlpPolicy", make_env(2), gamma=0.5, loss=loss, seed=0)
     with th.no_grad():
         for parameter in model.q_net_target.parameters():
             parameter.mul_(2.0)
-        q, q_next = model.q_net(rollout.observations), model.q_net_target(rollout.next_observations)
-        values = q_next.max(dim=1).values if algorithm is AsyncOneStepQ else q_next[range(3), [2, 0, 1]]
-        errors = th.stack([1 + 0.5 * values[0], th.tensor(2.0), 3 + 0.5 * values[2]]) - q[range(3), [0, 1, 2]]
-    loss = model.compute_loss(model.q_net, model.q_net_target, rollout)
-    th.testing.assert_close(loss, errors.square().mean())
-    loss.backward()
+    rng = np.random.default_rng(0)
+    observations, next_observations = rng.standard_normal((2, 3, 2, 4), dtype=np.float32)
+    actions, next_actions = rng.integers(3, size=(2, 3, 2))
+    rewards = rng.standard_normal((3, 2), dtype=np.float32)
+    terminated = np.array([[False, True], [False, False], [True, False]])
+    fields = (observations, actions, rewards, next_observations, terminated, np.zeros((3, 2), bool))
+    rollout = SarsaRollout(*fields, next_actions) if sarsa else Rollout(*fields)
+
+    errors = []
+    for i in np.ndindex(3, 2):
+        q_next = model.q_net_target(th.as_tensor(next_observations[i])[None])[0]
+        value = q_next[next_actions[i]] if sarsa else q_next.max()
+        y = rewards[i] if terminated[i] else rewards[i] + 0.5 * value
+        errors.append(y - model.q_net(th.as_tensor(observations[i])[None])[0, actions[i]])
+    errors = th.stack(errors).detach()
+    expected = (
+        errors.square() if loss == "mse" else th.where(errors.abs() < 1, 0.5 * errors.square(), errors.abs() - 0.5)
+    )
+
+    (worker,) = model._make_workers([model.env], [range(2)], model.env.reset())
+    computed, metrics = worker.compute_loss(rollout)
+    th.testing.assert_close(computed, expected.mean())
+    assert metrics == {"train/loss": pytest.approx(float(expected.mean()))}
+    computed.backward()
     assert all(p.grad is None for p in model.q_net_target.parameters())
-    model.loss = "huber"
-    huber = th.where(errors.abs() < 1, 0.5 * errors.square(), errors.abs() - 0.5).mean()
-    th.testing.assert_close(model.compute_loss(model.q_net, model.q_net_target, rollout), huber)
+    assert all(p.grad is not None for p in worker.local.learning_network.parameters())
 
 
 @pytest.mark.parametrize("max_grad_norm", [1e-3, 0.5])
@@ -280,17 +300,18 @@ def test_paper_layout_updates_at_the_end_of_an_episode():
 
 
 @pytest.mark.parametrize("lock_updates", [False, True])
-def test_staleness_is_measured(lock_updates):
+def test_staleness_is_measured(algorithm, lock_updates):
     """All workers read the weights before any of them applies its gradient: each update finds one more before it."""
     all_have_read = threading.Barrier(8)
 
-    class Meeting(AsyncOneStepQ):
-        def compute_loss(self, online_network, target_network, rollout):
-            all_have_read.wait(DEADLINE)
-            return super().compute_loss(online_network, target_network, rollout)
+    def compute_loss(parents, worker, rollout):
+        all_have_read.wait(DEADLINE)
+        return parents(rollout)
 
     parameters = {"n_workers": 8, "update_interval": 1, "policy_kwargs": {"net_arch": []}}
-    model = Meeting("MlpPolicy", make_env(8), lock_updates=lock_updates, **parameters)
+    model = with_worker(algorithm, compute_loss=compute_loss)(
+        "MlpPolicy", make_env(8), lock_updates=lock_updates, **parameters
+    )
     seen = []
 
     class Collect(BaseCallback):
@@ -335,14 +356,14 @@ def test_updates_overlap_only_if_they_may(optimizer_class, lock_updates, may_ove
             super().step(closure)
             running.remove(self)
 
-    def apply_gradient(shared, optimizer):
+    def push(shared, optimizer):
         coming.append(optimizer)
-        n_updates = apply_gradient_of_shared(shared, optimizer)
+        n_updates = push_of_shared(shared, optimizer)
         coming.remove(optimizer)
         return n_updates
 
-    apply_gradient_of_shared = SharedParameters.apply_gradient
-    monkeypatch.setattr(SharedParameters, "apply_gradient", apply_gradient)
+    push_of_shared = SharedParameters.push
+    monkeypatch.setattr(SharedParameters, "push", push)
 
     model = AsyncOneStepQ(
         "MlpPolicy", make_env(4), n_workers=4, update_interval=1, lock_updates=lock_updates,

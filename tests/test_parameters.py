@@ -69,7 +69,7 @@ def test_action_spaces_that_are_not_discrete(algorithm, action_space):
         pass
 
     OtherActions.action_space = action_space
-    with pytest.raises(ValueError, match=r"needs a Discrete action space, but the env's is .* use e.g. PPO"):
+    with pytest.raises(AssertionError, match=r"only supports .*Discrete.* as action spaces but .* was provided"):
         algorithm("MlpPolicy", make_env(1, OtherActions))
 
 

@@ -4,33 +4,60 @@ import numpy as np
 import pytest
 import torch as th
 
-from sb3_async1step.workers.rollout import RolloutBuffer
+from sb3_async1step.workers.rollout import Rollout, RolloutBuffer, merge_time_and_lanes
+
+
+def make_steps(shape, n_steps=3):
+    rng = np.random.default_rng(0)
+    seen = rng.integers(0, 255, (n_steps + 1, 2, *shape), dtype=np.uint8)
+    actions, rewards = rng.integers(0, 3, (n_steps, 2)), rng.random((n_steps, 2), dtype=np.float32)
+    return [
+        Rollout(seen[i], actions[i], rewards[i], seen[i + 1], np.array([False, i == 1]), np.array([i == 2, False]))
+        for i in range(n_steps)
+    ]
+
+
+def assert_is(rollout, steps):
+    for name in Rollout.__annotations__:
+        np.testing.assert_array_equal(getattr(rollout, name), np.stack([getattr(step, name) for step in steps]))
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 6, 5), (2, 3)])
 def test_takes_what_was_added(shape):
-    rng = np.random.default_rng(0)
-    seen = rng.integers(0, 255, (4, 2, *shape), dtype=np.uint8)
-    actions, rewards = rng.integers(0, 3, (3, 2)), rng.random((3, 2), dtype=np.float32)
-    buffer = RolloutBuffer(5, seen[0])
-    for i in range(3):
-        buffer.add(seen[i], actions[i], rewards[i], seen[i + 1], np.array([False, i == 1]), actions[i] + 1)
-    rollout = buffer.take(th.device("cpu"))
-    np.testing.assert_array_equal(rollout.observations, seen[:3].reshape(6, *shape))
-    np.testing.assert_array_equal(rollout.next_observations, seen[1:].reshape(6, *shape))
-    assert rollout.actions.tolist() == actions.flatten().tolist()
-    assert rollout.next_actions.tolist() == (actions + 1).flatten().tolist()
-    assert rollout.rewards.tolist() == rewards.flatten().tolist()
-    assert rollout.terminated.tolist() == [0, 0, 0, 1, 0, 0]
-    assert buffer.n_filled == 0
+    steps = make_steps(shape)
+    buffer = RolloutBuffer(5)
+    for _ in range(2):
+        for step in steps:
+            buffer.add(step)
+        assert buffer.n_filled == 3
+        rollout = buffer.take()
+        assert len(rollout) == 3
+        assert_is(rollout, steps)
+        assert rollout.terminated.tolist() == [[False, False], [False, True], [False, False]]
+        assert rollout.truncated.tolist() == [[False, False], [False, False], [True, False]]
+        assert buffer.n_filled == 0
+
+
+def test_another_buffer_goes_on_from_a_state():
+    steps = make_steps((4,))
+    buffer, other = RolloutBuffer(5), RolloutBuffer(5)
+    assert buffer.get_state() is None
+    other.set_state(None)
+    assert other.n_filled == 0
+    for step in steps[:2]:
+        buffer.add(step)
+    other.set_state(buffer.get_state())
+    buffer.take()
+    other.add(steps[2])
+    assert_is(other.take(), steps)
 
 
 def test_images_are_stored_for_fast_convolutions():
-    images = np.zeros((2, 4, 6, 5), np.uint8)
-    buffer = RolloutBuffer(3, {"image": images, "speed": np.zeros((2, 1))})
+    observations = {"image": np.zeros((2, 4, 6, 5), np.uint8), "speed": np.zeros((2, 1))}
+    zeros = np.zeros(2, np.float32)
+    buffer = RolloutBuffer(3)
     for _ in range(3):
-        observations = {"image": images, "speed": np.zeros((2, 1))}
-        buffer.add(observations, np.zeros(2), np.zeros(2), observations, np.zeros(2, bool), 0)
-    rollout = buffer.take(th.device("cpu"))
-    assert rollout.observations["image"].shape == (6, 4, 6, 5)
-    assert rollout.observations["image"].is_contiguous(memory_format=th.channels_last)
+        buffer.add(Rollout(observations, zeros, zeros, observations, zeros > 1, zeros > 1))
+    images = th.as_tensor(merge_time_and_lanes(buffer.take().observations)["image"])
+    assert images.shape == (6, 4, 6, 5)
+    assert images.is_contiguous(memory_format=th.channels_last)

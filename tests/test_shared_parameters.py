@@ -5,7 +5,8 @@ import pytest
 import torch as th
 
 from sb3_async1step import AsyncOneStepQ
-from sb3_async1step.workers.shared_parameters import SharedParameters
+from sb3_async1step.value_based.target_network import SharedQNetworks
+from sb3_async1step.workers.shared_parameters import LocalParameters, view_network
 from tests.envs import make_env
 
 
@@ -17,10 +18,20 @@ def loss_of(network, observations):
     return network(observations).square().mean()
 
 
+@pytest.fixture(params=[False, True], ids=["view", "thread-specific"])
+def thread_specific(request):
+    return request.param
+
+
+def share(policy):
+    return SharedQNetworks(policy, lock_updates=False)
+
+
 def test_views_share_weights_but_not_gradients():
     policy = make_policy()
-    shared = SharedParameters(policy, tau=1.0, lock_updates=False)
-    one, two = shared.view_network(training=True), shared.view_network(training=False)
+    one, two = view_network(policy.q_net), view_network(policy.q_net)
+    one.set_training_mode(True)
+    two.set_training_mode(False)
     assert one.training and not two.training
     with th.no_grad():
         next(policy.q_net.parameters()).fill_(0.25)
@@ -34,33 +45,72 @@ def test_views_share_weights_but_not_gradients():
     assert one.training and not policy.q_net.training
 
 
+def test_thread_specific_parameters_change_when_they_are_pulled(thread_specific):
+    policy = make_policy()
+    local = LocalParameters(share(policy), thread_specific)
+    before = [p.detach().clone() for p in local.learning_network.parameters()]
+    with th.no_grad():
+        for parameter in policy.q_net.parameters():
+            parameter.add_(1.0)
+
+    def are_pulled(network):
+        return [th.equal(p, b + 1.0) for p, b in zip(network.parameters(), before, strict=True)]
+
+    networks = (local.learning_network, local.acting_network)
+    assert all(are_pulled(network) == [not thread_specific] * len(before) for network in networks)
+    local.pull()
+    assert all(are_pulled(network) == [True] * len(before) for network in networks)
+
+
+def test_a_push_moves_the_shared_parameters_alone(thread_specific):
+    policy = make_policy(optimizer_class=th.optim.SGD)
+    shared = share(policy)
+    local = LocalParameters(shared, thread_specific)
+    local.pull()
+    mine = [p.detach().clone() for p in local.learning_network.parameters()]
+    loss_of(local.learning_network, th.ones(2, 4)).backward()
+    gradients = local.get_gradients()
+    learning_rate = policy.optimizer.param_groups[0]["lr"]
+    assert local.push() == 0
+    for parameter, start, gradient in zip(policy.q_net.parameters(), mine, gradients, strict=True):
+        th.testing.assert_close(parameter.detach(), start - learning_rate * gradient)
+    for parameter, start in zip(local.learning_network.parameters(), mine, strict=True):
+        assert th.equal(parameter, start) == (thread_specific or bool((parameter == start).all()))
+    # Gradients are cleared
+    assert local.get_gradients() == [None] * len(mine)
+    # Without another pull, the next push is one update late
+    loss_of(local.learning_network, th.ones(2, 4)).backward()
+    assert local.push() == 1
+
+
 def test_a_write_between_forward_and_backward_raises_no_error():
-    shared = SharedParameters(make_policy(), tau=1.0, lock_updates=False)
-    one, two = shared.view_network(training=True), shared.view_network(training=True)
-    loss = loss_of(one, th.ones(2, 4))
-    optimizer = shared.view_optimizer(two)
-    loss_of(two, th.ones(2, 4)).backward()
-    shared.apply_gradient(optimizer)
+    shared = share(make_policy())
+    one, two = LocalParameters(shared, False), LocalParameters(shared, False)
+    loss = loss_of(one.learning_network, th.ones(2, 4))
+    loss_of(two.learning_network, th.ones(2, 4)).backward()
+    two.push()
     loss.backward()
 
 
-def test_gradients_of_concurrent_workers_do_not_mix():
-    shared = SharedParameters(make_policy(), tau=1.0, lock_updates=False)
+def test_gradients_of_concurrent_workers_do_not_mix(thread_specific):
+    shared = share(make_policy())
     batches = [th.full((8, 4), float(i + 1)) for i in range(4)]
     expected = []
     for batch in batches:
-        view = shared.view_network(training=True)
-        loss_of(view, batch).backward()
-        expected.append([p.grad for p in view.parameters()])
+        network = LocalParameters(shared, thread_specific).learning_network
+        loss_of(network, batch).backward()
+        expected.append([p.grad for p in network.parameters()])
     wrong = []
 
     def work(i):
-        view = shared.view_network(training=True)
+        network = LocalParameters(shared, thread_specific).learning_network
         for _ in range(300):
-            view.zero_grad()
-            loss_of(view, batches[i]).backward()
+            network.zero_grad()
+            loss_of(network, batches[i]).backward()
             wrong.extend(
-                p for p, e in zip(view.parameters(), expected[i], strict=True) if not th.allclose(p.grad, e, rtol=1e-4)
+                p
+                for p, e in zip(network.parameters(), expected[i], strict=True)
+                if not th.allclose(p.grad, e, rtol=1e-4)
             )
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
@@ -83,7 +133,7 @@ def test_gradients_of_concurrent_workers_do_not_mix():
         (th.optim.Adagrad, {}),
     ],
 )
-def test_one_optimizers_statistics_serve_all_workers(optimizer_class, optimizer_kwargs):
+def test_one_optimizers_statistics_serve_all_workers(thread_specific, optimizer_class, optimizer_kwargs):
     """Two workers' updates in turn equal one optimizer's steps with the same gradients."""
     policy_kwargs = {} if optimizer_class is None else {"optimizer_class": optimizer_class}
     policy = make_policy(optimizer_kwargs=optimizer_kwargs, **policy_kwargs)
@@ -91,16 +141,17 @@ def test_one_optimizers_statistics_serve_all_workers(optimizer_class, optimizer_
     plain_optimizer = type(policy.optimizer)(plain.parameters(), lr=0.01, **optimizer_kwargs)
     for group in policy.optimizer.param_groups:
         group["lr"] = 0.01
-    shared = SharedParameters(policy, tau=1.0, lock_updates=False)
-    views = [shared.view_network(training=True) for _ in range(2)]
-    optimizers = [shared.view_optimizer(view) for view in views]
+    shared = share(policy)
+    locals_ = [LocalParameters(shared, thread_specific) for _ in range(2)]
     for i in range(6):
         batch = th.full((3, 4), i / 3.0)
-        for network in (plain, views[i % 2]):
-            network.zero_grad()
+        locals_[i % 2].pull()
+        plain.zero_grad()
+        for network in (plain, locals_[i % 2].learning_network):
             loss_of(network, batch).backward()
         plain_optimizer.step()
-        assert shared.apply_gradient(optimizers[i % 2]) == i
+        assert locals_[i % 2].push() == 0
+        assert shared.n_updates == i + 1
     for mine, expected in zip(policy.q_net.parameters(), plain.parameters(), strict=True):
         th.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-7)
     # What is saved are the shared statistics
@@ -121,8 +172,6 @@ def test_soft_sync(n_times):
             parameter.add_(1.0)
     for _ in range(n_times):
         target = [(1 - tau) * t + tau * p for t, p in zip(target, policy.q_net.parameters(), strict=True)]
-    shared = SharedParameters(policy, tau, lock_updates=False)
-    shared.sync_target(n_times)
-    assert shared.n_target_syncs == n_times
+    share(policy).sync_target(n_times, tau)
     for mine, expected in zip(policy.q_net_target.parameters(), target, strict=True):
         th.testing.assert_close(mine, expected)

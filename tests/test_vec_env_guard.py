@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 
 from sb3_async1step import split_vec_env
 from tests.envs import RaisingEnv, RandomWalkEnv, make_env
-from tests.helpers import DEADLINE, FOREVER, has_made_steps, meanwhile, press_ctrl_c, wait_until
+from tests.helpers import DEADLINE, FOREVER, has_made_steps, meanwhile, press_ctrl_c, wait_until, with_worker
 
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="signals, fork and file descriptors of POSIX")
 
@@ -206,12 +206,11 @@ def test_observations_that_are_not_finite(algorithm, n_workers, value):
 
 
 def test_a_training_that_diverges_stops_before_the_weights_are_touched(algorithm):
-    class Diverging(algorithm):
-        def compute_loss(self, *args):
-            loss = super().compute_loss(*args)
-            return loss * (float("nan") if self.num_timesteps > 100 else 1.0)
+    def compute_loss(parents, worker, rollout):
+        loss, metrics = parents(rollout)
+        return loss * (float("nan") if worker.shared.n_updates > 20 else 1.0), metrics
 
-    model = Diverging("MlpPolicy", make_env(4), n_workers=2)
+    model = with_worker(algorithm, compute_loss=compute_loss)("MlpPolicy", make_env(4), n_workers=2)
     with pytest.raises(ValueError, match="gradient's norm is nan: the training diverges"):
         model.learn(1000)
     assert all(bool(p.isfinite().all()) for p in model.policy.parameters())

@@ -202,9 +202,7 @@ class A3C(AsyncAlgorithm):
         :raises BaseException: the exception of an env, a worker or a callback, with its own traceback. All workers
             have been stopped by then, and the model can still predict, save and continue learning
         """
-        return super().learn(
-            total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
-        )
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _log_is_due(self, log_interval: int, n_episodes_before: int, n_batches: int) -> bool:
         return n_batches % (log_interval * self.update_interval) == 0

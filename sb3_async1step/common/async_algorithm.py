@@ -275,7 +275,8 @@ class AsyncAlgorithm(BaseAlgorithm):
         groups = group_lanes(env.num_envs, n_workers)
         # A single worker drives the env itself, whatever kind of VecEnv it is
         parts = [env] if n_workers == 1 else split_vec_env(env, groups)
-        workers = self._make_workers(parts, groups)
+        assert self._last_obs is not None
+        workers = self._make_workers(parts, groups, self._last_obs)
         on_threads = self.backend == "threads" and n_workers > 1
         if on_threads:
             keep_freed_memory()
@@ -300,9 +301,7 @@ class AsyncAlgorithm(BaseAlgorithm):
         if n_workers > 1:
             rejoin_vec_env(env, parts, groups)
 
-    def _make_workers(self, parts: list[VecEnv], groups: list[range]) -> list[ActorLearner]:
-        observations: Observations | None = self._last_obs
-        assert observations is not None
+    def _make_workers(self, parts: list[VecEnv], groups: list[range], observations: Observations) -> list[ActorLearner]:
         settings = self._make_settings(sum(map(len, groups)))
         self._shared = self._share_parameters()
         self._shared.progress_remaining = self._current_progress_remaining

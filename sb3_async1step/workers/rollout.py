@@ -96,7 +96,9 @@ def merge_time_and_lanes(observations: Observations) -> Observations:
 
 
 def _map_fields(function: Any, rollout: AnyRollout) -> AnyRollout:
-    values: dict[str, Any] = {field.name: map_arrays(function, getattr(rollout, field.name)) for field in fields(rollout)}
+    values: dict[str, Any] = {
+        field.name: map_arrays(function, getattr(rollout, field.name)) for field in fields(rollout)
+    }
     return type(rollout)(**values)
 
 
