@@ -1,0 +1,1 @@
+"""What the value-based methods share: epsilon-greedy acting, the target network, TD losses and DQN's policies."""
