@@ -71,7 +71,7 @@ def replace_python(command: list[str], program: Sequence[str]) -> list[str]:
     """
     if command[0] != "python":
         return command
-    _, script, *options = [word for word in command if word != "-m"]
+    script, *options = command[2:] if command[1] == "-m" else command[1:]
     return [*program, script.removesuffix(".py").removeprefix("rl_zoo3."), *options]
 
 
