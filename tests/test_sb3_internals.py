@@ -51,6 +51,8 @@ from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from sb3_async1step.sb3_internals import ZOO_USER_ERRORS, preprocess_schedules, repair_push_to_hub, replace_python
 from sb3_async1step.zoo.cli import SCRIPTS
 
+# Each function without parameters looks for some of it, and returns the names of what has changed
+
 
 def missing(instance: object, *names: str) -> set[str]:
     """The names that an object (or class) lacks; what a wrapper passes on to what it wraps does not count."""
@@ -62,7 +64,6 @@ def make_env() -> gym.Env:
 
 
 # ---------------------------------------------------------------------- rl_zoo3
-# Each function returns what has changed
 
 
 def make_manager(cls: type[ExperimentManager] = ExperimentManager, config: str | None = None) -> ExperimentManager:
@@ -303,11 +304,14 @@ def vec_check_nan() -> set[str]:
 
 
 def vec_frame_stack() -> set[str]:
+    """All attributes of the stacks, too: a part has a stack of its own."""
     changed = own_attributes(stack := VecFrameStack(DummyVecEnv([make_env]), 2)) ^ {"stacked_obs"}
-    changed |= missing(stack.stacked_obs, "stacked_obs")
+    in_common = {"n_stack", "observation_space", "stacked_observation_space"}
+    changed |= set(vars(stack.stacked_obs)) ^ in_common ^ {
+        "channels_first", "repeat_axis", "stack_dimension", "stacked_obs", "stacked_shape",
+    }  # fmt: skip
     of_dicts = VecFrameStack(DummyVecEnv([SimpleMultiObsEnv]), 2).stacked_obs
-    changed |= set() if missing(of_dicts, "stacked_obs") else {"stacked_obs of a dict"}
-    return changed | missing(of_dicts, "sub_stacked_observations")
+    return changed | set(vars(of_dicts)) ^ in_common ^ {"sub_stacked_observations"}
 
 
 # ---------------------------------------------------------------------- Atari
