@@ -15,7 +15,7 @@ LOWEST_BIN = .venv-lowest/bin
 LOWEST_INSTALLED = .venv-lowest/installed
 LOWEST_TESTS = tests/test_learn.py tests/test_callbacks.py tests/test_optimizers.py tests/test_packaging.py \
 	tests/test_random_configurations.py tests/test_vec_env_split.py tests/test_ale_vec_env.py tests/test_zoo.py \
-	tests/test_save_load.py -k "not resumed"
+	tests/test_sb3_internals.py tests/test_save_load.py -k "not resumed"
 
 .PHONY: train enjoy test test-slow test-lowest format lint type commit-checks docs bench report
 

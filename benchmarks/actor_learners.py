@@ -23,7 +23,8 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from benchmarks.learning import RESULTS, describe_hardware
 from sb3_async1step import MinAtarCNN, SharedRMSprop
-from sb3_async1step.zoo import ALGORITHMS, register_minatar
+from sb3_async1step.registry import ALGORITHMS
+from sb3_async1step.zoo import register_minatar
 
 FOLDER = RESULTS / "actor_learners"
 N_ACTOR_LEARNERS = (1, 2, 4, 8, 16)
@@ -180,12 +181,13 @@ def measure(env_id: str, algo: str, setting: Setting) -> Measurement:
     :return: the measurement
     """
     task = TASKS[env_id]
-    parameters = ALGORITHMS[algo].paper_hyperparams() | {
+    model_class = ALGORITHMS[algo].model_class
+    parameters = model_class.paper_hyperparams() | {
         "exploration_fraction": task.exploration_steps / task.max_steps,
         "exploration_final_eps": 0.1,
         **task.parameters,
     }
-    model = ALGORITHMS[algo](
+    model = model_class(
         env=make_vec_env(env_id, n_envs=setting.n_lanes, seed=setting.seed, env_kwargs={"render_mode": None}),
         n_workers=1 if setting.layout == "one worker" else setting.n_lanes,
         seed=setting.seed,

@@ -37,8 +37,9 @@ from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_async1step.common.parallelism import count_usable_cores
+from sb3_async1step.registry import ALGORITHMS
 from sb3_async1step.vec_envs.ale_vec_env import AleVecEnv
-from sb3_async1step.zoo import ALGORITHMS, hyperparams_path, register, register_minatar
+from sb3_async1step.zoo import hyperparams_path, register, register_minatar
 
 RESULTS = Path(__file__).parent / "results"
 EVALUATION_SEED = 10_000

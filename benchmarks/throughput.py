@@ -42,6 +42,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 from benchmarks import report
 from benchmarks.learning import describe_hardware
 from benchmarks.pqn import PQN
+from benchmarks.report.results import NAMES
+from benchmarks.report.tables import make_speed_tables
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
 from sb3_async1step.common import async_algorithm
 from sb3_async1step.common.heap import keep_freed_memory
@@ -184,7 +186,7 @@ CLASSIC: dict[str, dict[str, MakeModel]] = {
     env_id: {
         # DQN first, since the others are compared with the first one
         name: functools.partial(make_by_zoo, algo, env_id)
-        for algo, name in reversed(report.ALGORITHMS.items())
+        for algo, name in reversed(NAMES.items())
     }
     for env_id in ("CartPole-v1", "LunarLander-v3")
 }
@@ -400,7 +402,7 @@ def main() -> None:
         results[name] = compare(name, arguments.repeats, arguments.seconds, take_part)
     if floors:
         results["floor"] = {part: statistics.median(floor[part] for floor in floors) for part in floors[0]}
-    for name, table in report.make_speed_tables(results).items():
+    for name, table in make_speed_tables(results).items():
         print(name, *table, "", sep="\n")
     print(f"AsyncOneStepQ with AleVecEnv reaches {fraction_of_floor(results):.0%} of the floor.")
     arguments.results.write_text(json.dumps(results, indent=1) + "\n")

@@ -1,10 +1,22 @@
-"""Names of other packages that are not public, or might change: all that we rely on is here."""
+"""
+What we rely on in other packages beyond their public interfaces: private names, module globals, texts of exceptions.
+
+``tests/test_sb3_internals.py`` fails if a release has changed one of them, and says which.
+"""
+
+import runpy
+import subprocess
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+# ---------------------------------------------------------------------- stable_baselines3
 
 
 def find_lane_of_exception(exception: BaseException) -> int | None:
@@ -51,3 +63,73 @@ def dump_logs_by_iterations(algorithm: BaseAlgorithm, iteration: int) -> None:
     :param iteration: number of rollouts
     """
     OnPolicyAlgorithm.dump_logs(algorithm, iteration)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------- rl_zoo3
+# An optional extra: the functions import it
+
+#: Parts of the messages of the ``ValueError`` that the Zoo raises if the command line is wrong
+ZOO_USER_ERRORS = ("not found in gym registry", "No model found", "Hyperparameters not found")
+
+
+def replace_experiment_manager(manager_class: type) -> None:
+    """
+    :param manager_class: class of the experiment manager that the Zoo's ``train`` makes from now on
+    """
+    module: Any = import_module("rl_zoo3.train")
+    module.ExperimentManager = manager_class
+
+
+def replace_vec_env_class(manager_class: Any, vec_env_class: type[VecEnv]) -> None:
+    """
+    :param manager_class: class of an experiment manager
+    :param vec_env_class: class of the VecEnvs that it makes from now on, whatever ``--vec-env`` says
+    """
+    manager_class.default_vec_env_cls = vec_env_class
+
+
+def preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param hyperparams: hyperparameters as in the YAML files, changed in place
+    :return: the same, with schedules for texts such as ``"lin_0.001"``
+    """
+    return import_module("rl_zoo3.exp_manager").ExperimentManager._preprocess_schedules(hyperparams)
+
+
+def run_zoo_script(name: str, program: Sequence[str]) -> None:
+    """
+    Run a module of the Zoo that is a script. It starts others (``enjoy``, ``record_video``) by ``subprocess.call``; on
+    processes of their own, these would not know our algorithms.
+
+    :param name: name of the module in ``rl_zoo3``
+    :param program: beginning of the command that starts one of the Zoo's scripts instead, followed by its name
+    """
+    original = subprocess.call
+
+    def call(command: list[str], *args: Any, **kwargs: Any) -> int:
+        return original(replace_python(command, program), *args, **kwargs)
+
+    subprocess.call = call  # type: ignore[assignment]
+    try:
+        runpy.run_module(f"rl_zoo3.{name}", run_name="__main__")
+    finally:
+        subprocess.call = original
+
+
+def replace_python(command: list[str], program: Sequence[str]) -> list[str]:
+    """
+    :param command: ``python``, a script of the Zoo's (its file, or ``-m`` and its module) and options; or any other
+    :param program: see :func:`run_zoo_script`
+    :return: the command that starts this script by ``program``; any other command unchanged
+    """
+    if command[0] != "python":
+        return command
+    script, *options = command[2:] if command[1] == "-m" else command[1:]
+    return [*program, script.removesuffix(".py").removeprefix("rl_zoo3."), *options]
+
+
+def repair_push_to_hub() -> None:
+    """Provide the function that ``rl_zoo3.push_to_hub`` imports, and which huggingface_sb3 3.2 has renamed."""
+    module: Any = import_module("huggingface_sb3.push_to_hub")
+    if not hasattr(module, "generate_metadata"):
+        module.generate_metadata = lambda *args: module._generate_metadata(*args).to_dict()

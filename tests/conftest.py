@@ -4,6 +4,7 @@ from collections.abc import Generator, Iterator
 import pytest
 import torch as th
 
+from sb3_async1step.registry import ALGORITHMS
 from tests.helpers import actor_learners, insistent_ctrl_c, wait_until
 
 # Shells start background jobs with Ctrl-C ignored, and tests press it
@@ -17,11 +18,9 @@ def pytest_runtest_call() -> Generator[None]:
         return (yield)
 
 
-@pytest.fixture(params=["q", "sarsa"])
+@pytest.fixture(params=list(ALGORITHMS))
 def algorithm(request: pytest.FixtureRequest) -> type:
-    from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
-
-    return {"q": AsyncOneStepQ, "sarsa": AsyncOneStepSarsa}[request.param]
+    return ALGORITHMS[request.param].model_class
 
 
 @pytest.fixture(autouse=True)

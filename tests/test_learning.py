@@ -13,7 +13,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
-from sb3_async1step.zoo import ALGORITHMS
+from sb3_async1step.registry import ALGORITHMS
 
 
 @pytest.mark.parametrize(("backend", "n_workers"), [("threads", 4), ("threads", 1), ("serial", 4)])
@@ -73,7 +73,7 @@ def test_cartpole_in_the_zoo(algo, backend, tmp_path):
         "1",
     ]
     subprocess.run([*command, "--eval-freq", "-1", "-params", f"backend:'{backend}'"], cwd=tmp_path, check=True)
-    model = ALGORITHMS[algo].load(Path(tmp_path, "logs", algo, "CartPole-v1_1", "CartPole-v1.zip"))
+    model = ALGORITHMS[algo].model_class.load(Path(tmp_path, "logs", algo, "CartPole-v1_1", "CartPole-v1.zip"))
     assert model.backend == backend
     mean_reward, _ = evaluate_policy(model, make_vec_env("CartPole-v1", 10, seed=1000), n_eval_episodes=100)
     assert mean_reward >= 475

@@ -9,10 +9,14 @@ import optuna
 import pytest
 import torch as th
 import yaml
+from rl_zoo3 import ALGOS
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER, convert_offpolicy_params
 from stable_baselines3.common.monitor import load_results
 
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa, MinAtarCNN
-from sb3_async1step.zoo import ALGORITHMS, OPTIMIZERS, hyperparams_path, main, sample_hyperparams
+from sb3_async1step.registry import ALGORITHMS, Algorithm
+from sb3_async1step.value_based.search_space import NET_ARCHS, OPTIMIZERS
+from sb3_async1step.zoo import experiment_manager, hyperparams_path, main, register
 from tests.command_line import call_zoo
 from tests.helpers import DEADLINE
 
@@ -33,7 +37,7 @@ def run_program(*command, cwd):
     return result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("algo", list(ALGORITHMS))
+@pytest.mark.parametrize("algo", ALGORITHMS)
 def test_train_and_enjoy(algo, tmp_path):
     run(
         f"train --algo {algo} --env CartPole-v1 -n 2000 --seed 3 --eval-freq 1000 --n-eval-envs 1 --progress "
@@ -45,8 +49,9 @@ def test_train_and_enjoy(algo, tmp_path):
     # The Zoo divides its frequencies by the number of envs: 64
     checkpoints = {"rl_model_960_steps.zip", "rl_model_1920_steps.zip"}
     assert {"CartPole-v1.zip", "best_model.zip", "evaluations.npz", "0.monitor.csv"} | checkpoints <= files
-    model = ALGORITHMS[algo].load(folder / "CartPole-v1.zip")
-    assert type(model) is ALGORITHMS[algo]
+    model_class = ALGORITHMS[algo].model_class
+    model = model_class.load(folder / "CartPole-v1.zip")
+    assert type(model) is model_class
     assert (model.update_interval, model.loss, model.gamma, model.num_timesteps) == (3, "huber", 0.99, 2048)
     for which in ("", "--load-best", "--load-last-checkpoint"):
         out = run(f"enjoy --algo {algo} --env CartPole-v1 -f logs -n 300 --no-render {which}", cwd=tmp_path)
@@ -226,19 +231,86 @@ def test_to_the_hub_and_back(tmp_path, monkeypatch):
     assert all(th.equal(a, b) for a, b in zip(pushed.q_net.parameters(), loaded.q_net.parameters(), strict=True))
 
 
-def test_samples_are_arguments_of_the_constructor():
-    trial = optuna.trial.FixedTrial(
-        {
-            "one_minus_gamma": 0.02, "learning_rate": 1e-3, "update_interval": 4, "target_update_interval": 500,
-            "exploration_fraction": 0.2, "exploration_final_eps": 0.1, "max_grad_norm": 1.0, "loss": "huber",
-            "optimizer": "adam", "net_arch": "medium", "layer_norm": True,
-        }
-    )  # fmt: skip
-    hyperparams = sample_hyperparams(trial, n_actions=2, n_envs=4, additional_args={})
-    model = AsyncOneStepQ("MlpPolicy", "CartPole-v1", **hyperparams)
-    assert (model.gamma, model.loss, model.policy.net_arch) == (0.98, "huber", [256, 256])
-    assert model.policy.layer_norm and isinstance(model.policy.optimizer, th.optim.Adam)
-    assert [model.learning_rate(progress) for progress in (1.0, 0.5, 0.0)] == [1e-3, 5e-4, 0.0]
+# ---------------------------------------------------------------------- search spaces
+
+#: A trial of the value-based methods
+VALUES = {
+    "one_minus_gamma": 0.02, "learning_rate": 1e-3, "update_interval": 4, "target_update_interval": 500,
+    "exploration_fraction": 0.2, "exploration_final_eps": 0.1, "max_grad_norm": 1.0, "loss": "huber",
+    "optimizer": "adam", "net_arch": "medium", "layer_norm": True,
+}  # fmt: skip
+
+
+def sample(algo, trial):
+    """As ``train -optimize`` does."""
+    register()
+    return HYPERPARAMS_SAMPLER[algo](trial=trial, n_actions=2, n_envs=4, additional_args={})
+
+
+def test_samples_of_the_value_based_methods():
+    hyperparams = sample("async_one_step_q", optuna.trial.FixedTrial(VALUES))
+    learning_rate = hyperparams.pop("learning_rate")
+    assert [learning_rate(progress) for progress in (1.0, 0.5, 0.0)] == [1e-3, 5e-4, 0.0]
+    assert hyperparams == {
+        "gamma": 0.98, "update_interval": 4, "target_update_interval": 500, "exploration_fraction": 0.2,
+        "exploration_final_eps": 0.1, "max_grad_norm": 1.0, "loss": "huber",
+        "policy_kwargs": {"net_arch": [256, 256], "layer_norm": True, "optimizer_class": th.optim.Adam},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("net_arch", NET_ARCHS)
+def test_sizes_of_networks_are_called_as_in_the_zoo(net_arch):
+    values = {"one_minus_gamma": 0.1, "net_arch": net_arch}
+    assert convert_offpolicy_params(values)["policy_kwargs"] == {"net_arch": NET_ARCHS[net_arch]}
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_samples_are_arguments_of_the_constructor(algo):
+    """And what is read from a study's database, where only the values are, gives the same model."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(5):
+        trial = study.ask()
+        sampled = sample(algo, trial)
+        model = ALGORITHMS[algo].model_class("MlpPolicy", "CartPole-v1", **sampled)
+        converted = HYPERPARAMS_CONVERTER[algo](trial.params)
+        assert converted.pop("learning_rate") == f"lin_{model.learning_rate(1.0)}"
+        del sampled["learning_rate"]
+        assert converted == sampled
+
+
+# ---------------------------------------------------------------------- the registry
+
+
+class Newcomer(AsyncOneStepQ):
+    """An algorithm that somebody adds."""
+
+
+def sample_gamma(trial):
+    return {"one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.25, 0.25)}
+
+
+def convert_gamma(sampled):
+    return {"gamma": 1 - sampled["one_minus_gamma"]}
+
+
+def test_an_entry_of_the_registry_is_all_that_the_commands_need(tmp_path, monkeypatch):
+    """``train`` and its ``-optimize`` know an algorithm by its entry and its YAML file."""
+    for registry in (ALGOS, HYPERPARAMS_SAMPLER, HYPERPARAMS_CONVERTER):
+        # So that it is removed at the end
+        monkeypatch.setitem(registry, "newcomer", None)
+    monkeypatch.setitem(ALGORITHMS, "newcomer", Algorithm(Newcomer, sample_gamma, convert_gamma))
+    assert ALGORITHMS["newcomer"].name == "Newcomer"
+    assert Path(hyperparams_path("newcomer")) == Path(hyperparams_path("async_one_step_q")).with_name("newcomer.yml")
+    monkeypatch.setattr(experiment_manager, "hyperparams_folder", lambda: tmp_path)
+    (tmp_path / "newcomer.yml").write_text("CartPole-v1: {n_timesteps: 40, policy: MlpPolicy, n_envs: 2, gamma: 0.5}")
+    assert "newcomer" in run("--help", cwd=tmp_path)
+    train = "train --algo newcomer --env CartPole-v1"
+    run(f"{train} --eval-freq -1", cwd=tmp_path)
+    model = Newcomer.load(tmp_path / "logs" / "newcomer" / "CartPole-v1_1" / "CartPole-v1.zip")
+    assert (type(model), model.num_timesteps, model.gamma) == (Newcomer, 40, 0.5)
+    optimize = "-optimize --n-trials 1 --n-evaluations 1 --no-optim-plots"
+    assert "one_minus_gamma: 0.25" in run(f"{train} {optimize}", cwd=tmp_path)
+    assert sample("newcomer", optuna.trial.FixedTrial({"one_minus_gamma": 0.25})) == {"gamma": 0.75}
 
 
 def test_benchmark_and_plots(tmp_path, monkeypatch):
@@ -268,12 +340,14 @@ def test_wrong_commands(arguments, problem, tmp_path):
 
 
 def test_help(tmp_path):
-    assert "async_one_step_sarsa" in run_program(PROGRAM, "--help", cwd=tmp_path)
+    help_page = run_program(PROGRAM, "--help", cwd=tmp_path)
+    assert all(algo in help_page for algo in ALGORITHMS)
     assert "--optimize-hyperparameters" in run("train --help", cwd=tmp_path)
     # A script of the Zoo's knows our algorithms
     assert "async_one_step_q" in run("record_video --help", cwd=tmp_path)
     module = sys.executable, "-m", "sb3_async1step.zoo"
-    assert "--load-best" in run_program(*module, "enjoy", "--help", cwd=tmp_path)
+    out = run_program(*module, "enjoy", "--help", cwd=tmp_path)
+    assert out.startswith("usage: sb3-async1step enjoy") and "--load-best" in out
 
 
 def test_programs_train(tmp_path):
@@ -284,11 +358,15 @@ def test_programs_train(tmp_path):
 
 
 def test_the_library_does_not_need_the_zoo():
-    code = "import sys, sb3_async1step; sys.exit(any(m in sys.modules for m in ('rl_zoo3', 'optuna', 'ale_py')))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    code = """
+import sys, sb3_async1step, sb3_async1step.registry, sb3_async1step.sb3_internals
+print([name for name in ("rl_zoo3", "optuna", "huggingface_sb3", "ale_py") if name in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("algo", list(ALGORITHMS))
+@pytest.mark.parametrize("algo", ALGORITHMS)
 def test_hyperparameters(algo):
     entries = yaml.safe_load(Path(hyperparams_path(algo)).read_text())
     assert {"atari", "CartPole-v1", "Acrobot-v1", "MountainCar-v0", "MinAtar/Breakout-v0"} <= set(entries)

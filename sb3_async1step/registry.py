@@ -1,0 +1,44 @@
+"""The algorithms of this package: the command line, the benchmarks and the tests find them here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sb3_async1step.async_one_step_q import AsyncOneStepQ
+from sb3_async1step.async_one_step_sarsa import AsyncOneStepSarsa
+from sb3_async1step.common.async_algorithm import AsyncAlgorithm
+from sb3_async1step.value_based import search_space as value_based
+
+if TYPE_CHECKING:
+    import optuna
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """
+    An algorithm, and its search space for ``sb3-async1step train -optimize``.
+
+    :param model_class: its SB3 class
+    :param sample_hyperparams: lets an Optuna trial choose values
+    :param convert_hyperparams: makes hyperparameters of these values, as they are in the YAML files
+    """
+
+    model_class: type[AsyncAlgorithm]
+    sample_hyperparams: Callable[["optuna.Trial"], dict[str, Any]]
+    convert_hyperparams: Callable[[dict[str, Any]], dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """
+        :return: its name in tables and pictures
+        """
+        return self.model_class.__name__
+
+
+#: By their ids in the RL Zoo. The hyperparameters of an algorithm are in ``hyperparams/ID.yml``
+ALGORITHMS: dict[str, Algorithm] = {
+    "async_one_step_q": Algorithm(AsyncOneStepQ, value_based.sample_hyperparams, value_based.convert_hyperparams),
+    "async_one_step_sarsa": Algorithm(
+        AsyncOneStepSarsa, value_based.sample_hyperparams, value_based.convert_hyperparams
+    ),
+}

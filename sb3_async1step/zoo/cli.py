@@ -1,0 +1,128 @@
+"""
+The RL Zoo's command line with our algorithms registered::
+
+    sb3-async1step train --algo async_one_step_q --env CartPole-v1 -P
+    sb3-async1step enjoy --algo async_one_step_q --env CartPole-v1 -f logs
+
+The commands are the Zoo's own, with all of their options.
+"""
+
+import argparse
+import sys
+from importlib import import_module
+from typing import NoReturn
+
+import rl_zoo3.enjoy
+import rl_zoo3.train
+from rl_zoo3 import ALGOS
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+
+from sb3_async1step.registry import ALGORITHMS
+from sb3_async1step.sb3_internals import (
+    ZOO_USER_ERRORS,
+    repair_push_to_hub,
+    replace_experiment_manager,
+    replace_vec_env_class,
+    run_zoo_script,
+)
+from sb3_async1step.zoo.experiment_manager import AsyncExperimentManager
+from sb3_async1step.zoo.hyperparams_search import make_sampler
+
+# Modules of rl_zoo3 that run as scripts
+SCRIPTS = ("benchmark", "record_video", "record_training", "push_to_hub", "load_from_hub")
+# Functions of rl_zoo3.plots
+PLOTS = ("plot_train", "plot_from_file", "all_plots")
+COMMANDS = ("train", "enjoy", *SCRIPTS, *PLOTS)
+
+# Messages of exceptions that the user's command line causes, and that are printed without a traceback
+USER_ERRORS = (*ZOO_USER_ERRORS, "AleVecEnv can't replace this env")
+
+
+def register() -> None:
+    """Register our algorithms with the Zoo."""
+    for name, algorithm in ALGORITHMS.items():
+        ALGOS[name] = algorithm.model_class
+        HYPERPARAMS_SAMPLER[name] = make_sampler(algorithm)  # type: ignore[assignment]
+        HYPERPARAMS_CONVERTER[name] = algorithm.convert_hyperparams  # type: ignore[assignment]
+    replace_experiment_manager(AsyncExperimentManager)
+
+
+def take_ale_option(arguments: list[str]) -> list[str]:
+    """
+    Use ``AleVecEnv`` if the command line of ``train`` has ``--vec-env ale``, which the Zoo's parser does not know.
+
+    :param arguments: arguments of the command line
+    :return: the arguments for the Zoo's parser
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--vec-env")
+    option, others = parser.parse_known_args(arguments)
+    if option.vec_env != "ale":
+        return arguments
+    # Imported here, since it needs ale_py
+    replace_vec_env_class(AsyncExperimentManager, import_module("sb3_async1step.vec_envs.ale_vec_env").AleVecEnv)
+    return others
+
+
+def run(command: str) -> None:
+    """
+    Run a command of the Zoo, with the options in ``sys.argv``.
+
+    :param command: one of ``COMMANDS``
+    """
+    if command == "train":
+        sys.argv[1:] = take_ale_option(sys.argv[1:])
+        rl_zoo3.train.train()
+    elif command == "enjoy":
+        rl_zoo3.enjoy.enjoy()
+    elif command in PLOTS:
+        # Imported here, since that takes long
+        getattr(import_module("rl_zoo3.plots"), command)()
+    else:
+        if command == "push_to_hub":
+            repair_push_to_hub()
+        run_zoo_script(command, program=[sys.executable, "-m", "sb3_async1step.zoo"])
+
+
+def fail(problem: str) -> NoReturn:
+    """
+    Print an error, and exit with status 2.
+
+    :param problem: what is wrong with the command line
+    """
+    print(f"sb3-async1step: error: {problem}", file=sys.stderr)
+    sys.exit(2)
+
+
+def register_minatar() -> None:
+    """Register MinAtar's games with Gymnasium, but only if the command line names one: importing them takes seconds."""
+    if not any("MinAtar/" in word for word in sys.argv):
+        return
+    try:
+        import_module("minatar.gym").register_envs()
+    except ModuleNotFoundError as error:
+        fail(f"MinAtar's games need a package that is not installed ({error.name}): pip install minatar")
+
+
+def main() -> None:
+    """Entry point of ``sb3-async1step``."""
+    register()
+    register_minatar()
+    names = ", ".join(COMMANDS)
+    usage = "usage: sb3-async1step COMMAND [options]   (sb3-async1step COMMAND --help lists the options)"
+    command = sys.argv[1] if len(sys.argv) > 1 else None
+    if command in ("-h", "--help"):
+        print(f"{usage}\n\ncommands: {names}\n\nalgorithms: {', '.join(ALGOS)}")
+        return
+    if command is None:
+        fail(f"a command is missing, choose from: {names}\n{usage}")
+    if command not in COMMANDS:
+        fail(f"unknown command '{command}', choose from: {names}\n{usage}")
+    # The Zoo parses sys.argv
+    sys.argv = [f"sb3-async1step {command}", *sys.argv[2:]]
+    try:
+        run(command)
+    except ValueError as error:
+        if not any(message in str(error) for message in USER_ERRORS):
+            raise
+        fail(str(error))

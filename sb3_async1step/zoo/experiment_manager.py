@@ -1,0 +1,79 @@
+"""The Zoo's experiment manager for our algorithms: their hyperparameters, and trainings that continue."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rl_zoo3.exp_manager import ExperimentManager
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from sb3_async1step.registry import ALGORITHMS
+
+
+def hyperparams_folder() -> Path:
+    """
+    :return: folder of the YAML files of hyperparameters
+    """
+    package = Path(str(files("sb3_async1step")))
+    # A wheel holds the folder inside of the package, the repository beside it
+    folder = package / "hyperparams"
+    return folder if folder.is_dir() else package.parent / "hyperparams"
+
+
+def hyperparams_path(algo: str) -> str:
+    """
+    :param algo: name of one of our algorithms in the Zoo
+    :return: path of its YAML file of hyperparameters
+    """
+    return str(hyperparams_folder() / f"{algo}.yml")
+
+
+class ContinuedTraining:
+    """
+    A model whose ``learn()`` goes on counting its steps, for the Zoo, which would count from zero.
+
+    :param model: the model
+    """
+
+    def __init__(self, model: BaseAlgorithm) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def learn(self, total_timesteps: int, **kwargs: Any) -> BaseAlgorithm:
+        """
+        :param total_timesteps: number of environment steps, beside those before
+        :param kwargs: further arguments of the model's ``learn()``
+        :return: the model
+        """
+        return self._model.learn(total_timesteps, reset_num_timesteps=False, **kwargs)
+
+
+class AsyncExperimentManager(ExperimentManager):
+    """
+    The Zoo's experiment manager, which also finds the hyperparameters of our algorithms.
+
+    :param args: the parsed command line
+    :param algo: the algorithm's name in the Zoo
+    :param positional: further positional arguments of the Zoo's experiment manager
+    :param kwargs: keyword arguments of the Zoo's experiment manager; without a ``config`` (``--conf-file``), our
+        algorithms get their file of tuned hyperparameters
+    """
+
+    def __init__(self, args: Any, algo: str, *positional: Any, **kwargs: Any) -> None:
+        if kwargs.get("config") is None and algo in ALGORITHMS:
+            kwargs["config"] = hyperparams_path(algo)
+        super().__init__(args, algo, *positional, **kwargs)
+
+    def learn(self, model: BaseAlgorithm) -> None:
+        """
+        Train a model. If it was loaded with ``-i``, it continues where it stopped. Otherwise it would explore again as
+        much as at the start, which ruins the policy.
+
+        :param model: the model to train
+        """
+        if self.continue_training and self.algo in ALGORITHMS:
+            super().learn(ContinuedTraining(model))  # type: ignore[arg-type]
+        else:
+            super().learn(model)
