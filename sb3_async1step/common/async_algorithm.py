@@ -1,5 +1,6 @@
 """What makes an asynchronous value-based method an SB3 algorithm: constructor, learn, predict, save and load."""
 
+import functools
 import io
 import numbers
 import pathlib
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, TypeVar
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
@@ -68,7 +70,7 @@ class AsyncAlgorithm(BaseAlgorithm):
         linearly to zero
     :param gamma: discount factor
     :param n_envs: number of env lanes to make if ``env`` is an id, by default 16, as many as the paper had
-        actor-learners. An env object has its own number
+        actor-learners, without a ``render_mode``. An env object has its own number
     :param n_workers: number of worker threads, at most the number of env lanes; ``"auto"`` for as many as there are
         usable cores, or one if the network is so small that several would only wait for Python's interpreter lock.
         With one worker, everything runs on the calling thread, with any VecEnv
@@ -678,7 +680,9 @@ def make_lanes(env: GymEnv | str | None, n_envs: int | None, seed: int | None, v
         n_lanes = n_envs or DEFAULT_N_ENVS
         if verbose >= 1:
             print(f"Creating {n_lanes} environments from the given name '{env}'")
-        return make_vec_env(env, n_envs=n_lanes, seed=seed)
+        # SB3 would make them with render_mode="rgb_array". Nobody looks at lanes, and some envs work for it even if they
+        # are never rendered: LunarLander-v3 simulates the engines' sparks, which takes up to 3 ms a step
+        return make_vec_env(functools.partial(gym.make, env), n_envs=n_lanes, seed=seed)
     n_lanes = env.num_envs if isinstance(env, VecEnv) else 1
     if n_envs is not None and env is not None and n_envs != n_lanes:
         raise ValueError(
