@@ -680,8 +680,8 @@ def make_lanes(env: GymEnv | str | None, n_envs: int | None, seed: int | None, v
         n_lanes = n_envs or DEFAULT_N_ENVS
         if verbose >= 1:
             print(f"Creating {n_lanes} environments from the given name '{env}'")
-        # SB3 would make them with render_mode="rgb_array". Nobody looks at lanes, and some envs work for it even if they
-        # are never rendered: LunarLander-v3 simulates the engines' sparks, which takes up to 3 ms a step
+        # SB3 would make them with render_mode="rgb_array". Nobody looks at them, and some envs do the work of drawing
+        # nevertheless: LunarLander-v3 simulates the engines' sparks, which takes up to 3 ms a step
         return make_vec_env(functools.partial(gym.make, env), n_envs=n_lanes, seed=seed)
     n_lanes = env.num_envs if isinstance(env, VecEnv) else 1
     if n_envs is not None and env is not None and n_envs != n_lanes:
