@@ -42,6 +42,17 @@ def test_the_seed_decides_the_lanes_of_an_env_id(algorithm):
     assert len(np.unique(first, axis=0)) == 16
 
 
+def test_the_lanes_of_an_env_id_do_not_draw(algorithm):
+    model = algorithm("MlpPolicy", "CartPole-v1", n_envs=2)
+    assert model.get_env().get_attr("render_mode") == [None, None]
+    # Nor need they know render modes
+    gym.register("NoRenderMode-v0", RandomWalkEnv)
+    try:
+        assert algorithm("MlpPolicy", "NoRenderMode-v0", n_envs=2).learn(4).num_timesteps == 4
+    finally:
+        gym.registry.pop("NoRenderMode-v0")
+
+
 def test_an_env_has_its_own_number_of_lanes(algorithm):
     assert algorithm("MlpPolicy", gym.make("CartPole-v1")).n_envs == 1
     assert algorithm("MlpPolicy", make_env(4)).n_envs == 4
