@@ -4,6 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sb3_async1step.a3c import A3C
+from sb3_async1step.a3c import search_space as a3c
+from sb3_async1step.async_n_step_q import AsyncNStepQ
+from sb3_async1step.async_n_step_q import search_space as n_step_q
 from sb3_async1step.async_one_step_q import AsyncOneStepQ
 from sb3_async1step.async_one_step_sarsa import AsyncOneStepSarsa
 from sb3_async1step.common.async_algorithm import AsyncAlgorithm
@@ -41,4 +45,6 @@ ALGORITHMS: dict[str, Algorithm] = {
     "async_one_step_sarsa": Algorithm(
         AsyncOneStepSarsa, value_based.sample_hyperparams, value_based.convert_hyperparams
     ),
+    "async_n_step_q": Algorithm(AsyncNStepQ, n_step_q.sample_hyperparams, value_based.convert_hyperparams),
+    "a3c": Algorithm(A3C, a3c.sample_hyperparams, a3c.convert_hyperparams),
 }

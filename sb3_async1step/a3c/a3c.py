@@ -4,6 +4,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_async1step.a3c.actor_learner import A3CActorLearner, A3CSettings
 from sb3_async1step.a3c.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
@@ -128,6 +129,28 @@ class A3C(AsyncAlgorithm):
         self.rms_prop_eps = rms_prop_eps
         if _init_setup_model:
             self._setup_model()
+
+    @classmethod
+    def paper_hyperparams(cls) -> dict[str, Any]:
+        """
+        The paper's settings (sections 4 and 5.1, and section 8 of its supplement), which are made for 16 lanes of
+        Atari games and millions of steps::
+
+            A3C("CnnPolicy", env, **A3C.paper_hyperparams())
+
+        Its layout, one thread for each actor-learner, is ``n_workers=env.num_envs``, and its network
+        ``policy_kwargs=dict(features_extractor_class=NipsCNN, net_arch=[])``.
+
+        :return: arguments of the constructor
+        """
+        return {
+            "learning_rate": LinearSchedule(7e-4, 0.0, 1.0),
+            "update_interval": 5,
+            "ent_coef": 0.01,
+            "vf_coef": 0.5,
+            "max_grad_norm": 40.0,
+            "rms_prop_eps": 0.1,
+        }
 
     def _make_policy(self) -> BasePolicy:
         # As SB3's A2C does with its own RMSprop

@@ -145,7 +145,8 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
         return self._draw(distribution.get_actions)
 
     def _draw_noise(self) -> None:
-        self._draw(lambda: self.acting_policy.reset_noise(self.n_lanes))
+        with th.no_grad():
+            self._draw(lambda: self.acting_policy.reset_noise(self.n_lanes))
 
     def _draw(self, function: Any) -> Any:
         """Call a function that draws from PyTorch's generator, which is seeded by this worker's own meanwhile."""
@@ -162,7 +163,7 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
         distribution = self.acting_policy.action_dist
         if not isinstance(distribution, StateDependentNoiseDistribution):
             return {}
-        return {name: getattr(distribution, name, None) for name in ("exploration_mat", "exploration_matrices")}
+        return {name: getattr(distribution, name).detach() for name in ("exploration_mat", "exploration_matrices")}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         for name, value in state.items():

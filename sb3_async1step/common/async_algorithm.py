@@ -154,6 +154,13 @@ class AsyncAlgorithm(BaseAlgorithm):
 
     # ------------------------------------------------------------------ what an algorithm says
 
+    @classmethod
+    @abstractmethod
+    def paper_hyperparams(cls) -> dict[str, Any]:
+        """
+        :return: the paper's settings, arguments of the constructor
+        """
+
     def _make_policy(self) -> BasePolicy:
         """
         :return: a new policy, with its optimizer

@@ -3,7 +3,7 @@
 import copy
 import threading
 from contextlib import nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch as th
 from stable_baselines3.common.policies import BaseModel, BasePolicy
@@ -149,8 +149,13 @@ def copy_network(network: AnyNetwork) -> AnyNetwork:
     :param network: a network, or a policy with an optimizer
     :return: a copy with values of its own, but with the same buffers (statistics of BatchNorm), and no optimizer
     """
-    optimizer = getattr(network, "optimizer", None)
-    duplicate = copy.deepcopy(network, memo={} if optimizer is None else {id(optimizer): None})
+    memo: dict[int, Any] = {}
+    if hasattr(network, "optimizer"):
+        memo[id(network.optimizer)] = None
+    if hasattr(network, "action_dist"):
+        # It keeps what it was last called with, tensors that can't be copied deeply
+        memo[id(network.action_dist)] = copy.copy(network.action_dist)
+    duplicate = copy.deepcopy(network, memo)
     for mine in duplicate.parameters():
         mine.grad = None
     for my_buffer, shared_buffer in zip(duplicate.buffers(), network.buffers(), strict=True):
