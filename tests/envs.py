@@ -105,3 +105,15 @@ def make_env(n_envs: int, env_class: Callable[..., gym.Env] = RandomWalkEnv, **k
     :return: a DummyVecEnv of monitored envs
     """
     return DummyVecEnv([lambda: Monitor(env_class(**kwargs)) for _ in range(n_envs)])
+
+
+class BoxWalkEnv(RandomWalkEnv):
+    """A random walk whose actions are continuous."""
+
+    action_space = spaces.Box(-1.0, 1.0, (2,), dtype=np.float32)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        _, reward, *rest = super().step(0)
+        self.tape[-1] = action.tolist()
+        self.state[:2] = np.tanh(self.state[:2] + 0.5 * action)
+        return self.state.astype(np.float32), reward - float(np.square(action).sum()), *rest

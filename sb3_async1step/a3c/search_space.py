@@ -1,4 +1,4 @@
-"""Search space of A3C for ``sb3-async1step train -optimize``: that of the RL Zoo for A2C, where both have a parameter."""
+"""Search space of A3C for ``sb3-async1step train -optimize``: much like that of the RL Zoo for A2C."""
 
 from typing import TYPE_CHECKING, Any
 

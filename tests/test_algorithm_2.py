@@ -1,0 +1,183 @@
+"""In serial mode, n-step Q-learning is a plain transcription of the paper's Algorithm 2, parameter for parameter."""
+
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch as th
+
+from sb3_async1step import AsyncNStepQ, AsyncOneStepQ, SharedRMSprop
+from sb3_async1step.value_based.exploration import allot_final_epsilons
+from sb3_async1step.vec_envs.split import group_lanes
+from tests.envs import RandomWalkEnv, make_env
+
+GAMMA = 0.9
+SEED = 7
+
+
+class Thread:
+    """State of one of the paper's actor-learner threads; it may have several lanes, which act in one batch."""
+
+    def __init__(self, envs, final_eps, rng, network):
+        self.envs = envs
+        self.final_eps = np.array(final_eps)
+        self.rng = rng
+        self.local = deepcopy(network)
+        self.segments = [[] for _ in envs]
+        self.t = 0
+
+
+def algorithm_2(network, target, threads, *, total, t_max, i_target, lr, fraction, q_lambda, alpha=0.99, rms_eps=0.1):
+    """
+    Mnih et al. 2016, Algorithm 2, with shared RMSProp (equations 8 and 9); returns the number of updates.
+
+    One deviation: as in Algorithm 1, the target network is synchronized as soon as T reaches a multiple of I_target,
+    before an update in the same step.
+    """
+    theta = list(network.parameters())
+    square_avg = [th.zeros_like(p) for p in theta]
+    T = n_updates = 0
+
+    def q(net, s):
+        return net(th.as_tensor(s)[None])[0]
+
+    def d_theta(thread):
+        theta_local = list(thread.local.parameters())
+        total_gradient = [th.zeros_like(p) for p in theta_local]
+        for segment in thread.segments:
+            R = None
+            for s, a, r, s_next, terminated, truncated in reversed(segment):
+                with th.no_grad():
+                    bootstrap = q(target, s_next).max()
+                # The last state of a segment, or of an episode that was cut off
+                if R is None or truncated:
+                    R = bootstrap
+                R = r + (0.0 if terminated else GAMMA * (q_lambda * R + (1 - q_lambda) * bootstrap))
+                loss = (R - q(thread.local, s)[a]) ** 2
+                for d, g in zip(total_gradient, th.autograd.grad(loss, theta_local), strict=True):
+                    d += g / len(thread.envs)
+            segment.clear()
+        return total_gradient
+
+    while T < total:  # noqa: SIM300 (not a constant)
+        # Schedules are evaluated when all lanes have made a step
+        progress = min(T / total / fraction, 1.0)
+        learning_rate = lr * (1 - T / total)
+        for thread in threads:
+            n = len(thread.envs)
+            if thread.t == 0:
+                # Synchronize thread-specific parameters theta' = theta
+                thread.local.load_state_dict(network.state_dict())
+            # Take action a_t according to the epsilon-greedy policy based on Q(s_t, a; theta')
+            eps = 1.0 + progress * (thread.final_eps - 1.0)
+            greedy = np.array([int(q(thread.local, env.s).argmax()) for env in thread.envs])
+            explores = thread.rng.random(n) < eps
+            actions = np.where(explores, thread.rng.integers(3, size=n), greedy)
+            done = False
+            for env, segment, a in zip(thread.envs, thread.segments, actions, strict=True):
+                s_next, r, terminated, truncated, _ = env.step(a)
+                segment.append((env.s, a, r, s_next, terminated, truncated and not terminated))
+                done = terminated or truncated
+                env.s = env.reset()[0] if done else s_next
+            T += n
+            thread.t += 1
+            is_over = thread.t == t_max or (n == 1 and done)
+            gradient = d_theta(thread) if is_over else None
+            if T // i_target > (T - n) // i_target:
+                target.load_state_dict(network.state_dict())
+            if is_over:
+                with th.no_grad():
+                    for p, g, d in zip(theta, square_avg, gradient, strict=True):
+                        g.mul_(alpha).add_((1 - alpha) * d**2)
+                        p.sub_(learning_rate * d / (g + rms_eps).sqrt())
+                thread.t = 0
+                n_updates += 1
+    return n_updates
+
+
+@pytest.mark.parametrize(
+    ("n_lanes", "n_workers", "q_lambda"),
+    [(1, 1, 1.0), (3, 3, 1.0), (4, 2, 1.0), (5, 2, 0.7), (4, 1, 0.0), (1, 1, 0.7)],
+)
+def test_serial_mode_equals_algorithm_2(n_lanes, n_workers, q_lambda):
+    total, t_max, i_target, lr, fraction = 1200 * n_lanes, 5, 37, 2e-2, 0.5
+    model = AsyncNStepQ(
+        "MlpPolicy",
+        make_env(n_lanes),
+        learning_rate=lambda progress_remaining: lr * progress_remaining,
+        gamma=GAMMA,
+        n_workers=n_workers,
+        target_update_interval=i_target,
+        exploration_fraction=fraction,
+        max_grad_norm=1e6,
+        q_lambda=q_lambda,
+        backend="serial",
+        policy_kwargs={"net_arch": [16], "optimizer_class": SharedRMSprop},
+        seed=SEED,
+    )
+    network, target = deepcopy(model.q_net), deepcopy(model.q_net_target)
+    before = deepcopy(model.q_net.state_dict())
+    model.learn(total)
+
+    seeds = np.random.SeedSequence(SEED).spawn(n_workers)
+    final_eps = allot_final_epsilons((0.1, 0.01, 0.5), (0.4, 0.3, 0.3), n_lanes)
+    envs = [RandomWalkEnv() for _ in range(n_lanes)]
+    for i, env in enumerate(envs):
+        env.s, _ = env.reset(seed=SEED + i)
+    threads = [
+        Thread(
+            [envs[lane] for lane in lanes], [final_eps[lane] for lane in lanes], np.random.default_rng(seed), network
+        )
+        for lanes, seed in zip(group_lanes(n_lanes, n_workers), seeds, strict=True)
+    ]
+    n_updates = algorithm_2(
+        network,
+        target,
+        threads,
+        total=total,
+        t_max=t_max,
+        i_target=i_target,
+        lr=lr,
+        fraction=fraction,
+        q_lambda=q_lambda,
+    )
+
+    # The same actions in the same episodes
+    assert [env.unwrapped.tape for env in model.get_env().envs] == [env.tape for env in envs]
+    assert model._n_updates == n_updates
+    assert n_updates >= 200
+    for net, expected in ((model.q_net, network), (model.q_net_target, target)):
+        for name, parameter in net.state_dict().items():
+            th.testing.assert_close(parameter, expected.state_dict()[name], rtol=1e-3, atol=1e-5)
+    for name, parameter in model.q_net.state_dict().items():
+        assert not th.allclose(parameter, before[name], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("q_lambda", [1.0, 0.5])
+@pytest.mark.parametrize("n_lanes", [1, 4])
+@pytest.mark.parametrize("optimizer_class", [SharedRMSprop, th.optim.Adam])
+def test_segments_of_one_step_are_one_step_q_learning(q_lambda, n_lanes, optimizer_class):
+    weights = []
+    for algorithm, parameters in ((AsyncOneStepQ, {}), (AsyncNStepQ, {"q_lambda": q_lambda})):
+        model = algorithm(
+            "MlpPolicy",
+            make_env(n_lanes),
+            learning_rate=1e-2,
+            n_workers=1,
+            update_interval=1,
+            target_update_interval=37,
+            policy_kwargs={"net_arch": [16], "optimizer_class": optimizer_class},
+            seed=SEED,
+            **parameters,
+        )
+        weights.append(model.learn(1000 * n_lanes).policy.state_dict())
+    for name, value in weights[0].items():
+        assert th.equal(value, weights[1][name]), name
+
+
+def test_segments_of_several_steps_are_not():
+    weights = []
+    for algorithm in (AsyncOneStepQ, AsyncNStepQ):
+        model = algorithm("MlpPolicy", make_env(4), n_workers=1, update_interval=5, seed=SEED)
+        weights.append(model.learn(400).q_net.q_net[0].weight)
+    assert not th.allclose(*weights, rtol=1e-3, atol=1e-5)
