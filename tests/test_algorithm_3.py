@@ -73,16 +73,16 @@ def algorithm_3(net, threads, *, total, t_max, lr, gae_lambda, alpha=0.99, rms_e
             for s, a, r, s_next, terminated, truncated in reversed(segment):
                 # R <- r_i + gamma * R is advantage + V(s) with lambda = 1
                 v = thread.local.v(s)
-                next_v = 0.0 if terminated else float(thread.local.v(s_next))
-                td_error = r + GAMMA * next_v - float(v)
+                next_v = 0.0 if terminated else thread.local.v(s_next).item()
+                td_error = r + GAMMA * next_v - v.item()
                 advantage = td_error + (
                     GAMMA * gae_lambda * advantage if goes_on and not truncated and not terminated else 0.0
                 )
                 goes_on = True
-                R = advantage + float(v)
+                R = advantage + v.item()
                 pi = thread.local.pi(s)
                 log_prob, entropy = pi.log_prob(th.as_tensor(a)).sum(), pi.entropy().sum()
-                loss = -log_prob * (R - float(v)) - BETA * entropy + VF_COEF * (R - v) ** 2
+                loss = -log_prob * (R - v.item()) - BETA * entropy + VF_COEF * (R - v) ** 2
                 for d, g in zip(total_gradient, th.autograd.grad(loss, theta_local), strict=True):
                     d += g / len(thread.envs)
             segment.clear()
