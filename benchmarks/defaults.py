@@ -156,7 +156,8 @@ def run_and_evaluate(env_id: str, algo: str, seed: int, n_steps: int | None) -> 
         curve = [np.mean(play(load(path), env, N_CURVE_EPISODES, deterministic=True)) for path in checkpoints.values()]
         model = load(folder / "last")
         return Run(
-            command=f"python -m benchmarks.defaults --env {env_id} --algo {algo} --seeds {seed}",
+            command=f"python -m benchmarks.defaults --env {env_id} --algo {algo} --seeds {seed}"
+            + (f" --steps {n_steps}" if n_steps else ""),
             date=str(date.today()),
             hardware=describe_hardware(),
             versions={name: version(name) for name in ("stable-baselines3", "torch", "gymnasium")},

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from stable_baselines3.common.atari_wrappers import MaxAndSkipEnv
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -17,6 +18,11 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 # ---------------------------------------------------------------------- stable_baselines3
+
+#: Attributes of a ``VecEnv`` with an element for each lane
+VEC_ENV_ATTRIBUTES_PER_LANE = ("reset_infos", "_seeds", "_options")
+#: What a process of ``SubprocVecEnv`` answers by ``False``: no env is an instance of this class
+REQUEST_ANSWERED_BY_FALSE = ("is_wrapped", type(None))
 
 
 def find_lane_of_exception(exception: BaseException) -> int | None:
@@ -63,6 +69,25 @@ def dump_logs_by_iterations(algorithm: BaseAlgorithm, iteration: int) -> None:
     :param iteration: number of rollouts
     """
     OnPolicyAlgorithm.dump_logs(algorithm, iteration)  # type: ignore[arg-type]
+
+
+def read_frame_skip(wrapper: MaxAndSkipEnv) -> int:
+    """
+    :param wrapper: SB3's wrapper
+    :return: number of frames for which it repeats an action
+    """
+    return wrapper._skip
+
+
+# ---------------------------------------------------------------------- ale_py
+
+
+def read_options(env: Any) -> dict[str, Any]:
+    """
+    :param env: an ``AtariEnv`` of ale_py
+    :return: the arguments of its constructor
+    """
+    return env._ezpickle_kwargs
 
 
 # ---------------------------------------------------------------------- rl_zoo3

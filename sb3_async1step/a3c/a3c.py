@@ -71,6 +71,7 @@ class A3C(AsyncAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
     }
     actor_learner_class: ClassVar[type[ActorLearner]] = A3CActorLearner
+    attribute_of_the_family: ClassVar[str] = "vf_coef"
 
     policy: ActorCriticPolicy
 

@@ -1,7 +1,5 @@
-"""What makes the paper's methods SB3 algorithms: constructor, learn, predict, save and load."""
+"""What makes the paper's methods SB3 algorithms: constructor, checks, and learn()."""
 
-import io
-import pathlib
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,15 +9,15 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from gymnasium.vector.utils import create_empty_array
-from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import check_for_correct_spaces, obs_as_tensor
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_async1step.common.heap import keep_freed_memory
 from sb3_async1step.common.lanes import check_n_workers, count_workers, make_lanes, warn_of_a_single_lane
-from sb3_async1step.common.model_file import check_saved_model, renamed_modules, write_atomically
+from sb3_async1step.common.live_algorithm import LiveAlgorithm
 from sb3_async1step.common.parallelism import SMALL_NETWORK, count_multiplications, intra_op_threads_for
 from sb3_async1step.common.parameter_checks import (
     check,
@@ -35,7 +33,6 @@ from sb3_async1step.vec_envs.guard import guard_vec_env, watch_processes
 from sb3_async1step.vec_envs.observations import Observations, concatenate, take_rows
 from sb3_async1step.vec_envs.split import group_lanes, rejoin_vec_env, split_vec_env
 from sb3_async1step.workers.actor_learner import ActorLearner, Settings, WorkerRecipe, WorkerState
-from sb3_async1step.workers.gate import Gate
 from sb3_async1step.workers.pool import WorkerPool
 from sb3_async1step.workers.serial_pool import SerialWorkerPool
 from sb3_async1step.workers.shared_parameters import SharedParameters
@@ -48,7 +45,7 @@ Backend = Literal["threads", "serial"]
 WORKER_POOLS: dict[str, type[WorkerPool]] = {"threads": ThreadWorkerPool, "serial": SerialWorkerPool}
 
 
-class AsyncAlgorithm(BaseAlgorithm):
+class AsyncAlgorithm(LiveAlgorithm):
     """
     Base class of the asynchronous methods (Mnih et al. 2016, https://arxiv.org/abs/1602.01783).
 
@@ -134,7 +131,6 @@ class AsyncAlgorithm(BaseAlgorithm):
         self._random_generators: list[np.random.Generator] = []
         # Where the workers stopped, None after a reset of the env
         self._worker_states: list[WorkerState] | None = None
-        self._gate = Gate()
         self._setup_runtime()
         check_n_workers(n_workers, self.env)
 
@@ -243,38 +239,41 @@ class AsyncAlgorithm(BaseAlgorithm):
             total_timesteps, callback = self._setup_learn(
                 total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
             )
-        env = self.env
         self._setup_runtime()
-        n_workers = count_workers(self.n_workers, env, self._network_is_small())
+        n_workers = count_workers(self.n_workers, self.env, self._network_is_small())
         self._update_schedules()
         try:
             callback.on_training_start(locals(), globals())
-            with self._run_workers(env, n_workers, total_timesteps) as pool:
-                callback.on_rollout_start()
-                for n_batches, transitions in enumerate(pool.batches(), start=1):
-                    # SB3's callbacks look for these names
-                    actions, new_obs, rewards = transitions.actions, transitions.new_obs, transitions.rewards
-                    dones, infos = transitions.dones, transitions.infos
-                    n_episodes_before = self._episode_num
-                    with self._gate.passed():
-                        self._count(transitions)
-                    if len(transitions) == env.num_envs:
-                        callback.update_locals(locals())
-                        if not callback.on_step():
-                            break
-                    with self._gate.passed():
-                        self._update_schedules()
-                        if log_interval and self._log_is_due(log_interval, n_episodes_before, n_batches):
-                            self.dump_logs()
-                    if n_batches % self.update_interval == 0:
-                        callback.on_rollout_end()
-                        callback.on_rollout_start()
-                callback.on_rollout_end()
+            with self._run_workers(self.env, n_workers, total_timesteps) as pool:
+                self._follow(pool, callback, log_interval)
         except BaseException:
             close_progress_bars(callback)
             raise
         callback.on_training_end()
         return self
+
+    def _follow(self, pool: WorkerPool, callback: BaseCallback, log_interval: int | None) -> None:
+        """Count, log and call back, once for every ``num_envs`` transitions that the workers make."""
+        callback.on_rollout_start()
+        for n_batches, transitions in enumerate(pool.batches(), start=1):
+            # SB3's callbacks look for these names
+            actions, new_obs, rewards = transitions.actions, transitions.new_obs, transitions.rewards
+            dones, infos = transitions.dones, transitions.infos
+            n_episodes_before = self._episode_num
+            with self._gate.passed():
+                self._count(transitions)
+            if len(transitions) == pool.num_envs:
+                callback.update_locals(locals())
+                if not callback.on_step():
+                    break
+            with self._gate.passed():
+                self._update_schedules()
+                if log_interval and self._log_is_due(log_interval, n_episodes_before, n_batches):
+                    self.dump_logs()
+            if n_batches % self.update_interval == 0:
+                callback.on_rollout_end()
+                callback.on_rollout_start()
+        callback.on_rollout_end()
 
     @contextmanager
     def _run_workers(self, env: VecEnv, n_workers: int, total_timesteps: int) -> Iterator[WorkerPool]:
@@ -383,94 +382,6 @@ class AsyncAlgorithm(BaseAlgorithm):
     def dump_logs(self) -> None:
         """Write log data."""
 
-    # ------------------------------------------------------------------ access to the model while it learns
-
-    def predict(
-        self,
-        observation: np.ndarray | dict[str, np.ndarray],
-        state: tuple[np.ndarray, ...] | None = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = False,
-    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """
-        Choose actions. While the model learns, this waits until no update is in flight.
-
-        :param observation: one observation, or a batch
-        :param state: not used
-        :param episode_start: not used
-        :param deterministic: whether to choose the best action, or to sample
-        :return: the actions, and the state
-        """
-        with self._gate.closed():
-            return super().predict(observation, state, episode_start, deterministic)
-
-    def save(
-        self,
-        path: str | pathlib.Path | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
-        """
-        Save the model, from any thread. While it learns, this waits until no update is in flight.
-
-        The file is written completely or not at all: if anything fails, an existing file is left as it was.
-
-        :param path: file to write, ".zip" is added to a name without suffix
-        :param exclude: names of attributes not to save
-        :param include: names of attributes to save that would not be saved by default
-        """
-        with self._gate.closed():
-            if self._pool is not None:
-                self._remember_workers(self._pool.workers)
-            if isinstance(path, (str, pathlib.Path)):
-                # SB3's suffix
-                with write_atomically(pathlib.Path(path), default_suffix=".zip") as file:
-                    super().save(file, exclude, include)
-            else:
-                super().save(path, exclude, include)
-
-    @classmethod
-    def load(
-        cls: type[SelfAsyncAlgorithm], path: str | pathlib.Path | io.BufferedIOBase, *args: Any, **kwargs: Any
-    ) -> SelfAsyncAlgorithm:
-        """
-        Load a model. It may continue with another number of lanes or workers.
-
-        :param path: path of a saved model, or an open file
-        :param args: positional arguments of
-            :meth:`BaseAlgorithm.load <stable_baselines3.common.base_class.BaseAlgorithm.load>`
-        :param kwargs: keyword arguments of the same method
-        :return: the model
-        :raises ValueError: if the file is damaged, or was saved by another algorithm
-        """
-        check_saved_model(path, cls.__name__, expected="n_workers")
-        with renamed_modules():
-            return super().load(path, *args, **kwargs)
-
-    def get_parameters(self) -> dict[str, dict]:
-        """
-        :return: state dicts of the policy and of its optimizer. As in SB3 they are views: copy them to keep them
-        """
-        with self._gate.closed():
-            return super().get_parameters()
-
-    def set_parameters(
-        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
-    ) -> None:
-        """
-        Load parameters, with which the workers continue.
-
-        :param load_path_or_dict: path of a saved model, or a dict as returned by ``get_parameters()``
-        :param exact_match: whether all parameters must be given
-        :param device: device onto which a file is loaded
-        """
-        with self._gate.closed():
-            super().set_parameters(load_path_or_dict, exact_match, device)
-            if self._pool is not None:
-                # Loading replaced the optimizer's statistics
-                for worker in self._pool.workers:
-                    worker.local.renew_optimizer()
-
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """
         Set the training env. Unlike SB3's other algorithms, it may have another number of lanes than the last one:
@@ -490,16 +401,14 @@ class AsyncAlgorithm(BaseAlgorithm):
         self.n_envs = env.num_envs
         super().set_env(env, force_reset)
 
-    def get_vec_normalize_env(self) -> VecNormalize | None:
-        """
-        :return: the ``VecNormalize`` wrapper of the training env, if it has one. Inside a callback, its statistics do
-            not change after this call
-        """
-        with self._gate.closed():
-            return super().get_vec_normalize_env()
+    def _before_saving(self) -> None:
+        if self._pool is not None:
+            self._remember_workers(self._pool.workers)
+
+    def _after_setting_parameters(self) -> None:
+        for worker in [] if self._pool is None else self._pool.workers:
+            # Loading replaced the optimizer's statistics
+            worker.local.renew_optimizer()
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_pool", "_shared", "_gate", "_update_log"]
-
-    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        return ["policy", "policy.optimizer"], []
+        return [*super()._excluded_save_params(), "_pool", "_shared", "_update_log"]

@@ -78,13 +78,13 @@ def renamed_modules() -> Iterator[None]:
             sys.modules.pop(old, None)
 
 
-def check_saved_model(path: str | pathlib.Path | io.BufferedIOBase, algorithm: str, expected: str) -> None:
+def check_saved_model(path: str | pathlib.Path | io.BufferedIOBase, algorithm: str, expected: set[str]) -> None:
     """
     Check that a file holds a model of our algorithms, for a clearer error than that of loading another one.
 
     :param path: a saved model
     :param algorithm: name of the algorithm that is about to load it
-    :param expected: name of an attribute that only models of our algorithms have
+    :param expected: names of attributes that only models of its family have together
     :raises ValueError: if the file is damaged, or was saved by another algorithm
     """
     file = open_path(path, "r", suffix="zip")
@@ -98,7 +98,7 @@ def check_saved_model(path: str | pathlib.Path | io.BufferedIOBase, algorithm: s
             file.seek(0)
         else:
             file.close()
-    if expected not in attributes:
+    if not expected <= attributes.keys():
         raise ValueError(
             f"{path} was not saved by {algorithm}: load it with the class that saved it. "
             "To start from a DQN's weights, use model.policy.load_state_dict(dqn.policy.state_dict())."

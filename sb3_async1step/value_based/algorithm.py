@@ -44,6 +44,8 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
     }
 
+    attribute_of_the_family: ClassVar[str] = "target_update_interval"
+
     policy: DQNPolicy
     q_net: QNetwork
     q_net_target: QNetwork

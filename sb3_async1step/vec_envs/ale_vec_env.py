@@ -24,6 +24,7 @@ from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
+from sb3_async1step.sb3_internals import read_frame_skip, read_options
 from sb3_async1step.vec_envs.split import split_vec_env, take_lanes
 
 NOOP, FIRE, SECOND_ACTION_AFTER_RESET = 0, 1, 2
@@ -107,7 +108,7 @@ def read_settings(env: gym.Env) -> AtariSettings:
     warp = wrappers[WarpFrame]
     if warp.width != warp.height:
         _refuse(f"its observations are square, not {warp.width}x{warp.height}")
-    options: dict[str, Any] = base._ezpickle_kwargs
+    options = read_options(base)
     for name, allowed in NEEDED_OPTIONS.items():
         if options[name] not in allowed:
             _refuse(f"it has no {name}={options[name]!r}")
@@ -120,7 +121,7 @@ def read_settings(env: gym.Env) -> AtariSettings:
         _refuse("actions are repeated at random by the env and by a wrapper, too")
     return AtariSettings(
         game=options["game"],
-        frame_skip=wrappers[MaxAndSkipEnv]._skip if MaxAndSkipEnv in wrappers else 1,
+        frame_skip=read_frame_skip(wrappers[MaxAndSkipEnv]) if MaxAndSkipEnv in wrappers else 1,
         pools_frames=MaxAndSkipEnv in wrappers,
         screen_size=warp.width,
         noop_max=wrappers[NoopResetEnv].noop_max if NoopResetEnv in wrappers else 0,

@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
+from sb3_async1step.sb3_internals import REQUEST_ANSWERED_BY_FALSE
+
 # What callbacks may call on the training env. It would talk to envs (or to pipes) that workers use
 QUERIES = ("env_is_wrapped", "env_method", "get_attr", "get_images", "set_attr")
 STEPS = ("reset", "step_async")
@@ -124,8 +126,7 @@ def discard_replies(env: SubprocVecEnv) -> None:
     :raises OSError: if a pipe is broken
     """
     for remote in env.remotes:
-        # They answer in order, and no env is an instance of this class
-        remote.send(("is_wrapped", type(None)))
+        remote.send(REQUEST_ANSWERED_BY_FALSE)
         # On Windows, a pipe is no Connection but a PipeConnection
         read = read_bytes_until if isinstance(remote, Connection) else read_messages_until
         read(remote, False)

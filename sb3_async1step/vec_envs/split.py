@@ -31,6 +31,7 @@ from stable_baselines3.common.vec_env import (
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
+from sb3_async1step.sb3_internals import VEC_ENV_ATTRIBUTES_PER_LANE
 from sb3_async1step.vec_envs.observations import store_rows
 
 AnyVecEnv = TypeVar("AnyVecEnv", bound=VecEnv)
@@ -247,7 +248,7 @@ def take_lanes(env: AnyVecEnv, lanes: range, *per_lane: str) -> AnyVecEnv:
     part = type(env).__new__(type(env))
     part.__dict__.update(env.__dict__)
     part.num_envs = len(lanes)
-    for name in ("reset_infos", "_seeds", "_options", *per_lane):
+    for name in (*VEC_ENV_ATTRIBUTES_PER_LANE, *per_lane):
         if name in env.__dict__:
             setattr(part, name, copy(getattr(env, name)[lanes.start : lanes.stop]))
     return part
