@@ -44,8 +44,9 @@ from benchmarks.learning import describe_hardware
 from benchmarks.pqn import PQN
 from benchmarks.report.results import NAMES
 from benchmarks.report.tables import make_speed_tables
-from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
+from sb3_async1step import A3C, AsyncOneStepQ, AsyncOneStepSarsa
 from sb3_async1step.common import async_algorithm
+from sb3_async1step.common.async_algorithm import AsyncAlgorithm
 from sb3_async1step.common.heap import keep_freed_memory
 from sb3_async1step.common.parallelism import count_usable_cores
 from sb3_async1step.vec_envs.ale_vec_env import AleVecEnv
@@ -75,12 +76,12 @@ def make_env(n_envs: int, vec_env_class: type[VecEnv] = DummyVecEnv) -> VecEnv:
 
 
 def make_ours(
-    algorithm: type[AsyncOneStepQ] | type[AsyncOneStepSarsa],
+    algorithm: type[AsyncAlgorithm],
     n_lanes: int = N_LANES,
     vec_env_class: type[VecEnv] = AleVecEnv,
     n_workers: int | Literal["auto"] = "auto",
     mixed_precision: bool = False,
-) -> AsyncOneStepQ | AsyncOneStepSarsa:
+) -> Any:
     """
     :param algorithm: the class
     :param n_lanes: number of lanes
@@ -90,7 +91,10 @@ def make_ours(
     :return: the model, with the paper's settings but for the Nature CNN, which the others have, too
     """
     hyperparams = algorithm.paper_hyperparams()
-    hyperparams["policy_kwargs"] |= {"features_extractor_class": NatureCNN, "mixed_precision": mixed_precision}
+    policy_kwargs = hyperparams.setdefault("policy_kwargs", {})
+    policy_kwargs["features_extractor_class"] = NatureCNN
+    if mixed_precision:
+        policy_kwargs["mixed_precision"] = True
     return algorithm("CnnPolicy", make_env(n_lanes, vec_env_class), n_workers=n_workers, seed=0, **hyperparams)
 
 
@@ -191,7 +195,21 @@ CLASSIC: dict[str, dict[str, MakeModel]] = {
     for env_id in ("CartPole-v1", "LunarLander-v3")
 }
 
-COMPARISONS = {"contenders": CONTENDERS, "workers": WORKERS, "lanes": LANES, **AUTO, **CLASSIC}
+# What SB3 has and the same method with workers
+ACTOR_CRITICS: dict[str, MakeModel] = {
+    "A2C, 16 envs": lambda: A2C("CnnPolicy", make_env(N_LANES), seed=0),
+    "A2C, AleVecEnv": lambda: A2C("CnnPolicy", make_env(N_LANES, AleVecEnv), seed=0),
+    "A3C, AleVecEnv": lambda: make_ours(A3C),
+}
+
+COMPARISONS = {
+    "contenders": CONTENDERS,
+    "actor-critics": ACTOR_CRITICS,
+    "workers": WORKERS,
+    "lanes": LANES,
+    **AUTO,
+    **CLASSIC,
+}
 
 
 class Contender:

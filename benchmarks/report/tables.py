@@ -247,7 +247,7 @@ def make_speed_tables(throughput: dict[str, Any]) -> dict[str, list[str]]:
     """
     tables = {
         name: speed_table(throughput[name], reference=next(iter(throughput[name])))
-        for name in ("contenders", "workers", "lanes", *THRESHOLDS)
+        for name in ("contenders", "actor-critics", "workers", "lanes", *THRESHOLDS)
         if name in throughput
     }
     autos = {name: comparison for name, comparison in throughput.items() if name.startswith("auto, ")}
