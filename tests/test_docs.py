@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from stable_baselines3.common.utils import LinearSchedule  # noqa: F401 (the parameters' table names it)
+from stable_baselines3.common.utils import LinearSchedule  # noqa: F401 (the parameters' tables name it)
 
 from benchmarks.report import PAGES, insert_table, make_tables
-from sb3_async1step import AsyncOneStepQ, __version__
+from sb3_async1step import __version__
+from sb3_async1step.registry import ALGORITHMS
 from tests.command_line import call_main, call_zoo
 from tests.helpers import DEADLINE
 
@@ -124,16 +125,44 @@ def test_tables_are_those_of_the_results():
             assert insert_table(text, name, lines) == text, f"{page.name}: `make report` was not run"
 
 
-def test_parameter_table_names_all_parameters_and_defaults():
-    table = (DOCS / "guide" / "parameters.md").read_text().split("\n## ")[0]
+# The tables of docs/guide/parameters.md that describe an algorithm; the later ones override the earlier ones
+PARAMETER_TABLES = {
+    "async_one_step_q": ("All algorithms", "Value-based algorithms"),
+    "async_one_step_sarsa": ("All algorithms", "Value-based algorithms"),
+    "async_n_step_q": ("All algorithms", "Value-based algorithms", "AsyncNStepQ"),
+    "a3c": ("All algorithms", "A3C"),
+}
+
+
+def read_parameter_table(heading):
+    """Documented defaults of the parameters under a heading of docs/guide/parameters.md, by name."""
+    _, *sections = (DOCS / "guide" / "parameters.md").read_text().split("\n## ")
+    (table,) = (section for section in sections if section.splitlines()[0] == heading)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:3] == "| `"]
-    documented = {name.strip("`"): default.strip("`") for names, default, _ in rows for name in names.split(", ")}
-    parameters = dict(inspect.signature(AsyncOneStepQ).parameters)
+    return {name.strip("`"): default.strip("`") for names, default, _ in rows for name in names.split(", ")}
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_parameter_tables_name_all_parameters_and_defaults(algo):
+    documented = {}
+    for heading in PARAMETER_TABLES[algo]:
+        documented |= read_parameter_table(heading)
+    parameters = dict(inspect.signature(ALGORITHMS[algo].model_class).parameters)
     del parameters["_init_setup_model"]
     assert list(documented) and set(documented) == set(parameters)
     for name, default in documented.items():
         if default not in ("", "as in SB3"):
             assert repr(eval(default)) == repr(parameters[name].default)
+
+
+def test_every_algorithm_has_a_page():
+    overview = (DOCS / "modules" / "algorithms.md").read_text()
+    for algo, algorithm in ALGORITHMS.items():
+        page = (DOCS / "modules" / f"{algo}.md").read_text()
+        assert page.startswith(f"# {algorithm.name}\n")
+        assert f".. autoclass:: sb3_async1step.{algorithm.name}\n" in page
+        assert f"[]({algo}.md)" in overview
+        assert f"\nmodules/{algo}\n" in (DOCS / "index.md").read_text()
 
 
 def find_anchors(path):

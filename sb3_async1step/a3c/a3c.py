@@ -135,7 +135,8 @@ class A3C(AsyncAlgorithm):
     def paper_hyperparams(cls) -> dict[str, Any]:
         """
         The paper's settings (sections 4 and 5.1, and section 8 of its supplement), which are made for 16 lanes of
-        Atari games and millions of steps::
+        Atari games and millions of steps. The learning rate, RMSProp's epsilon and ``vf_coef`` are as its authors told
+        (https://github.com/muupan/async-rl/wiki), the norm of the gradients is that of later implementations::
 
             A3C("CnnPolicy", env, **A3C.paper_hyperparams())
 

@@ -1,1 +1,1 @@
-"""What both algorithms share, in the order data flows."""
+"""What all algorithms share: the SB3 interface, and what it is made of."""

@@ -219,7 +219,7 @@ class AsyncAlgorithm(LiveAlgorithm):
 
         :param total_timesteps: number of environment steps over all lanes; exceeded by less than one vector step
         :param callback: called once for every ``num_envs`` transitions, on the calling thread, while no worker steps
-        :param log_interval: number of episodes between two logs, None for no logs
+        :param log_interval: number of episodes (A3C: of iterations) between two logs, None for no logs
         :param tb_log_name: name of the run for TensorBoard, by default the class's
         :param reset_num_timesteps: whether to start counting at zero again
         :param progress_bar: whether to show a progress bar
