@@ -24,11 +24,18 @@ from stable_baselines3.common.env_util import make_vec_env
 from benchmarks.learning import RESULTS, describe_hardware
 from sb3_async1step import MinAtarCNN, SharedRMSprop
 from sb3_async1step.registry import ALGORITHMS
+from sb3_async1step.value_based.algorithm import ValueBasedAlgorithm
 from sb3_async1step.zoo import register_minatar
 
 FOLDER = RESULTS / "actor_learners"
 N_ACTOR_LEARNERS = (1, 2, 4, 8, 16)
 LAYOUTS = ("one worker", "a worker for each")
+# Those whose epsilon and target network the tasks below set
+VALUE_BASED: dict[str, type[ValueBasedAlgorithm]] = {
+    algo: algorithm.model_class
+    for algo, algorithm in ALGORITHMS.items()
+    if issubclass(algorithm.model_class, ValueBasedAlgorithm)
+}
 
 
 @dataclass(frozen=True)
@@ -154,7 +161,7 @@ def read_all(folder: Path = FOLDER) -> dict[tuple[str, str], pd.DataFrame]:
     :param folder: folder of the files
     :return: the measurements by environment and algorithm, for those that have some
     """
-    paths = {(env_id, algo): folder / results_path(env_id, algo).name for env_id in TASKS for algo in ALGORITHMS}
+    paths = {(env_id, algo): folder / results_path(env_id, algo).name for env_id in TASKS for algo in VALUE_BASED}
     return {key: read_measurements(path) for key, path in paths.items() if path.exists()}
 
 
@@ -181,7 +188,7 @@ def measure(env_id: str, algo: str, setting: Setting) -> Measurement:
     :return: the measurement
     """
     task = TASKS[env_id]
-    model_class = ALGORITHMS[algo].model_class
+    model_class = VALUE_BASED[algo]
     parameters = model_class.paper_hyperparams() | {
         "exploration_fraction": task.exploration_steps / task.max_steps,
         "exploration_final_eps": 0.1,
@@ -216,7 +223,7 @@ def measure(env_id: str, algo: str, setting: Setting) -> Measurement:
 def main() -> None:
     """Measure all settings that are not in the file of results yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algo", required=True, choices=ALGORITHMS)
+    parser.add_argument("--algo", required=True, choices=VALUE_BASED)
     parser.add_argument("--env", required=True, choices=TASKS)
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
     arguments = parser.parse_args()

@@ -38,6 +38,8 @@ NAMES = {algo: algorithm.name for algo, algorithm in ALGORITHMS.items()} | {"dqn
 PAPER_SPEEDUPS = {
     "async_one_step_q": (1.0, 3.0, 6.3, 13.3, 24.1),
     "async_one_step_sarsa": (1.0, 2.8, 5.9, 13.1, 22.1),
+    "async_n_step_q": (1.0, 2.7, 5.9, 10.7, 17.2),
+    "a3c": (1.0, 2.1, 3.7, 6.9, 12.5),
 }
 
 Runs = dict[str, dict[str, list[Run]]]

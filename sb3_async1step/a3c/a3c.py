@@ -155,11 +155,11 @@ class A3C(AsyncAlgorithm):
         }
 
     def _make_policy(self) -> BasePolicy:
-        # As SB3's A2C does with its own RMSprop
-        optimizer = {"optimizer_class": SharedRMSprop, "optimizer_kwargs": {"eps": self.rms_prop_eps}}
-        policy_kwargs = (
-            self.policy_kwargs if "optimizer_class" in self.policy_kwargs else optimizer | self.policy_kwargs
-        )
+        policy_kwargs = dict(self.policy_kwargs)
+        if "optimizer_class" not in policy_kwargs:
+            optimizer_kwargs = policy_kwargs.get("optimizer_kwargs") or {}
+            policy_kwargs["optimizer_class"] = SharedRMSprop
+            policy_kwargs["optimizer_kwargs"] = {"eps": self.rms_prop_eps, **optimizer_kwargs}
         return self.policy_class(
             self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **policy_kwargs
         )

@@ -90,7 +90,8 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
         # A = R - V(s; theta'_v), through which no gradient flows
         advantages = self.compute_advantages(rollout, values.detach().reshape(rollout.rewards.shape)).flatten()
         returns = advantages + values.detach()
-        if self.settings.normalize_advantage:
+        # As in SB3's PPO, a single one can't be normalized
+        if self.settings.normalize_advantage and len(advantages) > 1:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
         policy_loss = -(advantages * log_prob).mean()
