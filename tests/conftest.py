@@ -5,6 +5,7 @@ import pytest
 import torch as th
 
 from sb3_async1step.registry import ALGORITHMS
+from sb3_async1step.value_based.algorithm import ValueBasedAlgorithm
 from tests.helpers import actor_learners, insistent_ctrl_c, wait_until
 
 # Shells start background jobs with Ctrl-C ignored, and tests press it
@@ -20,6 +21,14 @@ def pytest_runtest_call() -> Generator[None]:
 
 @pytest.fixture(params=list(ALGORITHMS))
 def algorithm(request: pytest.FixtureRequest) -> type:
+    return ALGORITHMS[request.param].model_class
+
+
+@pytest.fixture(
+    params=[name for name, entry in ALGORITHMS.items() if issubclass(entry.model_class, ValueBasedAlgorithm)]
+)
+def value_based(request: pytest.FixtureRequest) -> type:
+    """For what A3C has not: epsilon, a target network, the loss of TD errors, and DQN's policies and log keys."""
     return ALGORITHMS[request.param].model_class
 
 

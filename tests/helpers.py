@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 #: Seconds after which something that should have happened is taken for hanging; only a test that fails waits so long
@@ -93,6 +94,31 @@ def with_worker(algorithm: type[BaseAlgorithm], **methods: Callable) -> type[Bas
     for name, method in methods.items():
         setattr(changed, name, bind(name, method))
     return type(algorithm.__name__, (algorithm,), {"actor_learner_class": changed})
+
+
+def trained_parameters(model: BaseAlgorithm) -> list[th.Tensor]:
+    """
+    :param model: a model of any algorithm
+    :return: the parameters that its optimizer changes, the first layer's first
+    """
+    return [parameter for group in model.policy.optimizer.param_groups for parameter in group["params"]]
+
+
+def weights_of(model: BaseAlgorithm) -> dict[str, th.Tensor]:
+    """
+    :param model: a model of any algorithm
+    :return: a copy of all its parameters and buffers, also of those that are not trained
+    """
+    return {name: value.clone() for name, value in model.policy.state_dict().items()}
+
+
+def are_equal(one: dict[str, th.Tensor], two: dict[str, th.Tensor]) -> bool:
+    """
+    :param one: what :func:`weights_of` returned
+    :param two: the same of another model, or at another time
+    :return: whether they are equal bit for bit
+    """
+    return list(one) == list(two) and all(th.equal(one[name], two[name]) for name in one)
 
 
 def functions_of(thread: threading.Thread) -> list[str]:

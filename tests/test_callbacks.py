@@ -5,7 +5,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch as th
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import (
     BaseCallback,
@@ -24,6 +23,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_async1step import AsyncOneStepQ
 from tests.envs import RandomWalkEnv, make_env
+from tests.helpers import are_equal, weights_of
 
 BACKENDS = ["threads", "serial"]
 
@@ -112,7 +112,7 @@ def test_eval_callback_saves_the_model_that_it_evaluated(algorithm, backend, tmp
     evaluated = {}
 
     def predict(model, *args, **kwargs):
-        evaluated[callback.num_timesteps] = [p.clone() for p in model.q_net.parameters()]
+        evaluated[callback.num_timesteps] = weights_of(model)
         return predict_of_algorithm(model, *args, **kwargs)
 
     predict_of_algorithm = algorithm.predict
@@ -129,21 +129,21 @@ def test_eval_callback_saves_the_model_that_it_evaluated(algorithm, backend, tmp
     assert callback.best_mean_reward == means.max()
     best = algorithm.load(tmp_path / "best_model")
     seen = evaluated[results["timesteps"][means.argmax()]]
-    assert all(th.equal(a, b) for a, b in zip(best.q_net.parameters(), seen, strict=True))
-    assert not all(th.equal(a, b) for a, b in zip(model.q_net.parameters(), evaluated[400], strict=True))
+    assert are_equal(weights_of(best), seen)
+    assert not are_equal(weights_of(model), evaluated[400])
 
 
 def test_weights_stand_still_while_a_callback_predicts(algorithm):
     class Look(BaseCallback):
         def _on_step(self):
             self.model.predict(np.zeros(4, np.float32), deterministic=True)
-            before = [p.clone() for p in self.model.policy.parameters()]
+            before = weights_of(self.model)
             for _ in range(3):
                 self.model.predict(np.zeros((500, 4), np.float32), deterministic=True)
-            assert all(th.equal(a, b) for a, b in zip(before, self.model.policy.parameters(), strict=True))
+            assert are_equal(before, weights_of(self.model))
             return True
 
-    algorithm("MlpPolicy", make_env(4), n_workers=4, update_interval=1).learn(800, callback=Look())
+    algorithm("MlpPolicy", make_env(4), n_workers=4, update_interval=1).learn(400, callback=Look())
 
 
 def test_checkpoints(algorithm, tmp_path):

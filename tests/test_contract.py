@@ -27,9 +27,10 @@ from stable_baselines3.common.vec_env import (
 )
 
 from sb3_async1step import MinAtarCNN, NipsCNN
+from sb3_async1step.value_based.algorithm import ValueBasedAlgorithm
 from sb3_async1step.workers import pool
 from tests.envs import RandomWalkEnv, make_env
-from tests.helpers import DEADLINE, wait_until
+from tests.helpers import DEADLINE, are_equal, trained_parameters, wait_until, weights_of
 
 
 class SampleEnv(gym.Env):
@@ -81,22 +82,21 @@ OBSERVATION_SPACES = {
 }
 
 
-@pytest.mark.parametrize("n_workers", [1, 2])
 @pytest.mark.parametrize("name", OBSERVATION_SPACES)
-def test_observation_spaces(algorithm, name, n_workers, tmp_path):
+def test_observation_spaces(algorithm, name, tmp_path):
     policy, space, policy_kwargs = OBSERVATION_SPACES[name]
     env = DummyVecEnv([lambda: SampleEnv(space)] * 4)
     small = {"net_arch": [8], **policy_kwargs}
-    model = algorithm(policy, env, n_workers=n_workers, policy_kwargs=small, update_interval=2, seed=0)
-    before = [p.clone() for p in model.q_net.parameters()]
+    model = algorithm(policy, env, n_workers=2, policy_kwargs=small, update_interval=2, seed=0)
+    before = weights_of(model)
     model.learn(80)
-    assert any(not th.equal(p, q) for p, q in zip(before, model.q_net.parameters(), strict=True))
+    assert not are_equal(weights_of(model), before)
     single, batch = space.sample(), model.get_env().reset()
     action, _ = model.predict(single, deterministic=True)
     actions, _ = model.predict(batch, deterministic=True)
     assert action.shape == () and actions.shape == (4,)
     model.save(tmp_path / "model")
-    loaded = algorithm.load(tmp_path / "model", env=DummyVecEnv([lambda: SampleEnv(space)] * 2), n_workers=n_workers)
+    loaded = algorithm.load(tmp_path / "model", env=DummyVecEnv([lambda: SampleEnv(space)] * 2), n_workers=1)
     np.testing.assert_array_equal(loaded.predict(batch, deterministic=True)[0], actions)
     loaded.learn(20, reset_num_timesteps=False)
 
@@ -105,7 +105,7 @@ def test_observation_spaces(algorithm, name, n_workers, tmp_path):
     ("policy", "space", "message"),
     [
         ("MlpPolicy", spaces.Dict({"speed": box(2)}), "You must use `MultiInputPolicy`"),
-        ("CnnPolicy", box(4), "NipsCNN needs images"),
+        ("CnnPolicy", box(4), "(NipsCNN needs images|NatureCNN only with images)"),
         ("LstmPolicy", box(4), "Policy LstmPolicy unknown"),
     ],
 )
@@ -143,8 +143,8 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("n_workers", [1, 3])
-@pytest.mark.parametrize("name", WRAPPED)
+# A single worker drives the env as it is
+@pytest.mark.parametrize(("name", "n_workers"), [*((name, 3) for name in WRAPPED), ("monitor, normalize, stack", 1)])
 def test_wrappers_in_any_order(algorithm, name, n_workers):
     space, wrappers = WRAPPED[name]
     has_vec_monitor = VecMonitor in wrappers
@@ -198,6 +198,11 @@ def test_spawned_processes(algorithm, start_method):
 # ---------------------------------------------------------------------- networks
 
 
+def online_network(model):
+    """The network that is trained."""
+    return model.policy.q_net if isinstance(model, ValueBasedAlgorithm) else model.policy
+
+
 class Extractor(BaseFeaturesExtractor):
     """Has all that behaves differently while training."""
 
@@ -212,22 +217,22 @@ class Extractor(BaseFeaturesExtractor):
         return self.layers(observations)
 
 
-@pytest.mark.parametrize("n_workers", [1, 2])
-@pytest.mark.parametrize("layers", [("batch",), ("layer",), ("dropout",), ("batch", "layer", "dropout")])
+@pytest.mark.parametrize(
+    ("layers", "n_workers"),
+    [(("batch",), 1), (("layer",), 2), (("dropout",), 2), (("batch", "layer", "dropout"), 2)],
+)
 def test_networks_with_training_modes(algorithm, layers, n_workers, tmp_path):
     env = make_env(4)
     policy_kwargs = {
         "features_extractor_class": Extractor, "features_extractor_kwargs": {"layers": layers}, "net_arch": [8],
     }  # fmt: skip
-    model = algorithm("MlpPolicy", env, n_workers=n_workers, policy_kwargs=policy_kwargs, target_update_interval=100)
+    model = algorithm("MlpPolicy", env, n_workers=n_workers, policy_kwargs=policy_kwargs)
     model.learn(400)
     if "batch" in layers:
-        online, target = (net.features_extractor.layers[1] for net in (model.q_net, model.q_net_target))
-        # The views share them. For each update there is one batch, or two where the target changes in between
+        online = online_network(model).features_extractor.layers[1]
+        # All workers share them. For each update there is one batch, and another where a target network changes
         assert model._n_updates // 2 < online.num_batches_tracked <= model._n_updates + 2 * 4
-        # As DQN does, the target gets the running statistics, but not their count
         assert not th.equal(online.running_mean, th.zeros(16))
-        assert not th.equal(target.running_mean, th.zeros(16))
     # Predictions are made in evaluation mode
     observations = env.reset()
     assert all(model.predict(observations, deterministic=True)[0] == model.predict(observations, deterministic=True)[0])
@@ -235,6 +240,13 @@ def test_networks_with_training_modes(algorithm, layers, n_workers, tmp_path):
     loaded = algorithm.load(tmp_path / "model")
     for name, value in model.policy.state_dict().items():
         assert th.equal(loaded.policy.state_dict()[name], value), name
+
+
+def test_the_target_network_gets_the_statistics_of_batch_norm(value_based):
+    """As with DQN."""
+    policy_kwargs = {"features_extractor_class": Extractor, "net_arch": [8]}
+    model = value_based("MlpPolicy", make_env(4), policy_kwargs=policy_kwargs, target_update_interval=100).learn(400)
+    assert not th.equal(model.q_net_target.features_extractor.layers[1].running_mean, th.zeros(16))
 
 
 def test_acting_is_done_in_evaluation_mode_and_learning_in_training_mode(algorithm):
@@ -251,10 +263,10 @@ def test_acting_is_done_in_evaluation_mode_and_learning_in_training_mode(algorit
     assert modes == {"acting": {False}, "learning": {True}}
 
 
-def test_layer_norm(algorithm, tmp_path):
+def test_layer_norm(value_based, tmp_path):
     """Behind each hidden layer of net_arch, in both networks; saved and loaded."""
     policy_kwargs = {"net_arch": [8, 4], "layer_norm": True}
-    model = algorithm("MlpPolicy", make_env(4), policy_kwargs=policy_kwargs).learn(100)
+    model = value_based("MlpPolicy", make_env(4), policy_kwargs=policy_kwargs).learn(100)
     for network in (model.q_net, model.q_net_target):
         kinds = [type(layer).__name__ for layer in network.q_net]
         assert kinds == ["Linear", "LayerNorm", "ReLU"] * 2 + ["Linear"]
@@ -265,22 +277,22 @@ def test_layer_norm(algorithm, tmp_path):
     model.save(tmp_path / "model")
     model.policy.save(tmp_path / "policy.pt")
     observations = model.env.reset()
-    for loaded in (algorithm.load(tmp_path / "model"), type(model.policy).load(tmp_path / "policy.pt")):
+    for loaded in (value_based.load(tmp_path / "model"), type(model.policy).load(tmp_path / "policy.pt")):
         assert (loaded.predict(observations, deterministic=True)[0]) == pytest.approx(
             model.predict(observations, deterministic=True)[0]
         )
 
 
-def test_layer_norm_needs_hidden_layers(algorithm):
+def test_layer_norm_needs_hidden_layers(value_based):
     env = make_vec_env(lambda: FakeImageEnv(screen_height=40, screen_width=40), n_envs=2)
     with pytest.raises(ValueError, match=r"give it some, as in policy_kwargs=dict\(net_arch=\[256\], layer_norm=True"):
-        algorithm("CnnPolicy", env, policy_kwargs={"layer_norm": True, "features_extractor_class": NatureCNN})
+        value_based("CnnPolicy", env, policy_kwargs={"layer_norm": True, "features_extractor_class": NatureCNN})
 
 
 @pytest.mark.parametrize("dtype", [th.uint8, th.float32])
-def test_images_are_scaled_as_by_sb3(algorithm, dtype):
+def test_images_are_scaled_as_by_sb3(value_based, dtype):
     env = make_vec_env(lambda: FakeImageEnv(screen_height=40, screen_width=40), n_envs=2)
-    q_net = algorithm("CnnPolicy", env).q_net
+    q_net = value_based("CnnPolicy", env).q_net
     observations = th.randint(0, 256, (2, 1, 40, 40)).to(dtype)
     before = observations.clone()
     with th.no_grad():
@@ -289,7 +301,7 @@ def test_images_are_scaled_as_by_sb3(algorithm, dtype):
     assert th.equal(observations, before)
 
 
-def test_nips_cnn(algorithm):
+def test_nips_cnn(value_based):
     """The paper's network, and with a ``LayerNorm`` before each ReLU."""
     env = make_vec_env(lambda: FakeImageEnv(screen_height=84, screen_width=84, n_channels=4), n_envs=2)
     layers = {}
@@ -298,7 +310,7 @@ def test_nips_cnn(algorithm):
             "features_extractor_class": NipsCNN,
             "features_extractor_kwargs": {"layer_norm": layer_norm},
         }
-        modules = algorithm("CnnPolicy", env, policy_kwargs=policy_kwargs).q_net.modules()
+        modules = value_based("CnnPolicy", env, policy_kwargs=policy_kwargs).q_net.modules()
         layers[layer_norm] = [type(module) for module in modules if not list(module.children())]
     convolution, linear, norm = th.nn.Conv2d, th.nn.Linear, th.nn.LayerNorm
     relu, flatten = th.nn.ReLU, th.nn.Flatten
@@ -307,21 +319,21 @@ def test_nips_cnn(algorithm):
     assert layers[True] == with_norms
 
 
-def test_minatar_cnn(algorithm):
+def test_minatar_cnn(value_based):
     """The network of Young and Tian (2019), and nothing behind it."""
     env = SampleEnv(spaces.Box(0, 1, (10, 10, 4), dtype=bool))
     policy_kwargs = {"features_extractor_class": MinAtarCNN, "layer_norm": False}
-    q_net = algorithm("CnnPolicy", env, policy_kwargs=policy_kwargs).q_net
+    q_net = value_based("CnnPolicy", env, policy_kwargs=policy_kwargs).q_net
     assert [tuple(parameter.shape) for parameter in q_net.parameters()] == [
         (16, 4, 3, 3), (16,), (128, 1024), (128,), (3, 128), (3,),
     ]  # fmt: skip
 
 
-def test_mixed_precision(algorithm, tmp_path):
+def test_mixed_precision(value_based, tmp_path):
     """Features in bfloat16; what is learned and what is returned in float32."""
     env = make_vec_env(lambda: FakeImageEnv(screen_height=40, screen_width=40), n_envs=2)
     policy_kwargs = {"features_extractor_kwargs": {"features_dim": 16}, "mixed_precision": True}
-    model = algorithm("CnnPolicy", env, n_workers=2, policy_kwargs=policy_kwargs, seed=0)
+    model = value_based("CnnPolicy", env, n_workers=2, policy_kwargs=policy_kwargs, seed=0)
     observations = model.policy.obs_to_tensor(model.env.reset())[0]
     dtypes = []
     for network in (model.q_net, model.q_net_target):
@@ -339,7 +351,7 @@ def test_mixed_precision(algorithm, tmp_path):
     assert {parameter.dtype for parameter in model.q_net.parameters()} == {th.float32}
     assert not any(th.equal(a, b) for a, b in zip(before, model.q_net.parameters(), strict=True))
     model.save(tmp_path / "model")
-    assert algorithm.load(tmp_path / "model").q_net.mixed_precision
+    assert value_based.load(tmp_path / "model").q_net.mixed_precision
 
 
 @pytest.mark.parametrize(
@@ -355,8 +367,8 @@ def test_mixed_precision(algorithm, tmp_path):
         {"net_arch": [8], "optimizer_class": th.optim.SGD, "optimizer_kwargs": {"momentum": 0.9}},
     ],
 )
-def test_policy_kwargs_of_dqn(algorithm, policy_kwargs):
-    model = algorithm("MlpPolicy", make_env(4), n_workers=2, policy_kwargs=policy_kwargs).learn(200)
+def test_policy_kwargs_of_dqn(value_based, policy_kwargs):
+    model = value_based("MlpPolicy", make_env(4), n_workers=2, policy_kwargs=policy_kwargs).learn(200)
     dqn = DQN("MlpPolicy", make_env(1), policy_kwargs=policy_kwargs, buffer_size=10)
     assert {n: p.shape for n, p in model.policy.state_dict().items()} == (
         {n: p.shape for n, p in dqn.policy.state_dict().items()}
@@ -365,7 +377,7 @@ def test_policy_kwargs_of_dqn(algorithm, policy_kwargs):
 
 def test_frozen_layers_stay_as_they_are(algorithm):
     model = algorithm("MlpPolicy", make_env(4), n_workers=2, policy_kwargs={"net_arch": [8, 8]})
-    first, last = model.q_net.q_net[0].weight, model.q_net.q_net[-1].weight
+    first, *_, last = trained_parameters(model)
     first.requires_grad_(False)
     before = first.clone(), last.clone()
     model.learn(200)
@@ -377,9 +389,9 @@ def test_frozen_layers_stay_as_they_are(algorithm):
 
 
 @pytest.mark.parametrize("n_workers", [1, 2])
-def test_loggers_and_keys(algorithm, n_workers, tmp_path, capsys):
+def test_loggers_and_keys(value_based, n_workers, tmp_path, capsys):
     env = DummyVecEnv([lambda: Monitor(SampleEnv(box(4)))] * 2)
-    model = algorithm("MlpPolicy", env, n_workers=n_workers)
+    model = value_based("MlpPolicy", env, n_workers=n_workers)
     model.set_logger(configure(str(tmp_path), ["stdout", "csv", "json", "tensorboard"]))
     model.learn(200, log_interval=4)
     rows = [json.loads(line) for line in (tmp_path / "progress.json").read_text().splitlines()]
@@ -480,12 +492,11 @@ def test_parameters_go_round(algorithm, tmp_path):
     one = algorithm("MlpPolicy", make_env(2), seed=1).learn(100)
     two = algorithm("MlpPolicy", make_env(2), seed=2)
     two.set_parameters(one.get_parameters())
-    for name, value in one.policy.state_dict().items():
-        assert th.equal(two.policy.state_dict()[name], value)
+    assert are_equal(weights_of(two), weights_of(one))
     one.save(tmp_path / "one")
     three = algorithm("MlpPolicy", make_env(2), seed=3)
     three.set_parameters(tmp_path / "one")
-    assert th.equal(three.q_net.q_net[0].weight, one.q_net.q_net[0].weight)
+    assert are_equal(weights_of(three), weights_of(one))
     three.learn(100)
 
 
@@ -494,9 +505,9 @@ def test_random_seed(algorithm):
         model = algorithm("MlpPolicy", make_env(2), backend="serial", seed=1)
         model.set_random_seed(7)
         model.learn(100)
-        return model.q_net.q_net[0].weight.clone()
+        return weights_of(model)
 
-    assert th.equal(train(), train())
+    assert are_equal(train(), train())
 
 
 def test_fake_image_env_as_sb3_tests_it(algorithm):
@@ -524,14 +535,13 @@ def test_buffers_that_are_replaced(algorithm, n_workers):
         "MlpPolicy", make_env(4), n_workers=n_workers, policy_kwargs={"features_extractor_class": Normalizer}
     )
     model.learn(200)
-    assert not th.equal(model.q_net.features_extractor.mean, th.zeros(4))
+    assert not th.equal(online_network(model).features_extractor.mean, th.zeros(4))
 
 
 def test_batch_norm_with_a_single_lane(algorithm):
     policy_kwargs = {"features_extractor_class": Extractor}
-    parameters = {"update_interval": 5, "target_update_interval": 3}
-    model = algorithm("MlpPolicy", make_env(1), policy_kwargs=policy_kwargs, **parameters).learn(200)
-    assert model.q_net.features_extractor.layers[1].num_batches_tracked > 0
+    model = algorithm("MlpPolicy", make_env(1), policy_kwargs=policy_kwargs, update_interval=5).learn(200)
+    assert online_network(model).features_extractor.layers[1].num_batches_tracked > 0
 
 
 @pytest.mark.parametrize("n_workers", [1, 2])
@@ -543,18 +553,19 @@ def test_settings_of_the_optimizer_that_a_callback_changes(algorithm, n_workers)
         return True
 
     model = algorithm("MlpPolicy", make_env(4), n_workers=n_workers, policy_kwargs=optimizer, learning_rate=1e-2)
-    norm = sum(float(p.detach().norm()) for p in model.q_net.parameters())
-    model.learn(4000, callback=decay)
-    assert sum(float(p.detach().norm()) for p in model.q_net.parameters()) < 0.2 * norm
+    norm = sum(float(p.detach().norm()) for p in trained_parameters(model))
+    model.learn(1000, callback=decay)
+    assert sum(float(p.detach().norm()) for p in trained_parameters(model)) < 0.2 * norm
 
 
 def test_an_optimizer_in_the_policys_place(algorithm):
     model = algorithm("MlpPolicy", make_env(4), n_workers=2)
-    model.policy.optimizer = th.optim.SGD(model.q_net.parameters(), lr=1e-3, momentum=0.9)
-    before = model.q_net.q_net[0].weight.clone()
+    model.policy.optimizer = th.optim.SGD(trained_parameters(model), lr=1e-3, momentum=0.9)
+    first = trained_parameters(model)[0]
+    before = first.clone()
     model.learn(200)
-    assert not th.equal(before, model.q_net.q_net[0].weight)
-    assert model.policy.optimizer.state[model.q_net.q_net[0].weight]["momentum_buffer"].abs().sum() > 0
+    assert not th.equal(before, first)
+    assert model.policy.optimizer.state[first]["momentum_buffer"].abs().sum() > 0
 
 
 def test_idle_time_is_a_share(algorithm, tmp_path, monkeypatch):
@@ -595,6 +606,7 @@ def test_idle_time_is_a_share(algorithm, tmp_path, monkeypatch):
 
 def test_no_updates_are_kept_without_logs(algorithm):
     model = algorithm("MlpPolicy", make_env(2), n_workers=2)
-    model.learn(2000, log_interval=None)
+    model.learn(500, log_interval=None)
     assert model._update_log.n_updates == model._n_updates
-    assert set(model._update_log._sums) == {"train/loss", "async/gradient_staleness"}
+    # Sums alone, one for each key
+    assert {type(total) for total, _ in model._update_log._sums.values()} == {float}

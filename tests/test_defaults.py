@@ -125,11 +125,12 @@ class Threads(BaseCallback):
 def test_small_networks_have_one_worker_and_one_thread(algorithm, monkeypatch, make_model, n_workers, n_intra_op):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
+    model = make_model(algorithm)
     before = th.get_num_threads()
     th.set_num_threads(8)
     try:
         callback = Threads()
-        make_model(algorithm).learn(100, callback=callback)
+        model.learn(100, callback=callback)
         assert (callback.n_workers, callback.n_intra_op) == (n_workers, n_intra_op)
         assert th.get_num_threads() == 8
     finally:
@@ -153,21 +154,21 @@ def kinds_of(module):
     return [type(layer).__name__ for layer in module.modules() if not list(layer.children())]
 
 
-def test_default_networks(algorithm):
-    mlp = algorithm("MlpPolicy", make_env(2)).q_net
+def test_default_networks(value_based):
+    mlp = value_based("MlpPolicy", make_env(2)).q_net
     assert kinds_of(mlp.q_net) == ["Linear", "ReLU"] * 2 + ["Linear"]
     assert [layer.out_features for layer in mlp.q_net if hasattr(layer, "out_features")] == [256, 256, 3]
-    cnn = algorithm("CnnPolicy", make_images(2)).q_net
+    cnn = value_based("CnnPolicy", make_images(2)).q_net
     assert isinstance(cnn.features_extractor, NipsCNN)
     assert kinds_of(cnn) == [
         "LayerNorm", "Conv2d", "LayerNorm", "ReLU", "Conv2d", "LayerNorm", "ReLU", "Flatten",
         "Linear", "LayerNorm", "ReLU", "Linear",
     ]  # fmt: skip
-    bare = algorithm("CnnPolicy", make_images(2), policy_kwargs={"layer_norm": False}).q_net
+    bare = value_based("CnnPolicy", make_images(2), policy_kwargs={"layer_norm": False}).q_net
     assert kinds_of(bare) == ["Conv2d", "ReLU", "Conv2d", "ReLU", "Flatten", "Linear", "ReLU", "Linear"]
 
 
-def test_layer_norm_of_minatars_network(algorithm):
+def test_layer_norm_of_minatars_network(value_based):
     class Binary(RandomWalkEnv):
         observation_space = spaces.Box(0, 1, (10, 10, 4), dtype=bool)
 
@@ -178,27 +179,31 @@ def test_layer_norm_of_minatars_network(algorithm):
             return self.observation_space.sample(), *super().step(action)[1:]
 
     policy_kwargs = {"features_extractor_class": MinAtarCNN}
-    model = algorithm("CnnPolicy", make_env(2, Binary), policy_kwargs=policy_kwargs)
+    model = value_based("CnnPolicy", make_env(2, Binary), policy_kwargs=policy_kwargs)
     assert kinds_of(model.q_net) == [
         "Conv2d", "LayerNorm", "ReLU", "Flatten", "Linear", "LayerNorm", "ReLU", "Linear"
     ]  # fmt: skip
     assert model.learn(100).num_timesteps == 100
 
 
-def test_the_papers_hyperparameters(algorithm):
+def test_the_papers_hyperparameters_are_a_dict_of_ones_own(algorithm):
     hyperparams = algorithm.paper_hyperparams()
-    model = algorithm("CnnPolicy", make_images(2), **hyperparams)
+    hyperparams["gamma"] = hyperparams.setdefault("policy_kwargs", {})["net_arch"] = None
+    again = algorithm.paper_hyperparams()
+    assert "gamma" not in again and "net_arch" not in again.get("policy_kwargs", {})
+
+
+def test_the_papers_hyperparameters(value_based):
+    hyperparams = value_based.paper_hyperparams()
+    model = value_based("CnnPolicy", make_images(2), **hyperparams)
     assert isinstance(model.policy.optimizer, SharedRMSprop)
     assert kinds_of(model.q_net) == ["Conv2d", "ReLU", "Conv2d", "ReLU", "Flatten", "Linear", "ReLU", "Linear"]
     assert (model.update_interval, model.target_update_interval, model.loss) == (5, 10_000, "mse")
     assert [model.lr_schedule(progress) for progress in (1.0, 0.5, 0.0)] == [7e-4, 3.5e-4, 0.0]
-    # A dict of one's own each time
-    hyperparams["policy_kwargs"]["layer_norm"] = True
-    assert algorithm.paper_hyperparams()["policy_kwargs"]["layer_norm"] is False
 
 
-def test_the_learning_rate_is_annealed_to_zero(algorithm):
-    model = algorithm("MlpPolicy", make_env(4), seed=0)
+def test_the_learning_rate_is_annealed_to_zero(value_based):
+    model = value_based("MlpPolicy", make_env(4), seed=0)
     assert model.policy.optimizer.param_groups[0]["lr"] == model.lr_schedule(1.0) > 0
     model.learn(100)
     assert model.policy.optimizer.param_groups[0]["lr"] == model.lr_schedule(0.0) == 0.0

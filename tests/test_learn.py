@@ -15,11 +15,12 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa, SharedRMSprop
 from sb3_async1step.async_one_step_sarsa.actor_learner import SarsaRollout
+from sb3_async1step.common.lanes import count_workers
 from sb3_async1step.value_based.target_network import SharedQNetworks
 from sb3_async1step.workers.rollout import Rollout
 from sb3_async1step.workers.shared_parameters import SharedParameters
 from tests.envs import BlockingEnv, RandomWalkEnv, make_env
-from tests.helpers import DEADLINE, wait_until, with_worker
+from tests.helpers import DEADLINE, are_equal, wait_until, weights_of, with_worker
 from tests.test_vec_env_split import DictEnv, ImageEnv, UnknownWrapper
 
 BACKENDS = ["threads", "serial"]
@@ -38,14 +39,6 @@ class Spy(BaseCallback):
         shapes = [len(self.locals[name]) for name in ("actions", "new_obs", "rewards", "dones", "infos")]
         self.tape.append((self.num_timesteps, shapes, threading.current_thread()))
         return True
-
-
-def weights_of(model):
-    return {name: value.clone() for name, value in model.policy.state_dict().items()}
-
-
-def are_equal(one, two):
-    return all(th.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -74,9 +67,8 @@ def test_groups_of_unequal_size_overshoot_by_less_than_a_vector_step(total):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("interval", [3, 37, 150])
-def test_target_syncs_exactly_once_for_each_multiple(algorithm, backend, interval, monkeypatch):
+@pytest.mark.parametrize(("interval", "backend"), [(3, "threads"), (37, "serial"), (150, "threads")])
+def test_target_syncs_exactly_once_for_each_multiple(value_based, backend, interval, monkeypatch):
     def sync_target(shared, n_times, tau):
         n_syncs.append(n_times)
         sync_target_of_shared(shared, n_times, tau)
@@ -84,7 +76,7 @@ def test_target_syncs_exactly_once_for_each_multiple(algorithm, backend, interva
     n_syncs = []
     sync_target_of_shared = SharedQNetworks.sync_target
     monkeypatch.setattr(SharedQNetworks, "sync_target", sync_target)
-    model = algorithm("MlpPolicy", make_env(4), n_workers=4, target_update_interval=interval, backend=backend)
+    model = value_based("MlpPolicy", make_env(4), n_workers=4, target_update_interval=interval, backend=backend)
     model.learn(500)
     assert sum(n_syncs) == 500 // interval
     # The phase goes on
@@ -96,7 +88,7 @@ def test_target_syncs_exactly_once_for_each_multiple(algorithm, backend, interva
 def test_the_seed_decides_all_in_serial_mode(algorithm, n_workers):
     def train(seed):
         env = make_env(3)
-        return weights_of(algorithm("MlpPolicy", env, seed=seed, n_workers=n_workers, backend="serial").learn(600))
+        return weights_of(algorithm("MlpPolicy", env, seed=seed, n_workers=n_workers, backend="serial").learn(150))
 
     one, same, other = train(1), train(1), train(2)
     assert are_equal(one, same)
@@ -115,11 +107,11 @@ def test_without_a_seed_numpys_global_generator_decides(algorithm):
 
 
 def test_two_calls_of_learn_go_on_where_the_first_stopped(algorithm):
-    """Random streams, env states and Sarsa's exploration don't start again."""
+    """Random streams and env states don't start again."""
 
     def tape(*totals):
         env = make_env(2)
-        model = algorithm("MlpPolicy", env, seed=1, backend="serial", n_workers=2, exploration_final_eps=1.0)
+        model = algorithm("MlpPolicy", env, seed=1, backend="serial", n_workers=2)
         for i, total in enumerate(totals):
             model.learn(total, reset_num_timesteps=i == 0)
         return [e.unwrapped.tape for e in env.envs]
@@ -432,7 +424,7 @@ def test_auto_takes_no_more_workers_than_cores_or_lanes(monkeypatch):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             model = AsyncOneStepQ("MlpPolicy", env, policy_kwargs=LARGE_NETWORK)
-            assert model._count_workers(env) == n_workers
+            assert count_workers("auto", env, model._network_is_small()) == n_workers
 
 
 def test_actions_of_a_space_that_does_not_start_at_zero(algorithm):

@@ -3,6 +3,7 @@
 import pytest
 from gymnasium import spaces
 
+from sb3_async1step import AsyncNStepQ
 from tests.envs import RandomWalkEnv, make_env
 from tests.test_vec_env_split import UnknownWrapper
 
@@ -19,17 +20,30 @@ from tests.test_vec_env_split import UnknownWrapper
         ({"n_workers": 2.0}, r"n_workers must be .*, got 2.0"),
         ({"update_interval": True}, "update_interval must be a whole number of at least 1, got True"),
         ({"gamma": "0.99"}, r"gamma must be in \[0, 1\], got '0.99'"),
-        ({"eval_eps": None}, r"eval_eps must be in \[0, 1\], got None"),
         ({"max_grad_norm": None}, "max_grad_norm must be positive, got None"),
-        ({"exploration_fraction": "0.1"}, r"exploration_fraction must be in \(0, 1\], got '0.1'"),
-        ({"exploration_final_eps": None}, "exploration_final_eps must be one or more values"),
-        ({"exploration_final_probs": 0.5}, "exploration_final_probs must be 3 proportions .* got 0.5"),
-        ({"loss": ["mse"]}, r"loss must be one of .* got \['mse'\]"),
         ({"backend": ["threads"]}, r"backend must be one of .* got \['threads'\]"),
         ({"n_workers": 1.5}, r"n_workers must be \"auto\" or .*, got 1.5"),
         ({"update_interval": 0}, "update_interval must be a whole number of at least 1, got 0"),
         ({"update_interval": -5}, "update_interval must be a whole number of at least 1, got -5"),
         ({"update_interval": 2.5}, "update_interval must be a whole number of at least 1, got 2.5"),
+        ({"gamma": 1.01}, r"gamma must be in \[0, 1\], got 1.01"),
+        ({"max_grad_norm": 0}, "max_grad_norm must be positive, got 0"),
+        ({"backend": "processes"}, r"backend must be one of \['serial', 'threads'\], got 'processes'"),
+    ],
+)
+def test_parameters_out_of_range(algorithm, parameters, message):
+    with pytest.raises(ValueError, match=message):
+        algorithm("MlpPolicy", make_env(4), **parameters)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"eval_eps": None}, r"eval_eps must be in \[0, 1\], got None"),
+        ({"exploration_fraction": "0.1"}, r"exploration_fraction must be in \(0, 1\], got '0.1'"),
+        ({"exploration_final_eps": None}, "exploration_final_eps must be one or more values"),
+        ({"exploration_final_probs": 0.5}, "exploration_final_probs must be 3 proportions .* got 0.5"),
+        ({"loss": ["mse"]}, r"loss must be one of .* got \['mse'\]"),
         ({"target_update_interval": 0}, "target_update_interval must be a whole number of at least 1, got 0"),
         ({"target_update_interval": -1}, "target_update_interval must be a whole number of at least 1, got -1"),
         ({"exploration_final_eps": 1.1}, r"exploration_final_eps must be one or more values in \[0, 1\], got 1.1"),
@@ -44,16 +58,19 @@ from tests.test_vec_env_split import UnknownWrapper
         ({"exploration_fraction": 1.5}, r"exploration_fraction must be in \(0, 1\], got 1.5"),
         ({"exploration_initial_eps": 1.5}, r"exploration_initial_eps must be in \[0, 1\], got 1.5"),
         ({"eval_eps": -1.0}, r"eval_eps must be in \[0, 1\], got -1.0"),
-        ({"gamma": 1.01}, r"gamma must be in \[0, 1\], got 1.01"),
         ({"tau": float("nan")}, r"tau must be in \[0, 1\], got nan"),
-        ({"max_grad_norm": 0}, "max_grad_norm must be positive, got 0"),
         ({"loss": "mae"}, r"loss must be one of \['huber', 'mse'\], got 'mae'"),
-        ({"backend": "processes"}, r"backend must be one of \['serial', 'threads'\], got 'processes'"),
     ],
 )
-def test_parameters_out_of_range(algorithm, parameters, message):
+def test_parameters_of_the_value_based_methods_out_of_range(value_based, parameters, message):
     with pytest.raises(ValueError, match=message):
-        algorithm("MlpPolicy", make_env(4), **parameters)
+        value_based("MlpPolicy", make_env(4), **parameters)
+
+
+@pytest.mark.parametrize("q_lambda", [-0.1, 1.1, float("nan"), None, "1"])
+def test_a_q_lambda_out_of_range(q_lambda):
+    with pytest.raises(ValueError, match=rf"q_lambda must be in \[0, 1\], got {q_lambda!r}"):
+        AsyncNStepQ("MlpPolicy", make_env(4), q_lambda=q_lambda)
 
 
 @pytest.mark.parametrize(
@@ -64,13 +81,13 @@ def test_parameters_out_of_range(algorithm, parameters, message):
         spaces.MultiBinary(3),
     ],
 )
-def test_action_spaces_that_are_not_discrete(algorithm, action_space):
+def test_action_spaces_that_are_not_discrete(value_based, action_space):
     class OtherActions(RandomWalkEnv):
         pass
 
     OtherActions.action_space = action_space
     with pytest.raises(AssertionError, match=r"only supports .*Discrete.* as action spaces but .* was provided"):
-        algorithm("MlpPolicy", make_env(1, OtherActions))
+        value_based("MlpPolicy", make_env(1, OtherActions))
 
 
 def test_an_unsplittable_wrapper_with_explicit_workers(algorithm):
@@ -102,8 +119,6 @@ def test_fewer_lanes_than_workers_after_loading(algorithm, tmp_path):
     algorithm.load(tmp_path / "model", env=UnknownWrapper(make_env(1))).predict(model.env.reset())
 
 
-def test_policies_are_dqns(algorithm):
+def test_unknown_policies(algorithm):
     with pytest.raises(ValueError, match="Policy MlpLstmPolicy unknown"):
         algorithm("MlpLstmPolicy", make_env(1))
-    with pytest.raises(ValueError, match="NipsCNN needs images"):
-        algorithm("CnnPolicy", make_env(1))

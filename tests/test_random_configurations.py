@@ -15,7 +15,8 @@ from stable_baselines3.common.vec_env import (
     VecNormalize,
 )
 
-from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
+from sb3_async1step.registry import ALGORITHMS
+from sb3_async1step.value_based.algorithm import ValueBasedAlgorithm
 from tests.test_contract import SampleEnv, box, image
 
 SPACES = {
@@ -35,11 +36,36 @@ WRAPPERS = {
 UNSTACKABLE = ("discrete", "multi-binary")
 
 
+def value_based_parameters():
+    return st.fixed_dictionaries(
+        {
+            "target_update_interval": st.sampled_from([1, 3, 16, 100, 10_000]),
+            "tau": st.sampled_from([1.0, 0.5, 0.01]),
+            "exploration_fraction": st.sampled_from([0.1, 1.0]),
+            "exploration_final_eps": st.sampled_from([(0.1, 0.01, 0.5), 0.0, 0.2]),
+            "loss": st.sampled_from(["mse", "huber"]),
+        }
+    )
+
+
+def actor_critic_parameters():
+    return st.fixed_dictionaries(
+        {
+            "gae_lambda": st.sampled_from([1.0, 0.9, 0.0]),
+            "ent_coef": st.sampled_from([0.0, 0.01]),
+            "vf_coef": st.sampled_from([0.0, 0.5]),
+            "normalize_advantage": st.booleans(),
+        }
+    )
+
+
 @st.composite
 def configurations(draw):
     name = draw(st.sampled_from(sorted(SPACES)))
     n_lanes = draw(st.integers(1, 6))
     wrappers = draw(st.lists(st.sampled_from(sorted(WRAPPERS)), unique=True, max_size=3))
+    algorithm = draw(st.sampled_from([entry.model_class for entry in ALGORITHMS.values()]))
+    value_based = issubclass(algorithm, ValueBasedAlgorithm)
     return {
         "space": name,
         "n_lanes": n_lanes,
@@ -47,22 +73,18 @@ def configurations(draw):
         "vec_env": draw(st.sampled_from([DummyVecEnv] * 49 + [SubprocVecEnv])),
         "max_steps": draw(st.integers(1, 9)),
         "wrappers": [wrapper for wrapper in wrappers if not (wrapper == "stack" and name in UNSTACKABLE)],
-        "algorithm": draw(st.sampled_from([AsyncOneStepQ, AsyncOneStepSarsa])),
+        "algorithm": algorithm,
         "n_steps": draw(st.integers(1, 100)),
         "log_interval": draw(st.sampled_from([None, 1, 4])),
         "parameters": {
             "n_workers": draw(st.one_of(st.just("auto"), st.integers(1, n_lanes))),
             "backend": draw(st.sampled_from(["threads", "threads", "serial"])),
             "update_interval": draw(st.integers(1, 7)),
-            "target_update_interval": draw(st.sampled_from([1, 3, 16, 100, 10_000])),
-            "tau": draw(st.sampled_from([1.0, 0.5, 0.01])),
             "gamma": draw(st.sampled_from([0.0, 0.9, 1.0])),
-            "exploration_fraction": draw(st.sampled_from([0.1, 1.0])),
-            "exploration_final_eps": draw(st.sampled_from([(0.1, 0.01, 0.5), 0.0, 0.2])),
             "max_grad_norm": draw(st.sampled_from([0.1, 40.0])),
-            "loss": draw(st.sampled_from(["mse", "huber"])),
             "lock_updates": draw(st.booleans()),
             "seed": draw(st.sampled_from([None, 0])),
+            **draw(value_based_parameters() if value_based else actor_critic_parameters()),
         },
         "policy_kwargs": draw(st.sampled_from([{}, {"optimizer_class": th.optim.Adam}])),
     }

@@ -3,8 +3,10 @@
 import copy
 import errno
 import io
+import sys
 import threading
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +14,14 @@ import torch as th
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
+from sb3_async1step import A3C, AsyncOneStepQ, AsyncOneStepSarsa
 from sb3_async1step.common import model_file
-from tests.envs import RandomWalkEnv, make_env
-from tests.helpers import functions_of, meanwhile, wait_until
+from sb3_async1step.value_based.algorithm import ValueBasedAlgorithm
+from tests.envs import BoxWalkEnv, RandomWalkEnv, make_env
+from tests.helpers import are_equal, functions_of, meanwhile, trained_parameters, wait_until, weights_of
 
 
 def state_of(model):
@@ -25,7 +29,8 @@ def state_of(model):
     return {
         "policy": model.policy.state_dict(),
         "optimizer": model.policy.optimizer.state_dict(),
-        "counters": (model.num_timesteps, model._n_updates, model._episode_num, model.exploration_rate),
+        "counters": (model.num_timesteps, model._n_updates, model._episode_num),
+        "exploration_rate": getattr(model, "exploration_rate", None),
         "generators": [generator.bit_generator.state for generator in model._random_generators],
         "last_obs": model._last_obs,
         "workers": model._worker_states,
@@ -67,17 +72,49 @@ class SaveAt(BaseCallback):
         return True
 
 
-@pytest.mark.parametrize("how", ["in a callback", "after a callback stopped the training", "after learn()"])
-@pytest.mark.parametrize("at_call", [1, 37, 51])
-@pytest.mark.parametrize(("n_lanes", "n_workers"), [(1, 1), (3, 1), (3, 3), (4, 2)])
+IN_A_CALLBACK, AFTER_A_STOP, AFTER_LEARN = "in a callback", "after a callback stopped the training", "after learn()"
+
+
+# None of the calls ends a rollout of 5 steps
+@pytest.mark.parametrize(
+    ("n_lanes", "n_workers", "at_call", "how"),
+    [
+        (1, 1, 37, IN_A_CALLBACK),
+        (1, 1, 51, AFTER_LEARN),
+        (3, 1, 37, AFTER_A_STOP),
+        (3, 3, 1, IN_A_CALLBACK),
+        (3, 3, 37, AFTER_LEARN),
+        (4, 2, 51, IN_A_CALLBACK),
+        (4, 2, 1, AFTER_A_STOP),
+    ],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(algorithm, n_lanes, n_workers, at_call, how):
+    own = (
+        {"target_update_interval": 7, "exploration_fraction": 0.9} if issubclass(algorithm, ValueBasedAlgorithm) else {}
+    )
+    assert_resumes_exactly(algorithm, RandomWalkEnv, n_lanes, n_workers, at_call, how, own)
+
+
+@pytest.mark.parametrize(
+    ("n_lanes", "n_workers", "at_call", "how"),
+    [(1, 1, 37, AFTER_LEARN), (3, 1, 51, AFTER_A_STOP), (4, 2, 37, IN_A_CALLBACK), (4, 2, 51, AFTER_LEARN)],
+)
+@pytest.mark.parametrize(
+    "own", [{}, {"use_sde": True}, {"use_sde": True, "sde_sample_freq": 2}], ids=["gaussian", "sde", "sde every 2"]
+)
+def test_a_resumed_run_with_continuous_actions_equals_an_uninterrupted_one(own, n_lanes, n_workers, at_call, how):
+    """The noise that is drawn once in a segment is saved in the middle of it."""
+    assert_resumes_exactly(A3C, BoxWalkEnv, n_lanes, n_workers, at_call, how, own)
+
+
+def assert_resumes_exactly(algorithm, env_class, n_lanes, n_workers, at_call, how, own):
     parameters = {
-        "backend": "serial", "n_workers": n_workers, "seed": 3, "update_interval": 5, "target_update_interval": 7,
-        "learning_rate": lambda progress: 0.01 * progress, "exploration_fraction": 0.9,
+        "backend": "serial", "n_workers": n_workers, "seed": 3, "update_interval": 5,
+        "learning_rate": lambda progress: 0.01 * progress, **own,
     }  # fmt: skip
 
     def make_envs():
-        env = make_env(n_lanes)
+        env = make_env(n_lanes, env_class)
         env.seed(1)
         return env
 
@@ -109,12 +146,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(algorithm, n_lanes, n_workers
 
 
 def test_two_calls_of_learn_equal_one(algorithm):
+    value_based = issubclass(algorithm, ValueBasedAlgorithm)
+    constant_exploration = {"exploration_initial_eps": 0.1, "exploration_final_eps": 0.1} if value_based else {}
+
     def train(*totals):
         env = make_env(3)
         # Schedules depend on the steps of each call
         model = algorithm(
-            "MlpPolicy", env, backend="serial", n_workers=3, seed=1, learning_rate=1e-3, exploration_initial_eps=0.1,
-            exploration_final_eps=0.1,
+            "MlpPolicy", env, backend="serial", n_workers=3, seed=1, learning_rate=1e-3, update_interval=5,
+            **constant_exploration,
         )  # fmt: skip
         for total in totals:
             model.learn(total, reset_num_timesteps=total == totals[0])
@@ -199,7 +239,7 @@ def test_a_failed_save_leaves_the_old_file(algorithm, where, tmp_path, monkeypat
     assert algorithm.load(tmp_path / "model").num_timesteps == 100
 
 
-@pytest.mark.parametrize(("backend", "n_workers"), [("threads", 4), ("threads", 1), ("serial", 2)])
+@pytest.mark.parametrize(("backend", "n_workers"), [("threads", 4), ("serial", 2)])
 def test_saving_from_another_thread(algorithm, backend, n_workers, tmp_path):
     """Each file holds one moment: online network, statistics and counters of the same number of updates."""
 
@@ -215,9 +255,9 @@ def test_saving_from_another_thread(algorithm, backend, n_workers, tmp_path):
 
     model = algorithm(
         "MlpPolicy", make_env(4), backend=backend, n_workers=n_workers, lock_updates=True, update_interval=1,
-        target_update_interval=10**9, policy_kwargs={"optimizer_class": CountingOptimizer, "net_arch": [4]},
+        policy_kwargs={"optimizer_class": CountingOptimizer, "net_arch": [4]},
     )  # fmt: skip
-    start = [p.detach().clone() for p in model.q_net.parameters()]
+    start = [p.detach().clone() for p in trained_parameters(model)]
     files = [tmp_path / str(i) for i in range(10)]
     ended = threading.Event()
 
@@ -237,7 +277,7 @@ def test_saving_from_another_thread(algorithm, backend, n_workers, tmp_path):
         )
     counts = []
     for path in files:
-        weights = algorithm.load(path).q_net.state_dict().values()
+        weights = trained_parameters(algorithm.load(path))
         steps = {round(d, 3) for p, q in zip(weights, start, strict=True) for d in (p - q).flatten().tolist()}
         assert len(steps) == 1
         counts.append(steps.pop())
@@ -249,14 +289,14 @@ def test_saving_from_another_thread(algorithm, backend, n_workers, tmp_path):
 def test_training_waits_for_a_save_that_began_before(algorithm, n_workers, tmp_path, monkeypatch):
     """No update falls into a save, though no worker ran when it began."""
     model = algorithm("MlpPolicy", make_env(2), n_workers=n_workers)
-    before = [p.detach().clone() for p in model.q_net.parameters()]
+    before = weights_of(model)
     saving, learned, saved = threading.Event(), threading.Event(), []
 
     def slow_write(*args, **kwargs):
         saving.set()
         main_thread = threading.main_thread()
         wait_until(lambda: learned.is_set() or "wait_for_earlier_ones" in functions_of(main_thread))
-        saved.append(all(th.equal(p, q) for p, q in zip(model.q_net.parameters(), before, strict=True)))
+        saved.append(are_equal(weights_of(model), before))
 
     monkeypatch.setattr(BaseAlgorithm, "save", slow_write)
     with meanwhile(lambda: model.save(tmp_path / "model")):
@@ -264,7 +304,7 @@ def test_training_waits_for_a_save_that_began_before(algorithm, n_workers, tmp_p
         model.learn(100)
         learned.set()
     assert saved == [True]
-    assert not all(th.equal(p, q) for p, q in zip(model.q_net.parameters(), before, strict=True))
+    assert not are_equal(weights_of(model), before)
 
 
 @pytest.mark.parametrize("other", [DQN, PPO])
@@ -283,6 +323,33 @@ def test_weights_of_a_dqn():
     model.policy.load_state_dict(dqn.policy.state_dict())
     obs = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
     np.testing.assert_array_equal(model.predict(obs, deterministic=True)[0], dqn.predict(obs, deterministic=True)[0])
+
+
+#: Of files that were saved before modules were renamed, after 812 steps of CartPole-v1, in the middle of a rollout
+Q_VALUES_BEFORE = {
+    "one_step_q": [[0.477345, -0.110274], [0.514963, -0.123203], [0.646267, -0.272194]],
+    "one_step_sarsa": [[0.474525, -0.104168], [0.510937, -0.120104], [0.641248, -0.261539]],
+}
+
+
+@pytest.mark.parametrize(("name", "algorithm"), [("one_step_q", AsyncOneStepQ), ("one_step_sarsa", AsyncOneStepSarsa)])
+def test_files_of_an_earlier_version(name, algorithm):
+    """Its modules had other names, and its workers other states."""
+    path = Path(__file__).parent / "data" / f"{name}_before.zip"
+    model = algorithm.load(path, env=make_vec_env("CartPole-v1", n_envs=4, seed=0))
+    observations = np.array([[0.1, 0.2, 0.1, 0.3], [-0.1, -0.5, -0.1, -0.3], [0.5, -1.0, 0.1, 1.0]], np.float32)
+    with th.no_grad():
+        q_values = model.q_net(th.as_tensor(observations)).numpy()
+    np.testing.assert_allclose(q_values, Q_VALUES_BEFORE[name], atol=1e-5)
+    assert model.predict(observations, deterministic=True)[0].tolist() == [0, 0, 0]
+    assert (model.num_timesteps, model._n_updates, model.update_interval, model.n_workers) == (812, 80, 5, 2)
+    statistics = model.policy.optimizer.state_dict()["state"]
+    assert len(statistics) == 4 and all(state["square_avg"].abs().sum() > 0 for state in statistics.values())
+    before = weights_of(model)
+    assert model.learn(200, reset_num_timesteps=False).num_timesteps == 1012
+    assert model._n_updates == 80 + 20 and not are_equal(weights_of(model), before)
+    # Loading leaves no module under an old name
+    assert not set(model_file.RENAMED_MODULES) & set(sys.modules)
 
 
 def test_q_and_sarsa_can_load_each_others_files(tmp_path):

@@ -15,10 +15,11 @@ from stable_baselines3.common.monitor import load_results
 
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa, MinAtarCNN
 from sb3_async1step.registry import ALGORITHMS, Algorithm
+from sb3_async1step.value_based.algorithm import ValueBasedAlgorithm
 from sb3_async1step.value_based.search_space import NET_ARCHS, OPTIMIZERS
 from sb3_async1step.zoo import experiment_manager, hyperparams_path, main, register
 from tests.command_line import call_zoo
-from tests.helpers import DEADLINE
+from tests.helpers import DEADLINE, trained_parameters
 
 PROGRAM = str(Path(sys.executable).parent / "sb3-async1step")
 
@@ -37,23 +38,30 @@ def run_program(*command, cwd):
     return result.stdout + result.stderr
 
 
+def load_entry(algo, env_id):
+    """Hyperparameters of the YAML file."""
+    return yaml.safe_load(Path(hyperparams_path(algo)).read_text())[env_id]
+
+
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_train_and_enjoy(algo, tmp_path):
     run(
         f"train --algo {algo} --env CartPole-v1 -n 2000 --seed 3 --eval-freq 1000 --n-eval-envs 1 --progress "
-        "--save-freq 1000 -params update_interval:3 loss:'huber'",
+        "--save-freq 1000 -params update_interval:3 max_grad_norm:1.5",
         cwd=tmp_path,
     )
     folder = tmp_path / "logs" / algo / "CartPole-v1_1"
     files = {path.name for path in folder.iterdir()}
-    # The Zoo divides its frequencies by the number of envs: 64
-    checkpoints = {"rl_model_960_steps.zip", "rl_model_1920_steps.zip"}
+    # The Zoo divides its frequencies by the number of envs
+    n_envs = load_entry(algo, "CartPole-v1")["n_envs"]
+    every = 1000 // n_envs * n_envs
+    checkpoints = {f"rl_model_{every}_steps.zip", f"rl_model_{2 * every}_steps.zip"}
     assert {"CartPole-v1.zip", "best_model.zip", "evaluations.npz", "0.monitor.csv"} | checkpoints <= files
     model_class = ALGORITHMS[algo].model_class
     model = model_class.load(folder / "CartPole-v1.zip")
     assert type(model) is model_class
-    assert (model.update_interval, model.loss, model.gamma, model.num_timesteps) == (3, "huber", 0.99, 2048)
-    for which in ("", "--load-best", "--load-last-checkpoint"):
+    assert (model.update_interval, model.max_grad_norm, model.num_timesteps) == (3, 1.5, -(-2000 // n_envs) * n_envs)
+    for which in ("--load-best", "--load-last-checkpoint"):
         out = run(f"enjoy --algo {algo} --env CartPole-v1 -f logs -n 300 --no-render {which}", cwd=tmp_path)
         assert "Mean reward" in out
 
@@ -68,34 +76,43 @@ def test_more_options_of_enjoy(tmp_path, monkeypatch):
     assert (tmp_path / "rewards" / "0.monitor.csv").read_text().count("\n") > 2
 
 
-def test_continued_training_goes_on_where_it_was(tmp_path):
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_continued_training_goes_on_where_it_was(algo, tmp_path):
     """Exploration and learning rate follow the steps of both runs; the Zoo alone would start both again."""
-    train = "train --algo async_one_step_q --env CartPole-v1 --eval-freq -1 -params n_envs:4 exploration_fraction:1.0"
-    logs = tmp_path / "logs" / "async_one_step_q"
+    model_class = ALGORITHMS[algo].model_class
+    explores = issubclass(model_class, ValueBasedAlgorithm)
+    exploration = " exploration_fraction:1.0 exploration_final_eps:0.1" if explores else ""
+    train = (
+        f"train --algo {algo} --env CartPole-v1 --eval-freq -1 -params n_envs:4 learning_rate:'lin_2e-3'{exploration}"
+    )
+    logs = tmp_path / "logs" / algo
     run(f"{train} -n 400", cwd=tmp_path)
-    model = AsyncOneStepQ.load(logs / "CartPole-v1_1" / "CartPole-v1.zip")
-    assert (model.num_timesteps, model.exploration_rate) == (400, pytest.approx(0.1))
+    model = model_class.load(logs / "CartPole-v1_1" / "CartPole-v1.zip")
+    assert (model.num_timesteps, model.policy.optimizer.param_groups[0]["lr"]) == (400, 0.0)
     run(f"{train} -n 1200 --save-freq 400 -i {logs}/CartPole-v1_1/CartPole-v1.zip", cwd=tmp_path)
     for steps, progress in [(800, 0.5), (1200, 0.75), (1600, 1.0)]:
-        model = AsyncOneStepQ.load(logs / "CartPole-v1_2" / f"rl_model_{steps}_steps.zip")
+        model = model_class.load(logs / "CartPole-v1_2" / f"rl_model_{steps}_steps.zip")
         assert model.num_timesteps == steps
         # What is saved in a callback follows from the steps before this call
-        assert model.exploration_rate == pytest.approx(1.0 - 0.9 * progress, abs=0.01)
+        if explores:
+            assert model.exploration_rate == pytest.approx(1.0 - 0.9 * progress, abs=0.01)
         assert model.policy.optimizer.param_groups[0]["lr"] == pytest.approx(2e-3 * (1 - progress), abs=2e-5)
     assert "learn" not in vars(model)
 
 
-def test_weights_of_a_continued_training(tmp_path):
-    train = "train --algo async_one_step_q --env CartPole-v1 --eval-freq -1 -n 400"
-    logs = tmp_path / "logs" / "async_one_step_q"
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_weights_of_a_continued_training(algo, tmp_path):
+    train = f"train --algo {algo} --env CartPole-v1 --eval-freq -1 -n 400"
+    logs = tmp_path / "logs" / algo
     run(train, cwd=tmp_path)
     trained = logs / "CartPole-v1_1" / "CartPole-v1.zip"
     # Without learning, the weights remain those that were loaded
     run(f"{train} -i {trained} -params learning_rate:0.0", cwd=tmp_path)
     before, after = (
-        AsyncOneStepQ.load(path).q_net.state_dict() for path in (trained, logs / "CartPole-v1_2" / "CartPole-v1.zip")
+        trained_parameters(ALGORITHMS[algo].model_class.load(path))
+        for path in (trained, logs / "CartPole-v1_2" / "CartPole-v1.zip")
     )
-    assert all(th.equal(before[name], after[name]) for name in before)
+    assert all(th.equal(p, q) for p, q in zip(before, after, strict=True))
 
 
 def test_the_zoos_own_algorithms_work_too(tmp_path):
@@ -139,6 +156,13 @@ def test_optimize(tmp_path):
     assert model.learning_rate(1.0) == params["learning_rate"] and model.learning_rate(0.0) == 0.0
     assert isinstance(model.policy.optimizer, OPTIMIZERS[params["optimizer"]])
     assert any(isinstance(module, th.nn.LayerNorm) for module in model.q_net.modules()) == params["layer_norm"]
+
+
+@pytest.mark.parametrize("algo", sorted(set(ALGORITHMS) - {"async_one_step_sarsa"}))
+def test_a_trial_of_each_search_space(algo, tmp_path):
+    optimize = "-optimize --n-trials 1 --n-evaluations 1 --no-optim-plots"
+    out = run(f"train --algo {algo} --env CartPole-v1 -n 100 {optimize}", cwd=tmp_path)
+    assert "Number of finished trials:  1" in out
 
 
 def test_more_options_of_train(tmp_path):
@@ -247,14 +271,33 @@ def sample(algo, trial):
     return HYPERPARAMS_SAMPLER[algo](trial=trial, n_actions=2, n_envs=4, additional_args={})
 
 
-def test_samples_of_the_value_based_methods():
-    hyperparams = sample("async_one_step_q", optuna.trial.FixedTrial(VALUES))
+@pytest.mark.parametrize(
+    ("algo", "own"), [("async_one_step_q", {}), ("async_one_step_sarsa", {}), ("async_n_step_q", {"q_lambda": 0.5})]
+)
+def test_samples_of_the_value_based_methods(algo, own):
+    hyperparams = sample(algo, optuna.trial.FixedTrial(VALUES | own))
     learning_rate = hyperparams.pop("learning_rate")
     assert [learning_rate(progress) for progress in (1.0, 0.5, 0.0)] == [1e-3, 5e-4, 0.0]
     assert hyperparams == {
         "gamma": 0.98, "update_interval": 4, "target_update_interval": 500, "exploration_fraction": 0.2,
         "exploration_final_eps": 0.1, "max_grad_norm": 1.0, "loss": "huber",
-        "policy_kwargs": {"net_arch": [256, 256], "layer_norm": True, "optimizer_class": th.optim.Adam},
+        "policy_kwargs": {"net_arch": [256, 256], "layer_norm": True, "optimizer_class": th.optim.Adam}, **own,
+    }  # fmt: skip
+
+
+def test_samples_of_a3c():
+    values = {
+        "one_minus_gamma": 0.25, "one_minus_gae_lambda": 0.0625, "update_interval": 8, "learning_rate": 1e-3,
+        "ent_coef": 0.01, "vf_coef": 0.5, "normalize_advantage": True, "max_grad_norm": 1.0, "rms_prop_eps": 1e-3,
+        "net_arch": "small", "activation_fn": "relu",
+    }  # fmt: skip
+    hyperparams = sample("a3c", optuna.trial.FixedTrial(values))
+    learning_rate = hyperparams.pop("learning_rate")
+    assert [learning_rate(progress) for progress in (1.0, 0.5, 0.0)] == [1e-3, 5e-4, 0.0]
+    assert hyperparams == {
+        "gamma": 0.75, "gae_lambda": 0.9375, "update_interval": 8, "ent_coef": 0.01, "vf_coef": 0.5,
+        "normalize_advantage": True, "max_grad_norm": 1.0, "rms_prop_eps": 1e-3,
+        "policy_kwargs": {"net_arch": [64, 64], "activation_fn": th.nn.ReLU},
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sb3_async1step.vec_envs.observations import map_arrays
 from sb3_async1step.workers.actor_learner import ActorLearner, Settings
-from sb3_async1step.workers.rollout import Rollout
+from sb3_async1step.workers.rollout import Rollout, merge_time_and_lanes
 
 
 @dataclass
@@ -67,12 +67,14 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
             self._draw_noise()
         with th.no_grad():
             distribution = self.acting_policy.get_distribution(self.to_tensor(self.observations))
-            return self._sample(distribution).cpu().numpy()
+            actions = self._sample(distribution).cpu().numpy()
+        # Distributions flatten continuous actions
+        return actions.reshape(-1, *self.settings.action_space.shape)
 
     def to_env_actions(self, actions: np.ndarray) -> np.ndarray:
         # As SB3's A2C does
         space = self.settings.action_space
-        if isinstance(space, spaces.Discrete):
+        if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
             return actions + space.start
         if not isinstance(space, spaces.Box):
             return actions
@@ -83,7 +85,9 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
     def compute_loss(self, rollout: Rollout) -> tuple[th.Tensor, dict[str, float]]:
         policy = self.local.learning_network
         assert isinstance(policy, ActorCriticPolicy)
-        actions = self.to_device(rollout.actions.reshape(-1, *rollout.actions.shape[2:]))
+        actions = self.to_device(merge_time_and_lanes(rollout.actions))
+        if isinstance(self.settings.action_space, spaces.Box):
+            actions = actions.flatten(start_dim=1)
         values, log_prob, entropy = policy.evaluate_actions(self.to_batch(rollout.observations), actions)
         values = values.flatten()
 
@@ -99,12 +103,16 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
         # Some distributions have no analytical entropy
         entropy_loss = -th.mean(-log_prob if entropy is None else entropy)
         loss = policy_loss + self.settings.ent_coef * entropy_loss + self.settings.vf_coef * value_loss
-        return loss, {
+        metrics = {
             "train/policy_loss": policy_loss.item(),
             "train/value_loss": value_loss.item(),
             "train/entropy_loss": entropy_loss.item(),
-            "train/explained_variance": float(explained_variance(values.detach().cpu().numpy(), returns.cpu().numpy())),
         }
+        explained = float(explained_variance(values.detach().cpu().numpy(), returns.cpu().numpy()))
+        # Undefined for equal returns, as a single one is
+        if not np.isnan(explained):
+            metrics["train/explained_variance"] = explained
+        return loss, metrics
 
     @th.no_grad()
     def compute_advantages(self, rollout: Rollout, values: th.Tensor) -> th.Tensor:

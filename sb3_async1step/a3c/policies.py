@@ -16,7 +16,9 @@ class MlpPolicy(ActorCriticPolicy):
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         actions = super()._predict(observation, deterministic)
         # The network numbers actions from 0, the action space may start elsewhere
-        return actions + int(self.action_space.start) if isinstance(self.action_space, spaces.Discrete) else actions
+        if isinstance(self.action_space, (spaces.Discrete, spaces.MultiDiscrete)):
+            return actions + th.as_tensor(self.action_space.start, device=actions.device)
+        return actions
 
 
 class CnnPolicy(MlpPolicy, ActorCriticCnnPolicy):

@@ -250,10 +250,7 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
     def _update(self) -> UpdateStats:
         self._clip_gradient()
         staleness = self.local.push()
-        n_steps = [n for _, n in self._metrics]
-        metrics = {
-            key: float(np.average([m[key] for m, _ in self._metrics], weights=n_steps)) for key in self._metrics[0][0]
-        }
+        metrics = _average(self._metrics)
         self._metrics.clear()
         self._steps_since_update = 0
         return UpdateStats(metrics, staleness)
@@ -321,3 +318,10 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         self._metrics = list(state.metrics)
         self.local.set_values(state.local_values)
         self.set_extra_state(state.extra)
+
+
+def _average(metrics: list[tuple[dict[str, float], int]]) -> dict[str, float]:
+    """Mean of each metric over the parts of a rollout that have it, weighted by their numbers of time steps."""
+    keys = {key: None for part, _ in metrics for key in part}
+    parts = {key: [(part[key], n_steps) for part, n_steps in metrics if key in part] for key in keys}
+    return {key: sum(value * n for value, n in values) / sum(n for _, n in values) for key, values in parts.items()}
