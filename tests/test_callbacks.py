@@ -122,9 +122,9 @@ def test_eval_callback_saves_the_model_that_it_evaluated(algorithm, backend, tmp
         verbose=0,
     )  # fmt: skip
     model = algorithm("MlpPolicy", make_env(4), n_workers=4, learning_rate=0.01, seed=0, backend=backend)
-    model.learn(3200, callback=callback)
+    model.learn(1600, callback=callback)
     results = np.load(tmp_path / "evaluations.npz")
-    assert results["timesteps"].tolist() == list(evaluated) == list(range(400, 3201, 400))
+    assert results["timesteps"].tolist() == list(evaluated) == list(range(400, 1601, 400))
     means = results["results"].mean(axis=1)
     assert callback.best_mean_reward == means.max()
     best = algorithm.load(tmp_path / "best_model")

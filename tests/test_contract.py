@@ -17,7 +17,6 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureCNN
 from stable_baselines3.common.vec_env import (
     DummyVecEnv,
-    SubprocVecEnv,
     VecCheckNan,
     VecExtractDictObs,
     VecFrameStack,
@@ -186,13 +185,6 @@ def test_saved_statistics_equal_those_trained_with(algorithm, n_workers, tmp_pat
     model.learn(300, callback=save)
     loaded = VecNormalize.load(tmp_path / "statistics.pkl", make_env(1))
     assert statistics_of(loaded) == seen[-1]
-
-
-@pytest.mark.parametrize("start_method", ["spawn"])
-def test_spawned_processes(algorithm, start_method):
-    env = make_vec_env(RandomWalkEnv, 2, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": start_method})
-    assert algorithm("MlpPolicy", env, n_workers=2).learn(60).num_timesteps == 60
-    env.close()
 
 
 # ---------------------------------------------------------------------- networks

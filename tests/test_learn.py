@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa, SharedRMSprop
 from sb3_async1step.async_one_step_sarsa.actor_learner import SarsaRollout
 from sb3_async1step.common.lanes import count_workers
+from sb3_async1step.registry import ALGORITHMS
 from sb3_async1step.value_based.target_network import SharedQNetworks
 from sb3_async1step.workers.rollout import Rollout
 from sb3_async1step.workers.shared_parameters import SharedParameters
@@ -372,7 +373,7 @@ def test_weights_stay_small_with_adam_and_several_workers():
         env = make_vec_env("CartPole-v1", n_envs=4, seed=seed)
         policy_kwargs = {"net_arch": [64], "optimizer_class": th.optim.Adam}
         model = AsyncOneStepQ("MlpPolicy", env, n_workers=4, learning_rate=1e-3, seed=seed, policy_kwargs=policy_kwargs)
-        model.learn(4000)
+        model.learn(2000)
         assert max(float(parameter.abs().max()) for parameter in model.q_net.parameters()) < 2.0
 
 
@@ -399,10 +400,16 @@ def test_policies_and_wrappers_train(algorithm, policy, env_class, wrapper, n_wo
     assert model.predict(obs, deterministic=True)[0].shape == (4,)
 
 
-@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
-def test_subprocesses(algorithm, start_method):
+# A new Python process takes seconds to start
+SLOW_STARTS = [(AsyncOneStepQ, "forkserver"), (AsyncOneStepQ, "spawn")]
+
+
+@pytest.mark.parametrize(
+    ("model_class", "start_method"), [*((entry.model_class, "fork") for entry in ALGORITHMS.values()), *SLOW_STARTS]
+)
+def test_subprocesses(model_class, start_method):
     env = make_vec_env(RandomWalkEnv, 4, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": start_method})
-    model = algorithm("MlpPolicy", env, n_workers=2).learn(400)
+    model = model_class("MlpPolicy", env, n_workers=2).learn(400)
     assert model.num_timesteps == 400
     model.learn(100, reset_num_timesteps=False)
     assert env.get_attr("max_steps") == [11] * 4
@@ -411,10 +418,11 @@ def test_subprocesses(algorithm, start_method):
 
 def test_an_unknown_wrapper_gets_one_worker_and_a_warning(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
-    with pytest.warns(UserWarning, match="UnknownWrapper can't be split"):
-        model = AsyncOneStepQ("MlpPolicy", UnknownWrapper(make_env(4)), policy_kwargs=LARGE_NETWORK)
-    with pytest.warns(UserWarning, match="UnknownWrapper can't be split"):
+    model = AsyncOneStepQ("MlpPolicy", UnknownWrapper(make_env(4)), policy_kwargs=LARGE_NETWORK)
+    with pytest.warns(UserWarning, match="UnknownWrapper can't be split") as record:
         assert model.learn(40).num_timesteps == 40
+    # Where the user called learn()
+    assert [warning.filename for warning in record] == [__file__]
 
 
 def test_auto_takes_no_more_workers_than_cores_or_lanes(monkeypatch):

@@ -110,7 +110,7 @@ def test_a_resumed_run_with_continuous_actions_equals_an_uninterrupted_one(own, 
 def assert_resumes_exactly(algorithm, env_class, n_lanes, n_workers, at_call, how, own):
     parameters = {
         "backend": "serial", "n_workers": n_workers, "seed": 3, "update_interval": 5,
-        "learning_rate": lambda progress: 0.01 * progress, **own,
+        "learning_rate": lambda progress: 0.01 * progress, "policy_kwargs": {"net_arch": [16]}, **own,
     }  # fmt: skip
 
     def make_envs():
@@ -154,7 +154,7 @@ def test_two_calls_of_learn_equal_one(algorithm):
         # Schedules depend on the steps of each call
         model = algorithm(
             "MlpPolicy", env, backend="serial", n_workers=3, seed=1, learning_rate=1e-3, update_interval=5,
-            **constant_exploration,
+            policy_kwargs={"net_arch": [16]}, **constant_exploration,
         )  # fmt: skip
         for total in totals:
             model.learn(total, reset_num_timesteps=total == totals[0])
@@ -162,7 +162,7 @@ def test_two_calls_of_learn_equal_one(algorithm):
         state["returns"] = [(info["r"], info["l"]) for info in state["returns"]]
         return state
 
-    assert_equal(train(600), train(201, 399))
+    assert_equal(train(300), train(102, 198))
 
 
 def test_a_reset_forgets_what_the_workers_had_begun(algorithm):

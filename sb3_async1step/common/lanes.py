@@ -1,6 +1,7 @@
 """The lanes of a model: making them, and choosing how many workers share them."""
 
 import functools
+import inspect
 import warnings
 
 import gymnasium as gym
@@ -48,12 +49,11 @@ def warn_of_a_single_lane(env: VecEnv, algorithm: str) -> None:
     :param algorithm: name of the algorithm's class
     """
     if env.num_envs == 1:
-        warnings.warn(
+        _warn(
             f"{algorithm} learns from a single env lane, that is, with one actor-learner and from one transition at a "
             "time: without a replay buffer, this is slow and seldom learns well. Give it the env's id (then it makes "
             f"{DEFAULT_N_ENVS} lanes), or a VecEnv of several: "
-            f"stable_baselines3.common.env_util.make_vec_env(..., n_envs={DEFAULT_N_ENVS}).",
-            stacklevel=3,
+            f"stable_baselines3.common.env_util.make_vec_env(..., n_envs={DEFAULT_N_ENVS})."
         )
 
 
@@ -105,5 +105,8 @@ def count_workers(n_workers: int | str, env: VecEnv, network_is_small: bool) -> 
 
 
 def _warn(message: str) -> None:
-    # Of whoever called learn() of the model, three calls above
-    warnings.warn(message, stacklevel=4)
+    """Warn of the line outside of this package that called it: the one with the model's ``learn()``."""
+    frame, stacklevel = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("sb3_async1step."):
+        frame, stacklevel = frame.f_back, stacklevel + 1
+    warnings.warn(message, stacklevel=stacklevel)
