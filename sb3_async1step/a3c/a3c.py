@@ -72,6 +72,8 @@ class A3C(AsyncAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
     }
     actor_learner_class: ClassVar[type[ActorLearner]] = A3CActorLearner
+    _own_attributes: ClassVar[tuple[str, ...]] = ("gae_lambda",)
+    _sb3_counterpart: ClassVar[str] = "A2C"
 
     policy: ActorCriticPolicy
 

@@ -87,6 +87,10 @@ class AsyncAlgorithm(BaseAlgorithm):
 
     #: Class of the workers
     actor_learner_class: ClassVar[type[ActorLearner]]
+    # What tells the files that it can load from those of our other algorithms
+    _own_attributes: ClassVar[tuple[str, ...]]
+    # SB3's algorithm with the same policies
+    _sb3_counterpart: ClassVar[str]
 
     def __init__(
         self,
@@ -443,7 +447,7 @@ class AsyncAlgorithm(BaseAlgorithm):
         :return: the model
         :raises ValueError: if the file is damaged, or was saved by another algorithm
         """
-        check_saved_model(path, cls.__name__, expected="n_workers")
+        check_saved_model(path, cls.__name__, ("n_workers", *cls._own_attributes), cls._sb3_counterpart)
         with renamed_modules():
             return super().load(path, *args, **kwargs)
 

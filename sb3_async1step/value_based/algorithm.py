@@ -44,6 +44,9 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
     }
 
+    _own_attributes: ClassVar[tuple[str, ...]] = ("target_update_interval",)
+    _sb3_counterpart: ClassVar[str] = "DQN"
+
     policy: DQNPolicy
     q_net: QNetwork
     q_net_target: QNetwork
