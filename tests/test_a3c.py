@@ -275,6 +275,17 @@ def test_the_papers_hyperparameters():
     assert model.learn(20).num_timesteps == 20
 
 
+@pytest.mark.filterwarnings("ignore:.*single env lane")
+def test_a_single_advantage_is_not_normalized():
+    """Neither of one step at a time, nor at the end of an episode."""
+    weights = []
+    for normalize in (False, True):
+        model = A3C("MlpPolicy", make_env(1), update_interval=1, normalize_advantage=normalize, seed=0)
+        weights.append(weights_of(model.learn(50)))
+    assert are_equal(*weights)
+    A3C("MlpPolicy", make_env(1, max_steps=6), update_interval=5, normalize_advantage=True, seed=0).learn(50)
+
+
 # ---------------------------------------------------------------------- logging
 
 

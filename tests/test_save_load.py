@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch as th
-from stable_baselines3 import DQN, PPO
+from stable_baselines3 import A2C, DQN
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_async1step import A3C, AsyncOneStepQ, AsyncOneStepSarsa
+from sb3_async1step import A3C, AsyncNStepQ, AsyncOneStepQ, AsyncOneStepSarsa
 from sb3_async1step.common import model_file
 from sb3_async1step.value_based.algorithm import ValueBasedAlgorithm
 from tests.envs import BoxWalkEnv, RandomWalkEnv, make_env
@@ -307,12 +307,24 @@ def test_training_waits_for_a_save_that_began_before(algorithm, n_workers, tmp_p
     assert not are_equal(weights_of(model), before)
 
 
-@pytest.mark.parametrize("other", [DQN, PPO])
+@pytest.mark.parametrize("other", [DQN, A2C])
 def test_files_of_other_algorithms(algorithm, other, tmp_path):
     env = make_env(1)
     other("MlpPolicy", env).save(tmp_path / "model")
     with pytest.raises(ValueError, match=rf"model was not saved by {algorithm.__name__}: load it with the class"):
         algorithm.load(tmp_path / "model")
+
+
+def test_files_of_our_other_algorithms(value_based, tmp_path):
+    """The error says how to start from the weights of SB3's algorithm with the same policies."""
+    value_based("MlpPolicy", make_env(1)).save(tmp_path / "values")
+    A3C("MlpPolicy", make_env(1)).save(tmp_path / "actor")
+    with pytest.raises(ValueError, match=r"not saved by A3C.*weights of A2C.*load_state_dict\(a2c\."):
+        A3C.load(tmp_path / "values")
+    with pytest.raises(
+        ValueError, match=rf"not saved by {value_based.__name__}.*weights of DQN.*load_state_dict\(dqn\."
+    ):
+        value_based.load(tmp_path / "actor")
 
 
 def test_weights_of_a_dqn():
@@ -352,10 +364,19 @@ def test_files_of_an_earlier_version(name, algorithm):
     assert not set(model_file.RENAMED_MODULES) & set(sys.modules)
 
 
-def test_q_and_sarsa_can_load_each_others_files(tmp_path):
-    AsyncOneStepQ("MlpPolicy", make_env(2)).learn(100).save(tmp_path / "model")
-    model = AsyncOneStepSarsa.load(tmp_path / "model", env=make_env(2))
-    assert model.learn(100, reset_num_timesteps=False).num_timesteps == 200
+def make_reset_env(n_lanes):
+    env = make_env(n_lanes)
+    env.reset()
+    return env
+
+
+def test_value_based_methods_can_load_each_others_files(value_based, tmp_path):
+    """Whatever state the workers of the other one left."""
+    for other in (AsyncOneStepQ, AsyncOneStepSarsa, AsyncNStepQ):
+        other("MlpPolicy", make_env(2), n_workers=1, update_interval=5).learn(106).save(tmp_path / "model")
+        for force_reset in (True, False):
+            model = value_based.load(tmp_path / "model", env=make_reset_env(2), force_reset=force_reset)
+            assert model.learn(100, reset_num_timesteps=False).num_timesteps == 206
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.99])

@@ -14,7 +14,7 @@ import pytest
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecMonitor, VecNormalize
 
-from sb3_async1step import split_vec_env
+from sb3_async1step import AsyncOneStepQ, split_vec_env
 from tests.envs import RaisingEnv, RandomWalkEnv, make_env
 from tests.helpers import DEADLINE, FOREVER, has_made_steps, meanwhile, press_ctrl_c, wait_until, with_worker
 
@@ -120,7 +120,8 @@ def processes_of(env):
 )
 def test_a_killed_process(algorithm, backend, n_workers, lane, tmp_path):
     # The default start method, too, where pipes are not inherited
-    make = SubprocVecEnv if (lane, n_workers) == (0, 3) else ForkedVecEnv
+    has_slow_start = algorithm is AsyncOneStepQ and (backend, n_workers) == ("threads", 3)
+    make = SubprocVecEnv if has_slow_start else ForkedVecEnv
     env = VecFrameStack(make([RandomWalkEnv] * 3), 2)
     processes = processes_of(env)
     model = algorithm("MlpPolicy", env, n_workers=n_workers, backend=backend)
@@ -342,7 +343,7 @@ def test_learning_on_after_a_broken_message(algorithm, monkeypatch, n_taken):
 
 
 @needs_posix
-def test_learn_ends_though_a_process_was_forked_meanwhile(algorithm):
+def test_learn_ends_though_a_process_was_forked_meanwhile():
     env = SubprocVecEnv([RandomWalkEnv] * 2)
     children = []
 
@@ -352,7 +353,7 @@ def test_learn_ends_though_a_process_was_forked_meanwhile(algorithm):
             children[0].start()
         return True
 
-    algorithm("MlpPolicy", env, n_workers=2).learn(40, callback=fork)
+    AsyncOneStepQ("MlpPolicy", env, n_workers=2).learn(40, callback=fork)
     assert children[0].is_alive()
     children[0].kill()
     children[0].join()

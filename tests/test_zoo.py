@@ -287,7 +287,7 @@ def test_samples_of_the_value_based_methods(algo, own):
 
 def test_samples_of_a3c():
     values = {
-        "one_minus_gamma": 0.25, "one_minus_gae_lambda": 0.0625, "update_interval": 8, "learning_rate": 1e-3,
+        "one_minus_gamma": 0.02, "one_minus_gae_lambda": 0.0625, "update_interval": 8, "learning_rate": 1e-3,
         "ent_coef": 0.01, "vf_coef": 0.5, "normalize_advantage": True, "max_grad_norm": 1.0, "rms_prop_eps": 1e-3,
         "net_arch": "small", "activation_fn": "relu",
     }  # fmt: skip
@@ -295,7 +295,7 @@ def test_samples_of_a3c():
     learning_rate = hyperparams.pop("learning_rate")
     assert [learning_rate(progress) for progress in (1.0, 0.5, 0.0)] == [1e-3, 5e-4, 0.0]
     assert hyperparams == {
-        "gamma": 0.75, "gae_lambda": 0.9375, "update_interval": 8, "ent_coef": 0.01, "vf_coef": 0.5,
+        "gamma": 0.98, "gae_lambda": 0.9375, "update_interval": 8, "ent_coef": 0.01, "vf_coef": 0.5,
         "normalize_advantage": True, "max_grad_norm": 1.0, "rms_prop_eps": 1e-3,
         "policy_kwargs": {"net_arch": [64, 64], "activation_fn": th.nn.ReLU},
     }  # fmt: skip

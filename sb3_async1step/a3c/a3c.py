@@ -72,7 +72,8 @@ class A3C(AsyncAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
     }
     actor_learner_class: ClassVar[type[ActorLearner]] = A3CActorLearner
-    attribute_of_the_family: ClassVar[str] = "vf_coef"
+    _own_attributes: ClassVar[tuple[str, ...]] = ("gae_lambda",)
+    _sb3_counterpart: ClassVar[str] = "A2C"
 
     policy: ActorCriticPolicy
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sb3_async1step.vec_envs.observations import map_arrays
 from sb3_async1step.workers.actor_learner import ActorLearner, Settings
-from sb3_async1step.workers.rollout import Rollout, merge_time_and_lanes
+from sb3_async1step.workers.rollout import Rollout
 
 
 @dataclass
@@ -69,7 +69,9 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
             distribution = self.acting_policy.get_distribution(self.to_tensor(self.observations))
             actions = self._sample(distribution).cpu().numpy()
         # Distributions flatten continuous actions
-        return actions.reshape(-1, *self.settings.action_space.shape)
+        shape = self.settings.action_space.shape
+        assert shape is not None
+        return actions.reshape(-1, *shape)
 
     def to_env_actions(self, actions: np.ndarray) -> np.ndarray:
         # As SB3's A2C does
@@ -85,7 +87,7 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
     def compute_loss(self, rollout: Rollout) -> tuple[th.Tensor, dict[str, float]]:
         policy = self.local.learning_network
         assert isinstance(policy, ActorCriticPolicy)
-        actions = self.to_device(merge_time_and_lanes(rollout.actions))
+        actions = self.to_device(rollout.actions.reshape(-1, *rollout.actions.shape[2:]))
         if isinstance(self.settings.action_space, spaces.Box):
             actions = actions.flatten(start_dim=1)
         values, log_prob, entropy = policy.evaluate_actions(self.to_batch(rollout.observations), actions)
@@ -94,7 +96,7 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
         # A = R - V(s; theta'_v), through which no gradient flows
         advantages = self.compute_advantages(rollout, values.detach().reshape(rollout.rewards.shape)).flatten()
         returns = advantages + values.detach()
-        # As in SB3's PPO, a single one can't be normalized
+        # A single advantage has no standard deviation
         if self.settings.normalize_advantage and len(advantages) > 1:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 

@@ -26,8 +26,10 @@ class LiveAlgorithm(BaseAlgorithm):
     :param kwargs: see there
     """
 
-    #: What only files of models of this family have, by which they are known
-    attribute_of_the_family: ClassVar[str]
+    # What tells the files that it can load from those of our other algorithms
+    _own_attributes: ClassVar[tuple[str, ...]]
+    # SB3's algorithm with the same policies
+    _sb3_counterpart: ClassVar[str]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -90,7 +92,7 @@ class LiveAlgorithm(BaseAlgorithm):
         :return: the model
         :raises ValueError: if the file is damaged, or was saved by another algorithm
         """
-        check_saved_model(path, cls.__name__, expected={"n_workers", cls.attribute_of_the_family})
+        check_saved_model(path, cls.__name__, ("n_workers", *cls._own_attributes), cls._sb3_counterpart)
         with renamed_modules():
             return super().load(path, *args, **kwargs)
 

@@ -8,7 +8,7 @@ import shutil
 import sys
 import uuid
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
@@ -78,13 +78,16 @@ def renamed_modules() -> Iterator[None]:
             sys.modules.pop(old, None)
 
 
-def check_saved_model(path: str | pathlib.Path | io.BufferedIOBase, algorithm: str, expected: set[str]) -> None:
+def check_saved_model(
+    path: str | pathlib.Path | io.BufferedIOBase, algorithm: str, expected: Collection[str], counterpart: str
+) -> None:
     """
-    Check that a file holds a model of our algorithms, for a clearer error than that of loading another one.
+    Check that a file holds a model that an algorithm can load, for a clearer error than that of loading another one.
 
     :param path: a saved model
     :param algorithm: name of the algorithm that is about to load it
-    :param expected: names of attributes that only models of its family have together
+    :param expected: names of attributes that only models which it can load have together
+    :param counterpart: name of SB3's algorithm with the same policies
     :raises ValueError: if the file is damaged, or was saved by another algorithm
     """
     file = open_path(path, "r", suffix="zip")
@@ -98,8 +101,9 @@ def check_saved_model(path: str | pathlib.Path | io.BufferedIOBase, algorithm: s
             file.seek(0)
         else:
             file.close()
-    if not expected <= attributes.keys():
+    if not set(expected) <= set(attributes):
         raise ValueError(
             f"{path} was not saved by {algorithm}: load it with the class that saved it. "
-            "To start from a DQN's weights, use model.policy.load_state_dict(dqn.policy.state_dict())."
+            f"To start from the weights of {counterpart}, use "
+            f"model.policy.load_state_dict({counterpart.lower()}.policy.state_dict())."
         )

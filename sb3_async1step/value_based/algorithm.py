@@ -44,7 +44,8 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
     }
 
-    attribute_of_the_family: ClassVar[str] = "target_update_interval"
+    _own_attributes: ClassVar[tuple[str, ...]] = ("target_update_interval",)
+    _sb3_counterpart: ClassVar[str] = "DQN"
 
     policy: DQNPolicy
     q_net: QNetwork

@@ -66,6 +66,7 @@ class WorkerState:
     """
     The state of a worker between two steps, from which it can continue.
 
+    :param actor_learner: name of the worker's class
     :param lanes: the lanes of the worker
     :param update_interval: vector steps between two updates
     :param steps_since_update: vector steps since the last update
@@ -76,6 +77,7 @@ class WorkerState:
     :param extra: what the algorithm's actor-learner keeps besides
     """
 
+    actor_learner: str
     lanes: range
     update_interval: int
     steps_since_update: int
@@ -87,8 +89,8 @@ class WorkerState:
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         if {field.name for field in fields(self)} != set(attributes):
-            # From a file of an earlier version. No worker has no lanes, so none continues from it
-            attributes = {"lanes": range(0), "update_interval": 0}
+            # From a file of an earlier version. No worker has no name, so none continues from it
+            attributes = {"actor_learner": "", "lanes": range(0), "update_interval": 0}
         self.__dict__.update(attributes)
 
 
@@ -293,6 +295,7 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         :return: a copy of everything that another worker needs to continue in place of this one
         """
         return WorkerState(
+            type(self).__name__,
             self.lanes,
             self.rollout.n_steps,
             self._steps_since_update,
@@ -305,12 +308,13 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
 
     def set_state(self, state: WorkerState) -> None:
         """
-        Continue where another worker stopped. If its lanes or its update interval differ, its state is ignored, and the
-        transitions since its last update are lost.
+        Continue where another worker stopped. If its class, its lanes or its update interval differ, its state is
+        ignored, and the transitions since its last update are lost.
 
         :param state: a state returned by :meth:`get_state`
         """
-        if (state.lanes, state.update_interval) != (self.lanes, self.rollout.n_steps):
+        mine = type(self).__name__, self.lanes, self.rollout.n_steps
+        if (state.actor_learner, state.lanes, state.update_interval) != mine:
             return
         self._steps_since_update = state.steps_since_update
         self.rollout.set_state(state.rollout)  # type: ignore[arg-type]
