@@ -33,13 +33,12 @@ def workers(request):
     return dict(zip(("backend", "n_workers"), request.param, strict=True))
 
 
-def pytest_generate_tests(metafunc):
-    """All layouts of workers for one algorithm, and threads for the others: what handles failures is the same."""
-    if {"algorithm", "workers"} <= set(metafunc.fixturenames):
-        first, *others = ALGORITHMS
-        pairs = [(first, layout) for layout in WORKERS] + [(name, WORKERS[0]) for name in others]
-        ids = [f"{name}-{backend}-{n_workers}" for name, (backend, n_workers) in pairs]
-        metafunc.parametrize(("algorithm", "workers"), pairs, indirect=True, ids=ids)
+# All layouts of workers for one algorithm, and threads for the others: what handles failures is the same
+FIRST, *OTHERS = ALGORITHMS
+PAIRS = [(FIRST, layout) for layout in WORKERS] + [(name, WORKERS[0]) for name in OTHERS]
+with_workers = pytest.mark.parametrize(
+    ("algorithm", "workers"), PAIRS, indirect=True, ids=[f"{name}-{layout[0]}-{layout[1]}" for name, layout in PAIRS]
+)
 
 
 def assert_goes_on(model, tmp_path):
@@ -71,6 +70,7 @@ def with_one(env_class, *args, lane=1):
     return DummyVecEnv([lambda make=make: Monitor(make()) for make in classes])
 
 
+@with_workers
 @pytest.mark.parametrize("lane", [0, 1, 2])
 def test_an_env_that_raises(algorithm, workers, lane, tmp_path):
     model = algorithm("MlpPolicy", with_one(RaisingEnv, 20, lane=lane), **workers)
@@ -81,6 +81,7 @@ def test_an_env_that_raises(algorithm, workers, lane, tmp_path):
     assert_goes_on(model, tmp_path)
 
 
+@with_workers
 def test_an_env_that_raises_in_its_first_step(algorithm, workers, tmp_path):
     model = algorithm("MlpPolicy", with_one(RaisingEnv, 1), **workers)
     with pytest.raises(ZeroDivisionError):
@@ -88,6 +89,7 @@ def test_an_env_that_raises_in_its_first_step(algorithm, workers, tmp_path):
     assert_goes_on(model, tmp_path)
 
 
+@with_workers
 def test_all_envs_raise_at_once(algorithm, workers):
     env = make_env(3, RaisingEnv, at_step=5)
     with pytest.raises(ZeroDivisionError) as caught:
@@ -95,6 +97,7 @@ def test_all_envs_raise_at_once(algorithm, workers):
     assert len(caught.value.__notes__) == 1
 
 
+@with_workers
 @pytest.mark.parametrize("reward", [float("nan"), float("inf"), -float("inf")])
 def test_a_reward_that_is_not_finite_never_reaches_the_weights(algorithm, workers, reward, tmp_path):
     model = algorithm("MlpPolicy", with_one(NonFiniteRewardEnv, reward), **workers)
@@ -106,12 +109,14 @@ def test_a_reward_that_is_not_finite_never_reaches_the_weights(algorithm, worker
     assert_goes_on(model, tmp_path)
 
 
+@with_workers
 def test_vec_check_nan(algorithm, workers):
     env = VecCheckNan(with_one(NonFiniteRewardEnv, float("nan")), raise_exception=True)
     with pytest.raises(ValueError, match="found nan in rewards"):
         algorithm("MlpPolicy", env, **workers).learn(10_000)
 
 
+@with_workers
 def test_a_callback_that_returns_false(algorithm, workers, tmp_path):
     model = algorithm("MlpPolicy", make_env(3), **workers)
     ended = []
@@ -129,6 +134,7 @@ def test_a_callback_that_returns_false(algorithm, workers, tmp_path):
     assert_goes_on(model, tmp_path)
 
 
+@with_workers
 @pytest.mark.parametrize("when", ["_on_training_start", "_on_rollout_start", "_on_step", "_on_rollout_end"])
 def test_a_callback_that_raises(algorithm, workers, when, tmp_path):
     class Raise(BaseCallback):
@@ -146,6 +152,7 @@ def test_a_callback_that_raises(algorithm, workers, when, tmp_path):
     assert_goes_on(model, tmp_path)
 
 
+@with_workers
 def test_a_progress_bar_is_closed(algorithm, workers):
     bar = ProgressBarCallback()
     model = algorithm("MlpPolicy", with_one(RaisingEnv, 20), **workers)
@@ -154,6 +161,7 @@ def test_a_progress_bar_is_closed(algorithm, workers):
     assert bar.pbar.disable
 
 
+@with_workers
 @pytest.mark.parametrize("n_steps", [3, 300])
 def test_ctrl_c(algorithm, workers, n_steps, tmp_path):
     model = algorithm("MlpPolicy", make_env(3), **workers)
@@ -169,6 +177,7 @@ def test_ctrl_c(algorithm, workers, n_steps, tmp_path):
     assert_goes_on(model, tmp_path)
 
 
+@with_workers
 def test_ctrl_c_while_gradients_are_switched_off(algorithm, workers, tmp_path):
     """Between the two halves of a ``th.no_grad()`` block, when nothing would switch them on again."""
 
@@ -183,6 +192,7 @@ def test_ctrl_c_while_gradients_are_switched_off(algorithm, workers, tmp_path):
     assert_goes_on(model, tmp_path)
 
 
+@with_workers
 def test_ctrl_c_in_a_callback(algorithm, workers, tmp_path):
     def interrupt(locals_, globals_):
         press_ctrl_c()
@@ -195,6 +205,7 @@ def test_ctrl_c_in_a_callback(algorithm, workers, tmp_path):
     assert_goes_on(model, tmp_path)
 
 
+@with_workers
 def test_ctrl_c_while_evaluating(algorithm, workers, tmp_path):
     class PressCtrlC(RandomWalkEnv):
         def step(self, action):
@@ -213,6 +224,7 @@ def test_ctrl_c_while_evaluating(algorithm, workers, tmp_path):
     assert_goes_on(model, tmp_path)
 
 
+@with_workers
 def test_learning_on_another_thread_than_the_main_one(algorithm, workers):
     """Optuna runs trials in threads."""
     seen = []
@@ -240,6 +252,7 @@ def test_many_failures_leave_nothing_behind(algorithm):
     assert set(threading.enumerate()) <= threads_before
 
 
+@with_workers
 def test_stop_iteration_is_no_end_of_the_training(algorithm, workers, tmp_path):
     class RunsOut(RandomWalkEnv):
         def step(self, action):
@@ -329,6 +342,7 @@ def test_ctrl_c_in_predict_does_not_freeze_the_training(algorithm):
     assert model.num_timesteps == 12
 
 
+@with_workers
 def test_terminal_observations_that_are_not_finite(algorithm, workers):
     class Broken(RandomWalkEnv):
         def step(self, action):
@@ -339,6 +353,7 @@ def test_terminal_observations_that_are_not_finite(algorithm, workers):
         algorithm("MlpPolicy", with_one(Broken), **workers).learn(1000)
 
 
+@with_workers
 def test_a_learning_rate_that_is_not_finite(algorithm, workers):
     def schedule(progress):
         return 1e-3 if progress > 0.5 else float("nan")

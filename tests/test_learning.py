@@ -42,7 +42,7 @@ def walk_the_cliff(algorithm):
         target_update_interval=100, exploration_initial_eps=0.1, exploration_final_eps=0.1, eval_eps=0.1,
         max_grad_norm=1e9, policy_kwargs={"net_arch": [], "optimizer_class": th.optim.Adam},
     )  # fmt: skip
-    model.learn(100_000, log_interval=None)
+    model.learn(50_000, log_interval=None)
     greedy, _ = evaluate_policy(model, make_vec_env(make_cliff, 1), n_eval_episodes=1)
     exploring, _ = evaluate_policy(model, make_vec_env(make_cliff, 8, seed=1), n_eval_episodes=200, deterministic=False)
     return greedy, exploring
