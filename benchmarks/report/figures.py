@@ -86,7 +86,7 @@ def draw_each(axis: Axes, positions: list[np.ndarray], runs: list[Run], colour: 
 
 def draw_defaults(runs: Runs, path: Path) -> None:
     """
-    Draw what the defaults learn on three environments, over time.
+    Draw what the defaults learn on three environments, over the agent's steps.
 
     :param runs: the runs of ``benchmarks/defaults.py``
     :param path: path of the picture
@@ -96,8 +96,8 @@ def draw_defaults(runs: Runs, path: Path) -> None:
     for axis, env_id in zip(axes[0], env_ids, strict=True):
         for algo, name in NAMES.items():
             if group := runs[env_id].get(algo):
-                draw_mean(axis, [np.array(run.curve_seconds) for run in group], group, COLOURS[algo], name)
-        axis.set(title=env_id, xlabel="seconds, with the defaults", ylabel="mean return")
+                draw_mean(axis, [np.array(run.curve_steps) for run in group], group, COLOURS[algo], name)
+        axis.set(title=env_id, xlabel="agent steps, with the defaults", ylabel="mean return")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     figure.savefig(path, dpi=90, metadata={"Software": None})
