@@ -115,9 +115,17 @@ def algorithm_3(net, threads, *, total, t_max, lr, gae_lambda, alpha=0.99, rms_e
     return n_updates
 
 
-@pytest.mark.parametrize("env_class", [RandomWalkEnv, BoxWalkEnv])
 @pytest.mark.parametrize(
-    ("n_lanes", "n_workers", "gae_lambda"), [(1, 1, 1.0), (3, 3, 1.0), (4, 2, 1.0), (5, 2, 0.8), (4, 1, 1.0)]
+    ("n_lanes", "n_workers", "gae_lambda", "env_class"),
+    [
+        (1, 1, 1.0, RandomWalkEnv),
+        (3, 3, 1.0, RandomWalkEnv),
+        (4, 2, 1.0, RandomWalkEnv),
+        (5, 2, 0.8, RandomWalkEnv),
+        (4, 1, 1.0, RandomWalkEnv),
+        (1, 1, 1.0, BoxWalkEnv),
+        (5, 2, 0.8, BoxWalkEnv),
+    ],
 )
 def test_serial_mode_equals_algorithm_3(env_class, n_lanes, n_workers, gae_lambda):
     total, t_max, lr = 1000 * n_lanes, 5, 1e-2
