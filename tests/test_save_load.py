@@ -21,7 +21,7 @@ from sb3_async1step import A3C, AsyncNStepQ, AsyncOneStepQ, AsyncOneStepSarsa
 from sb3_async1step.common import model_file
 from sb3_async1step.value_based.algorithm import ValueBasedAlgorithm
 from tests.envs import BoxWalkEnv, RandomWalkEnv, make_env
-from tests.helpers import are_equal, functions_of, meanwhile, trained_parameters, wait_until, weights_of
+from tests.helpers import are_equal, meanwhile, trained_parameters, wait_until, weights_of
 
 
 def state_of(model):
@@ -294,9 +294,11 @@ def test_training_waits_for_a_save_that_began_before(algorithm, n_workers, tmp_p
 
     def slow_write(*args, **kwargs):
         saving.set()
-        main_thread = threading.main_thread()
-        wait_until(lambda: learned.is_set() or "wait_for_earlier_ones" in functions_of(main_thread))
+        wait_until(lambda: learned.is_set() or all_workers_wait())
         saved.append(are_equal(weights_of(model), before))
+
+    def all_workers_wait():
+        return model._pool is not None and len(model._pool._waiting_since) == n_workers
 
     monkeypatch.setattr(BaseAlgorithm, "save", slow_write)
     with meanwhile(lambda: model.save(tmp_path / "model")):
