@@ -6,6 +6,7 @@ import io
 import sys
 import threading
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -346,6 +347,7 @@ Q_VALUES_BEFORE = {
 }
 
 
+@pytest.mark.skipif(version("numpy").startswith("1."), reason="numpy 1 can't unpickle the arrays of numpy 2")
 @pytest.mark.parametrize(("name", "algorithm"), [("one_step_q", AsyncOneStepQ), ("one_step_sarsa", AsyncOneStepSarsa)])
 def test_files_of_an_earlier_version(name, algorithm):
     """Its modules had other names, and its workers other states."""
