@@ -197,7 +197,7 @@ CLASSIC: dict[str, dict[str, MakeModel]] = {
 
 # What SB3 has and the same method with workers
 ACTOR_CRITICS: dict[str, MakeModel] = {
-    "A2C, 16 envs": lambda: A2C("CnnPolicy", make_env(N_LANES), seed=0),
+    "A2C, 16 envs": CONTENDERS["A2C, 16 envs"],
     "A2C, AleVecEnv": lambda: A2C("CnnPolicy", make_env(N_LANES, AleVecEnv), seed=0),
     "A3C, AleVecEnv": lambda: make_ours(A3C),
 }

@@ -1,18 +1,19 @@
 """Algorithm 3 of the paper (in its supplement): one thread of the asynchronous advantage actor-critic."""
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.distributions import Distribution, StateDependentNoiseDistribution
+from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import explained_variance
 from torch.nn import functional as F
 
-from sb3_async1step.vec_envs.observations import map_arrays
+from sb3_async1step.vec_envs.observations import take_rows
 from sb3_async1step.workers.actor_learner import ActorLearner, Settings
 from sb3_async1step.workers.rollout import Rollout
 
@@ -67,7 +68,7 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
             self._draw_noise()
         with th.no_grad():
             distribution = self.acting_policy.get_distribution(self.to_tensor(self.observations))
-            actions = self._sample(distribution).cpu().numpy()
+            actions = self._draw(distribution.get_actions).cpu().numpy()
         # Distributions flatten continuous actions
         shape = self.settings.action_space.shape
         assert shape is not None
@@ -87,7 +88,7 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
     def compute_loss(self, rollout: Rollout) -> tuple[th.Tensor, dict[str, float]]:
         policy = self.local.learning_network
         assert isinstance(policy, ActorCriticPolicy)
-        actions = self.to_device(rollout.actions.reshape(-1, *rollout.actions.shape[2:]))
+        actions = self.to_batch(rollout.actions)
         if isinstance(self.settings.action_space, spaces.Box):
             actions = actions.flatten(start_dim=1)
         values, log_prob, entropy = policy.evaluate_actions(self.to_batch(rollout.observations), actions)
@@ -148,18 +149,15 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
         # The rollout does not go on from the last states, nor from those in which an episode was cut off
         ends = rollout.truncated.copy()
         ends[-1] = True
-        observations = map_arrays(lambda array: array[ends], rollout.next_observations)
+        observations = take_rows(rollout.next_observations, ends)
         next_values[self.to_device(ends)] = self.acting_policy.predict_values(self.to_tensor(observations)).flatten()
         return next_values
-
-    def _sample(self, distribution: Distribution) -> th.Tensor:
-        return self._draw(distribution.get_actions)
 
     def _draw_noise(self) -> None:
         with th.no_grad():
             self._draw(lambda: self.acting_policy.reset_noise(self.n_lanes))
 
-    def _draw(self, function: Any) -> Any:
+    def _draw(self, function: Callable[[], Any]) -> Any:
         """Call a function that draws from PyTorch's generator, which is seeded by this worker's own meanwhile."""
         seed = int(self.random_generator.integers(2**63))
         with self._sampling:

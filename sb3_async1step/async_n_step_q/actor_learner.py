@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch as th
 
 from sb3_async1step.value_based.actor_learner import ValueBasedActorLearner, ValueBasedSettings
-from sb3_async1step.vec_envs.observations import map_arrays
+from sb3_async1step.vec_envs.observations import take_rows
 from sb3_async1step.workers.rollout import Rollout
 
 
@@ -51,11 +51,11 @@ class NStepQActorLearner(ValueBasedActorLearner[NStepQSettings, Rollout]):
         if self.settings.q_lambda < 1.0:
             return self.compute_target_q_values(rollout.next_observations).max(dim=2).values
         next_values = th.zeros(rollout.rewards.shape, device=self.settings.device)
-        last = map_arrays(lambda array: array[-1:], rollout.next_observations)
+        last = take_rows(rollout.next_observations, slice(-1, None))
         next_values[-1] = self.compute_target_q_values(last).max(dim=2).values[0]
         cut_off = rollout.truncated.copy()
         cut_off[-1] = False
         if cut_off.any():
-            ends = map_arrays(lambda array: array[cut_off], rollout.next_observations)
+            ends = take_rows(rollout.next_observations, cut_off)
             next_values[self.to_device(cut_off)] = self.shared.target_network(self.to_tensor(ends)).max(dim=1).values
         return next_values

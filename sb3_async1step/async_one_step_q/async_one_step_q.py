@@ -1,7 +1,6 @@
 from typing import ClassVar
 
 from sb3_async1step.async_one_step_q.actor_learner import OneStepQActorLearner
-from sb3_async1step.value_based.actor_learner import ValueBasedSettings
 from sb3_async1step.value_based.algorithm import ValueBasedAlgorithm
 from sb3_async1step.workers.actor_learner import ActorLearner
 
@@ -52,6 +51,3 @@ class AsyncOneStepQ(ValueBasedAlgorithm):
     """
 
     actor_learner_class: ClassVar[type[ActorLearner]] = OneStepQActorLearner
-
-    def _make_settings(self, num_envs: int) -> ValueBasedSettings:
-        return ValueBasedSettings(**self._get_value_based_settings(num_envs))

@@ -240,11 +240,12 @@ class AsyncAlgorithm(LiveAlgorithm):
                 total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
             )
         self._setup_runtime()
-        n_workers = count_workers(self.n_workers, self.env, self._network_is_small())
+        network_is_small = self._network_is_small()
+        n_workers = count_workers(self.n_workers, self.env, network_is_small)
         self._update_schedules()
         try:
             callback.on_training_start(locals(), globals())
-            with self._run_workers(self.env, n_workers, total_timesteps) as pool:
+            with self._run_workers(self.env, n_workers, network_is_small, total_timesteps) as pool:
                 self._follow(pool, callback, log_interval)
         except BaseException:
             close_progress_bars(callback)
@@ -276,7 +277,9 @@ class AsyncAlgorithm(LiveAlgorithm):
         callback.on_rollout_end()
 
     @contextmanager
-    def _run_workers(self, env: VecEnv, n_workers: int, total_timesteps: int) -> Iterator[WorkerPool]:
+    def _run_workers(
+        self, env: VecEnv, n_workers: int, network_is_small: bool, total_timesteps: int
+    ) -> Iterator[WorkerPool]:
         """Split the env among the workers, run them inside the ``with`` block, and put the env together again."""
         groups = group_lanes(env.num_envs, n_workers)
         # A single worker drives the env itself, whatever kind of VecEnv it is
@@ -287,7 +290,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         if on_threads:
             keep_freed_memory()
         # Ctrl-C between the two halves of a th.no_grad() block leaves the process without gradients
-        with th.enable_grad(), intra_op_threads_for(n_workers if on_threads else 1, self._network_is_small()):
+        with th.enable_grad(), intra_op_threads_for(n_workers if on_threads else 1, network_is_small):
             try:
                 make_pool = WORKER_POOLS["threads" if on_threads else "serial"]
                 self._pool = pool = make_pool(workers, self._gate, self.num_timesteps, total_timesteps)

@@ -22,7 +22,7 @@ from sb3_async1step.common.parameter_checks import (
     is_number,
 )
 from sb3_async1step.sb3_internals import dump_logs_by_episodes
-from sb3_async1step.value_based.actor_learner import LOSSES
+from sb3_async1step.value_based.actor_learner import LOSSES, ValueBasedSettings
 from sb3_async1step.value_based.exploration import ExplorationSchedule, allot_final_epsilons
 from sb3_async1step.value_based.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_async1step.value_based.target_network import SharedQNetworks
@@ -162,6 +162,9 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
             "exploration_final_probs",
             self.exploration_final_probs,
         )
+
+    def _make_settings(self, num_envs: int) -> ValueBasedSettings:
+        return ValueBasedSettings(**self._get_value_based_settings(num_envs))
 
     def _get_value_based_settings(self, num_envs: int) -> dict[str, Any]:
         """

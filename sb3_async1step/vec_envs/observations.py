@@ -33,9 +33,9 @@ def list_arrays(observations: Observations) -> list[np.ndarray]:
 
 def take_rows(observations: Observations, rows: slice | np.ndarray) -> Observations:
     """
-    :param observations: observations
-    :param rows: lanes
-    :return: the observations of these lanes, a view if they are a slice
+    :param observations: observations of several lanes, or of a rollout (time by lane)
+    :param rows: indices or a mask of the first axes
+    :return: the observations that they select, a view if they are a slice
     """
     return map_arrays(lambda array: array[rows], observations)
 
@@ -46,10 +46,12 @@ def store_rows(storage: Observations, rows: int | slice | np.ndarray, observatio
     :param rows: which part of the first axis
     :param observations: the values
     """
-    for array, values in zip(
-        list_arrays(storage), list_arrays(map_arrays(_second, storage, observations)), strict=True
-    ):
+
+    def store(array: np.ndarray, values: np.ndarray) -> np.ndarray:
         array[rows] = values
+        return array
+
+    map_arrays(store, storage, observations)
 
 
 def concatenate(parts: Sequence[Observations]) -> Observations:
@@ -72,8 +74,3 @@ def replace_rows(observations: Observations, replacements: dict[int, Observation
     for row, observation in replacements.items():
         store_rows(replaced, row, observation)
     return replaced
-
-
-def _second(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    # In the order of the first one's keys
-    return second
