@@ -306,7 +306,7 @@ def test_a_second_ctrl_c_leaves_no_worker_behind(algorithm):
     def impatiently_interrupt():
         wait_until(lambda: all(e.hangs.is_set() for e in env.envs))
         for n_stops in range(3):
-            # Inside of so many calls of stop(), in Condition.wait()
+            # Inside of so many calls of stop()
             wait_until(lambda n=n_stops: is_waiting(main_thread) and functions_of(main_thread).count("stop") == n)
             press_ctrl_c()
         wait_until(lambda: functions_of(main_thread).count("stop") == 3)
@@ -326,7 +326,7 @@ def test_ctrl_c_in_predict_does_not_freeze_the_training(algorithm):
     env = DummyVecEnv([lambda: BlockingEnv(release, "step") for _ in range(2)])
 
     def interrupt():
-        wait_until(lambda: is_waiting(main_thread) and "closed" in functions_of(main_thread))
+        wait_until(lambda: is_waiting(main_thread) and "close" in functions_of(main_thread))
         press_ctrl_c()
 
     main_thread = threading.main_thread()

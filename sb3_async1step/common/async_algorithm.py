@@ -1,8 +1,8 @@
 """What makes the paper's methods SB3 algorithms: constructor, checks, and learn()."""
 
+import sys
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -18,7 +18,12 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_async1step.common.heap import keep_freed_memory
 from sb3_async1step.common.lanes import check_n_workers, count_workers, make_lanes, warn_of_a_single_lane
 from sb3_async1step.common.live_algorithm import LiveAlgorithm
-from sb3_async1step.common.parallelism import SMALL_NETWORK, count_multiplications, intra_op_threads_for
+from sb3_async1step.common.parallelism import (
+    SMALL_NETWORK,
+    count_multiplications,
+    restore_intra_op_threads,
+    set_intra_op_threads,
+)
 from sb3_async1step.common.parameter_checks import (
     check,
     check_bool,
@@ -29,10 +34,11 @@ from sb3_async1step.common.parameter_checks import (
 )
 from sb3_async1step.common.update_log import UpdateLog
 from sb3_async1step.sb3_internals import close_progress_bars
-from sb3_async1step.vec_envs.guard import guard_vec_env, watch_processes
+from sb3_async1step.vec_envs.guard import ProcessWatcher, guard_vec_env, unguard_vec_env
 from sb3_async1step.vec_envs.observations import Observations, concatenate, take_rows
 from sb3_async1step.vec_envs.split import group_lanes, rejoin_vec_env, split_vec_env
 from sb3_async1step.workers.actor_learner import ActorLearner, Settings, WorkerRecipe, WorkerState
+from sb3_async1step.workers.gate import Call
 from sb3_async1step.workers.pool import WorkerPool
 from sb3_async1step.workers.serial_pool import SerialWorkerPool
 from sb3_async1step.workers.shared_parameters import SharedParameters
@@ -139,6 +145,9 @@ class AsyncAlgorithm(LiveAlgorithm):
         # The pool of workers and what they share, while learn() runs
         self._pool: WorkerPool | None = None
         self._shared: SharedParameters | None = None
+        self._process_watcher: ProcessWatcher | None = None
+        # Whether learn() has begun to step them, and not yet said where they stopped
+        self._lanes_may_be_anywhere = False
         self._update_log = UpdateLog()
 
     def _setup_model(self) -> None:
@@ -228,30 +237,103 @@ class AsyncAlgorithm(LiveAlgorithm):
             have been stopped by then, and the model can still predict, save and continue learning
         """
         assert self.env is not None, "You must set the environment before calling learn()"
-        if self._pool is not None:
+        call = Call(sys._getframe())
+        if not self._gate.begin_learning(call):
             raise RuntimeError("This model's learn() is running already; another thread or a callback called it again.")
+        try:
+            self._train(call, total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        finally:
+            # Twice, since a Ctrl-C may interrupt the first
+            try:
+                self._end_learning(call)
+            finally:
+                self._end_learning(call)
+        return self
+
+    def _train(
+        self,
+        call: Call,
+        total_timesteps: int,
+        callback: MaybeCallback,
+        log_interval: int | None,
+        tb_log_name: str | None,
+        reset_num_timesteps: bool,
+        progress_bar: bool,
+    ) -> None:
+        """Do what ``learn()`` promises, but for :meth:`_end_learning`; ``call`` is the call of ``learn()``."""
+        assert self.env is not None
         warn_of_a_single_lane(self.env, type(self).__name__)
+        self._setup_runtime()
         if reset_num_timesteps or self._last_obs is None:
             # The env is about to be reset
             self._worker_states = None
-        tb_log_name = tb_log_name or type(self).__name__
-        with watch_processes(self.env):
-            total_timesteps, callback = self._setup_learn(
-                total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-            )
-        self._setup_runtime()
-        network_is_small = self._network_is_small()
-        n_workers = count_workers(self.n_workers, self.env, network_is_small)
-        self._update_schedules()
+        self._lanes_may_be_anywhere = True
+        self._process_watcher = ProcessWatcher(self.env)
+        self._process_watcher.start()
         try:
-            callback.on_training_start(locals(), globals())
-            with self._run_workers(self.env, n_workers, network_is_small, total_timesteps) as pool:
-                self._follow(pool, callback, log_interval)
-        except BaseException:
-            close_progress_bars(callback)
+            total_timesteps, callback = self._setup_learn(
+                total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
+            )
+            network_is_small = self._network_is_small()
+            n_workers = count_workers(self.n_workers, self.env, network_is_small)
+            self._update_schedules()
+            try:
+                callback.on_training_start(locals(), globals())
+                self._run_workers(call, n_workers, network_is_small, total_timesteps, callback, log_interval)
+            except BaseException:
+                close_progress_bars(callback)
+                raise
+        except BaseException as exception:
+            self._process_watcher.check(exception)
             raise
         callback.on_training_end()
-        return self
+
+    def _run_workers(
+        self,
+        call: Call,
+        n_workers: int,
+        network_is_small: bool,
+        total_timesteps: int,
+        callback: BaseCallback,
+        log_interval: int | None,
+    ) -> None:
+        """Split the env among the workers, follow them until they have ended, and put the env together again."""
+        env = self.env
+        assert env is not None and self._last_obs is not None
+        groups = group_lanes(env.num_envs, n_workers)
+        # A single worker drives the env itself, whatever kind of VecEnv it is
+        parts = [env] if n_workers == 1 else split_vec_env(env, groups)
+        workers = self._make_workers(parts, groups, self._last_obs)
+        on_threads = self.backend == "threads" and n_workers > 1
+        if on_threads:
+            keep_freed_memory()
+        set_intra_op_threads(n_workers if on_threads else 1, network_is_small, call)
+        make_pool = WORKER_POOLS["threads" if on_threads else "serial"]
+        self._pool = make_pool(workers, self._gate, self.num_timesteps, total_timesteps)
+        guard_vec_env(env, self._gate.closed, lambda: self._gate.is_inside() or not self._gate.is_learning())
+        # Ctrl-C between the two halves of a th.no_grad() block leaves the process without gradients
+        with th.enable_grad():
+            self._follow(self._pool, callback, log_interval)
+        self._pool.stop()
+        self._remember_workers(workers)
+        if n_workers > 1:
+            rejoin_vec_env(env, parts, groups)
+        self._lanes_may_be_anywhere = False
+
+    def _end_learning(self, call: Call) -> None:
+        """Undo what the call of ``learn()`` has begun. If this is interrupted, it can be done again."""
+        if self._pool is not None:
+            self._pool.stop()
+        if self.env is not None:
+            unguard_vec_env(self.env)
+        if self._process_watcher is not None:
+            self._process_watcher.end(has_failed=self._lanes_may_be_anywhere)
+        restore_intra_op_threads(call)
+        if self._lanes_may_be_anywhere:
+            # The next learn() has to reset the env
+            self._last_obs = self._worker_states = None
+        self._pool = self._shared = self._process_watcher = None
+        self._gate.end_learning(call)
 
     def _follow(self, pool: WorkerPool, callback: BaseCallback, log_interval: int | None) -> None:
         """Count, log and call back, once for every ``num_envs`` transitions that the workers make."""
@@ -275,40 +357,6 @@ class AsyncAlgorithm(LiveAlgorithm):
                 callback.on_rollout_end()
                 callback.on_rollout_start()
         callback.on_rollout_end()
-
-    @contextmanager
-    def _run_workers(
-        self, env: VecEnv, n_workers: int, network_is_small: bool, total_timesteps: int
-    ) -> Iterator[WorkerPool]:
-        """Split the env among the workers, run them inside the ``with`` block, and put the env together again."""
-        groups = group_lanes(env.num_envs, n_workers)
-        # A single worker drives the env itself, whatever kind of VecEnv it is
-        parts = [env] if n_workers == 1 else split_vec_env(env, groups)
-        assert self._last_obs is not None
-        workers = self._make_workers(parts, groups, self._last_obs)
-        on_threads = self.backend == "threads" and n_workers > 1
-        if on_threads:
-            keep_freed_memory()
-        # Ctrl-C between the two halves of a th.no_grad() block leaves the process without gradients
-        with th.enable_grad(), intra_op_threads_for(n_workers if on_threads else 1, network_is_small):
-            try:
-                make_pool = WORKER_POOLS["threads" if on_threads else "serial"]
-                self._pool = pool = make_pool(workers, self._gate, self.num_timesteps, total_timesteps)
-                with (
-                    watch_processes(env),
-                    pool,
-                    guard_vec_env(env, self._gate.closed) if n_workers > 1 else nullcontext(),
-                ):
-                    yield pool
-                self._remember_workers(workers)
-            except BaseException:
-                # The lanes may be anywhere: the next learn() has to reset the env
-                self._last_obs = self._worker_states = None
-                raise
-            finally:
-                self._pool = self._shared = None
-        if n_workers > 1:
-            rejoin_vec_env(env, parts, groups)
 
     def _make_workers(self, parts: list[VecEnv], groups: list[range], observations: Observations) -> list[ActorLearner]:
         settings = self._make_settings(sum(map(len, groups)))
@@ -393,7 +441,10 @@ class AsyncAlgorithm(LiveAlgorithm):
         :param env: the env
         :param force_reset: whether the next ``learn()`` resets it, which other lanes have to be
         :raises ValueError: if its spaces are others, or other lanes shall not be reset
+        :raises RuntimeError: if the model is learning
         """
+        if self._gate.is_learning():
+            raise RuntimeError("learn() steps the model's env: set another one when it has ended.")
         env = self._wrap_env(env, self.verbose)
         check_for_correct_spaces(env, self.observation_space, self.action_space)
         if env.num_envs != self.n_envs and not force_reset:
@@ -405,7 +456,8 @@ class AsyncAlgorithm(LiveAlgorithm):
         super().set_env(env, force_reset)
 
     def _before_saving(self) -> None:
-        if self._pool is not None:
+        # A forked process has a copy of the pool, but no workers
+        if self._pool is not None and self._gate.is_learning():
             self._remember_workers(self._pool.workers)
 
     def _after_setting_parameters(self) -> None:
@@ -414,4 +466,11 @@ class AsyncAlgorithm(LiveAlgorithm):
             worker.local.renew_optimizer()
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_pool", "_shared", "_update_log"]
+        return [
+            *super()._excluded_save_params(),
+            "_pool",
+            "_shared",
+            "_process_watcher",
+            "_lanes_may_be_anywhere",
+            "_update_log",
+        ]

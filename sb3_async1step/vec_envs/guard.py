@@ -1,14 +1,15 @@
 """Keep a VecEnv whole while workers step its parts, and say what happened when one of its processes died."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from functools import wraps
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from threading import Thread
-from typing import Any, NoReturn
+from typing import Any
 
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
@@ -19,13 +20,16 @@ QUERIES = ("env_is_wrapped", "env_method", "get_attr", "get_images", "set_attr")
 STEPS = ("reset", "step_async")
 
 
-@contextmanager
-def guard_vec_env(env: VecEnv, standing_still: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+def guard_vec_env(
+    env: VecEnv, standing_still: Callable[[], AbstractContextManager[None]], may_step: Callable[[], bool]
+) -> None:
     """
-    Inside the ``with`` block, calls of the VecEnv's methods wait until no worker steps, and steps and resets raise.
+    Until :func:`unguard_vec_env`, calls of the VecEnv's methods wait until no worker steps, and steps and resets are
+    for workers only.
 
-    :param env: the VecEnv whose parts are stepped by workers
+    :param env: the training env
     :param standing_still: makes the workers stand still
+    :param may_step: whether the calling thread may step or reset the env
     """
     base = env.unwrapped
 
@@ -37,66 +41,95 @@ def guard_vec_env(env: VecEnv, standing_still: Callable[[], AbstractContextManag
 
         return call
 
-    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
-        raise RuntimeError("The workers of learn() step this env: nobody else may step or reset it until learn() ends.")
+    def make_refuse(method: Callable) -> Callable:
+        @wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if may_step():
+                return method(*args, **kwargs)
+            raise RuntimeError(
+                "learn() steps this env: nobody else may step or reset it until learn() ends. "
+                "A callback that evaluates the model (EvalCallback) needs an env of its own."
+            )
+
+        return call
 
     for name in QUERIES:
         setattr(base, name, make_wait(getattr(base, name)))
     for name in STEPS:
-        setattr(base, name, refuse)
-    try:
-        yield
-    finally:
-        for name in (*QUERIES, *STEPS):
-            delattr(base, name)
+        setattr(base, name, make_refuse(getattr(base, name)))
 
 
-@contextmanager
-def watch_processes(env: VecEnv) -> Iterator[None]:
+def unguard_vec_env(env: VecEnv) -> None:
     """
-    Inside the ``with`` block, the death of one of a ``SubprocVecEnv``'s processes ends the others as well: such a
-    VecEnv can't be used (nor closed in SB3's way) any more, and who waits for an answer might wait forever. After
-    any other exception, no answers to earlier calls are on their way.
+    :param env: the training env; nothing happens if it is not guarded
+    """
+    for name in (*QUERIES, *STEPS):
+        env.unwrapped.__dict__.pop(name, None)
+
+
+class ProcessWatcher:
+    """
+    While it watches, the death of one of a ``SubprocVecEnv``'s processes ends the others as well: such a VecEnv can't
+    be used (nor closed in SB3's way) any more, and who waits for an answer might wait forever.
 
     :param env: the VecEnv; one of another class is left alone
-    :raises RuntimeError: if a process died; names its lane
     """
-    base = env.unwrapped
-    if not isinstance(base, SubprocVecEnv) or base.closed:
-        yield
-        return
-    deaths: list[str] = []
-    stop_reader, stop_writer = Pipe(duplex=False)
 
-    def watch() -> None:
-        ended = wait([process.sentinel for process in base.processes] + [stop_reader])
-        for lane, process in enumerate(base.processes):
-            if process.sentinel in ended:
-                process.join()
-                deaths.append(f"The process of env lane {lane} {describe_exit(process.exitcode)}.")
-        if deaths:
-            end_processes(base)
+    def __init__(self, env: VecEnv) -> None:
+        self._env = env.unwrapped
+        self._is_watching = False
+        self._deaths: list[str] = []
+        self._reader, self._writer = Pipe(duplex=False)
 
-    watcher = Thread(target=watch, name="process-watcher", daemon=True)
-    watcher.start()
-    try:
-        yield
-    except BaseException as exception:
-        if isinstance(exception, (EOFError, OSError)):
-            # A pipe may break before the process is seen to have ended
-            watcher.join(timeout=1.0)
-            if deaths:
-                raise RuntimeError(f"{deaths[0]} If it raised an exception, its traceback was printed.") from exception
-        with suppress(EOFError, OSError):
-            # Unless Ctrl-C ended them, too
-            discard_replies(base)
-        raise
-    finally:
+    def start(self) -> None:
+        """Watch from now on."""
+        if isinstance(self._env, SubprocVecEnv) and not self._env.closed:
+            Thread(target=self._watch, name="process-watcher", daemon=True).start()
+
+    def _watch(self) -> None:
+        assert isinstance(self._env, SubprocVecEnv)
+        self._is_watching = True
+        try:
+            ended = wait([process.sentinel for process in self._env.processes] + [self._reader])
+            for lane, process in enumerate(self._env.processes):
+                if process.sentinel in ended:
+                    process.join()
+                    self._deaths.append(f"The process of env lane {lane} {describe_exit(process.exitcode)}.")
+            if self._deaths:
+                end_processes(self._env)
+            elif self._reader.recv():
+                # On this thread, which no Ctrl-C interrupts. The processes may have ended by it
+                with suppress(EOFError, OSError):
+                    discard_replies(self._env)
+        finally:
+            self._is_watching = False
+
+    def check(self, exception: BaseException) -> None:
+        """
+        :param exception: an exception of the training
+        :raises RuntimeError: if its cause is a process that died; names the lane
+        """
+        if not isinstance(exception, (EOFError, OSError)):
+            return
+        # A pipe may break before the process is seen to have ended
+        deadline = time.monotonic() + 1.0
+        while self._is_watching and not self._deaths and time.monotonic() < deadline:
+            time.sleep(0.001)
+        if self._deaths:
+            raise RuntimeError(
+                f"{self._deaths[0]} If it raised an exception, its traceback was printed."
+            ) from exception
+
+    def end(self, has_failed: bool) -> None:
+        """
+        Watch no longer. It can be called again if it was interrupted.
+
+        :param has_failed: whether answers to earlier calls may be on their way, which are thrown away
+        """
         # Not just closed: a process that was forked meanwhile holds this end of the pipe, too
-        stop_writer.send(None)
-        watcher.join()
-        stop_writer.close()
-        stop_reader.close()
+        self._writer.send(has_failed)
+        while self._is_watching:
+            time.sleep(0.001)
 
 
 def describe_exit(exitcode: int | None) -> str:
