@@ -2,7 +2,7 @@
 
 import sys
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -14,9 +14,16 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import check_for_correct_spaces, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
+from torch import nn
 
 from sb3_async1step.common.heap import keep_freed_memory
-from sb3_async1step.common.lanes import check_n_workers, count_workers, make_lanes, warn_of_a_single_lane
+from sb3_async1step.common.lanes import (
+    check_n_workers,
+    count_workers,
+    make_lanes,
+    warn_of_a_single_lane,
+    warn_the_caller,
+)
 from sb3_async1step.common.live_algorithm import LiveAlgorithm
 from sb3_async1step.common.parallelism import (
     SMALL_NETWORK,
@@ -90,6 +97,22 @@ class AsyncAlgorithm(LiveAlgorithm):
 
     #: Class of the workers
     actor_learner_class: ClassVar[type[ActorLearner]]
+    # Attributes that workers follow while learn() runs, and those that they were made with
+    _followed: ClassVar[frozenset[str]] = frozenset({"gamma", "update_interval", "max_grad_norm"})
+    _fixed_while_learning: ClassVar[frozenset[str]] = frozenset(
+        {
+            "action_space",
+            "backend",
+            "device",
+            "env",
+            "lock_updates",
+            "n_envs",
+            "n_workers",
+            "observation_space",
+            "policy",
+        }
+        | {"policy_class", "policy_kwargs", "seed", "use_sde"}
+    )
 
     def __init__(
         self,
@@ -156,6 +179,51 @@ class AsyncAlgorithm(LiveAlgorithm):
         # Call the parent's version: ours would discard the loaded workers' random generators
         super().set_random_seed(self.seed)
         self.policy = self._make_policy().to(self.device)
+
+    # ------------------------------------------------------------------ attributes
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._fixed_while_learning and self._is_learning():
+            raise AttributeError(
+                f"{name} can't be changed while learn() runs, which has made its workers with it. "
+                "End the training (by a callback that returns False), change it, and call learn() again."
+            )
+        if name in self._followed and self._is_learning():
+            self._change_setting(name, value)
+            return
+        super().__setattr__(name, value)
+        if name == "learning_rate" and "lr_schedule" in self.__dict__:
+            self._setup_lr_schedule()
+
+    def _is_learning(self) -> bool:
+        return self.__dict__.get("_pool") is not None and self._gate.is_learning()
+
+    def _change_setting(self, name: str, value: Any) -> None:
+        """Change an attribute which workers follow, if its value is allowed."""
+        assert self._pool is not None
+        with self._gate.closed():
+            value_before = getattr(self, name)
+            self.__dict__[name] = value
+            try:
+                self._check_parameters()
+            except ValueError:
+                self.__dict__[name] = value_before
+                raise
+            settings = self._make_settings(self._pool.num_envs)
+            for worker in self._pool.workers:
+                worker.change_settings(settings)
+
+    @property
+    def _last_obs(self) -> Any:
+        """The current observations, as in SB3, also while workers step."""
+        pool = self.__dict__.get("_pool")
+        if pool is None:
+            return self.__dict__["_last_obs"]
+        return concatenate([worker.observations for worker in pool.workers])
+
+    @_last_obs.setter
+    def _last_obs(self, observations: Any) -> None:
+        self.__dict__["_last_obs"] = observations
 
     # ------------------------------------------------------------------ what an algorithm says
 
@@ -262,6 +330,8 @@ class AsyncAlgorithm(LiveAlgorithm):
     ) -> None:
         """Do what ``learn()`` promises, but for :meth:`_end_learning`; ``call`` is the call of ``learn()``."""
         assert self.env is not None
+        # Attributes may have been set since the construction
+        self._check_parameters()
         warn_of_a_single_lane(self.env, type(self).__name__)
         self._setup_runtime()
         if reset_num_timesteps or self._last_obs is None:
@@ -307,6 +377,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         on_threads = self.backend == "threads" and n_workers > 1
         if on_threads:
             keep_freed_memory()
+        modules = list(self.policy.modules())
         set_intra_op_threads(n_workers if on_threads else 1, network_is_small, call)
         make_pool = WORKER_POOLS["threads" if on_threads else "serial"]
         self._pool = make_pool(workers, self._gate, self.num_timesteps, total_timesteps)
@@ -315,6 +386,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         with th.enable_grad():
             self._follow(self._pool, callback, log_interval)
         self._pool.stop()
+        self._warn_of_what_is_not_followed(workers, modules)
         self._remember_workers(workers)
         if n_workers > 1:
             rejoin_vec_env(env, parts, groups)
@@ -337,6 +409,8 @@ class AsyncAlgorithm(LiveAlgorithm):
 
     def _follow(self, pool: WorkerPool, callback: BaseCallback, log_interval: int | None) -> None:
         """Count, log and call back, once for every ``num_envs`` transitions that the workers make."""
+        assert self.env is not None
+        base = self.env.unwrapped
         callback.on_rollout_start()
         for n_batches, transitions in enumerate(pool.batches(), start=1):
             # SB3's callbacks look for these names
@@ -345,6 +419,8 @@ class AsyncAlgorithm(LiveAlgorithm):
             n_episodes_before = self._episode_num
             with self._gate.passed():
                 self._count(transitions)
+            for worker in pool.workers if len(pool.workers) > 1 and dones.any() else []:
+                base.reset_infos[worker.lanes.start : worker.lanes.stop] = worker.env.unwrapped.reset_infos
             if len(transitions) == pool.num_envs:
                 callback.update_locals(locals())
                 if not callback.on_step():
@@ -375,6 +451,21 @@ class AsyncAlgorithm(LiveAlgorithm):
         self._last_obs = concatenate([worker.observations for worker in workers])
         self._worker_states = [worker.get_state() for worker in workers]
 
+    def _warn_of_what_is_not_followed(self, workers: Sequence[ActorLearner], modules: list[nn.Module]) -> None:
+        """``modules`` are those that the policy had when the workers were made."""
+        if modules != list(self.policy.modules()):
+            warn_the_caller(
+                "A callback has replaced modules of the policy. The workers went on with those from before, and what "
+                "they learned is not in the new ones: replace modules between two calls of learn()."
+            )
+        names = {name: None for worker in workers for name in worker.local.list_unshared_state()}
+        if names:
+            warn_the_caller(
+                f"The network has changed {', '.join(names)} during its forward passes. These are plain attributes, "
+                "which the workers' copies of a module don't share, so the changes are lost: register them as buffers "
+                "(Module.register_buffer), and change them in place."
+            )
+
     def _network_is_small(self) -> bool:
         observation: Any = create_empty_array(self.observation_space, n=1, fn=np.zeros)
         tensors = obs_as_tensor(observation, self.device)
@@ -396,6 +487,8 @@ class AsyncAlgorithm(LiveAlgorithm):
 
         :param seed: the seed
         """
+        if self._is_learning():
+            raise RuntimeError("learn() has seeded its workers already: set the seed before or after it.")
         super().set_random_seed(seed)
         if seed is not None:
             self.seed = seed

@@ -45,6 +45,16 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
     }
 
     _own_attributes: ClassVar[tuple[str, ...]] = ("target_update_interval",)
+    _followed: ClassVar[frozenset[str]] = AsyncAlgorithm._followed | {
+        "target_update_interval",
+        "tau",
+        "loss",
+        "exploration_fraction",
+        "exploration_initial_eps",
+        "exploration_final_eps",
+        "exploration_final_probs",
+    }
+    _fixed_while_learning: ClassVar[frozenset[str]] = AsyncAlgorithm._fixed_while_learning | {"q_net", "q_net_target"}
     _sb3_counterpart: ClassVar[str] = "DQN"
 
     policy: DQNPolicy
@@ -185,13 +195,17 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         }
 
     def _get_exploration_schedule(self, num_envs: int) -> ExplorationSchedule:
-        """One for each ``learn()``."""
+        """One for each ``learn()``, unless a callback changes its parameters."""
         if self._exploration is None:
             final_epsilons = allot_final_epsilons(self.exploration_final_eps, self.exploration_final_probs, num_envs)
             self._exploration = ExplorationSchedule(
                 self.exploration_initial_eps, final_epsilons, self.exploration_fraction
             )
         return self._exploration
+
+    def _change_setting(self, name: str, value: Any) -> None:
+        self._exploration = None
+        super()._change_setting(name, value)
 
     def _share_parameters(self) -> SharedQNetworks:
         return SharedQNetworks(self.policy, self.lock_updates)

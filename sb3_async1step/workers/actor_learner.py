@@ -195,6 +195,7 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
             changed then
         """
         if self._steps_since_update == 0:
+            self._follow_update_interval()
             self.begin_segment()
         actions = self.choose_actions()
         env_actions = self.to_env_actions(actions)
@@ -207,12 +208,22 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         self._steps_since_update += 1
 
         # As in the paper, a single lane also updates at the end of its episode
-        is_due = self._steps_since_update == self.settings.update_interval or (self.n_lanes == 1 and bool(dones[0]))
+        is_due = self._steps_since_update == self.rollout.n_steps or (self.n_lanes == 1 and bool(dones[0]))
         if is_due:
             self.accumulate_gradient()
         self.end_step(num_timesteps)
         updates = [self._update()] if is_due else []
         return Transitions(env_actions, new_obs, rewards, dones, infos, updates)
+
+    def change_settings(self, settings: AnySettings) -> None:
+        """
+        :param settings: those to follow from the next step on; the update interval from the next segment on
+        """
+        self.settings = settings
+
+    def _follow_update_interval(self) -> None:
+        if self.rollout.n_steps != self.settings.update_interval:
+            self.rollout = RolloutBuffer(self.settings.update_interval)
 
     def _describe_step(
         self, actions: np.ndarray, new_obs: Any, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]
@@ -250,20 +261,22 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         self._metrics.append((metrics, n_steps))
 
     def _update(self) -> UpdateStats:
-        self._clip_gradient()
+        grad_norm = self._clip_gradient()
         staleness = self.local.push()
-        metrics = _average(self._metrics)
+        metrics = {**_average(self._metrics), "train/grad_norm": grad_norm}
         self._metrics.clear()
         self._steps_since_update = 0
         return UpdateStats(metrics, staleness)
 
-    def _clip_gradient(self) -> None:
+    def _clip_gradient(self) -> float:
+        """Return the norm before."""
         norm = th.nn.utils.clip_grad_norm_(self.local.learning_network.parameters(), self.settings.max_grad_norm)
         if not th.isfinite(norm):
             raise ValueError(
                 f"The gradient's norm is {norm.item()}: the training diverges. The update was not applied. "
                 "Lower the learning rate, or normalize rewards and observations (VecNormalize)."
             )
+        return norm.item()
 
     # ------------------------------------------------------------------ tensors
 

@@ -5,6 +5,7 @@ import threading
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.policies import BaseModel, BasePolicy
 
@@ -89,23 +90,26 @@ class LocalParameters:
         self._optimizer = view_optimizer(self._shared.policy, self._shared.network, self._view)
 
     def pull(self) -> None:
-        """Read the shared parameters: theta' <- theta."""
-        if self.thread_specific:
-            with th.no_grad():
-                for mine, shared in zip(self.learning_network.parameters(), self._view.parameters(), strict=True):
-                    mine.copy_(shared)
+        """Read the shared parameters, theta' <- theta, and which of them are frozen."""
+        for mine, shared in zip(self.learning_network.parameters(), self._shared.network.parameters(), strict=True):
+            mine.requires_grad_(shared.requires_grad)
+            if self.thread_specific:
+                mine.data.copy_(shared.data)
         self._n_updates_when_pulled = self._shared.n_updates
 
     def push(self) -> int:
         """
-        Apply the accumulated gradient to the shared parameters, and clear it.
+        Apply the accumulated gradient to the shared parameters, where callbacks may read it, and clear it.
 
         :return: number of updates that others applied between the last pull and this one
         """
         for mine, view in zip(self.learning_network.parameters(), self._view.parameters(), strict=True):
             view.grad = mine.grad
         n_updates_before = self._shared.push(self._optimizer)
-        for mine, view in zip(self.learning_network.parameters(), self._view.parameters(), strict=True):
+        for mine, view, shared in zip(
+            self.learning_network.parameters(), self._view.parameters(), self._shared.network.parameters(), strict=True
+        ):
+            shared.grad = view.grad
             mine.grad = view.grad = None
         return n_updates_before - self._n_updates_when_pulled
 
@@ -115,6 +119,21 @@ class LocalParameters:
             if mine.data_ptr() != shared.data_ptr():
                 shared.copy_(mine)
                 mine.data = shared.data
+
+    def list_unshared_state(self) -> list[str]:
+        """
+        :return: names of numbers and arrays that the worker's modules have changed, but keep as plain attributes, which
+            are not shared
+        """
+        modules = zip(self.learning_network.named_modules(), self._shared.network.modules(), strict=True)
+        return [
+            f"{name}.{key}"
+            for (name, mine), shared in modules
+            for key, value in vars(mine).items()
+            if isinstance(value, (int, float, np.ndarray, th.Tensor))
+            and key not in ("training", "call_super_init")
+            and not np.array_equal(value, vars(shared).get(key, value))
+        ]
 
     def get_gradients(self) -> list[th.Tensor | None]:
         """
