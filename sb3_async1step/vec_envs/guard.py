@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import wraps
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
@@ -19,6 +19,14 @@ QUERIES = ("env_is_wrapped", "env_method", "get_attr", "get_images", "set_attr")
 STEPS = ("reset", "step_async")
 
 
+class GuardedMethod(partial):
+    """A function that takes a method's place. In a copy of the env, there are no workers: it is the method again."""
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        method = self.args[0]
+        return getattr, (method.__self__, method.__name__)
+
+
 @contextmanager
 def guard_vec_env(env: VecEnv, standing_still: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """
@@ -29,21 +37,17 @@ def guard_vec_env(env: VecEnv, standing_still: Callable[[], AbstractContextManag
     """
     base = env.unwrapped
 
-    def make_wait(method: Callable) -> Callable:
-        @wraps(method)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with standing_still():
-                return method(*args, **kwargs)
+    def wait(method: Callable, *args: Any, **kwargs: Any) -> Any:
+        with standing_still():
+            return method(*args, **kwargs)
 
-        return call
-
-    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+    def refuse(method: Callable, *args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError("The workers of learn() step this env: nobody else may step or reset it until learn() ends.")
 
     for name in QUERIES:
-        setattr(base, name, make_wait(getattr(base, name)))
+        setattr(base, name, GuardedMethod(wait, getattr(base, name)))
     for name in STEPS:
-        setattr(base, name, refuse)
+        setattr(base, name, GuardedMethod(refuse, getattr(base, name)))
     try:
         yield
     finally:
