@@ -66,10 +66,12 @@ def list_colours(game, n_frames):
     env.action_space.seed(0)
     ale = env.unwrapped.ale
     colours = {}
-    for _ in range(n_frames):
+    for frame in range(n_frames):
         _, _, terminated, truncated, _ = env.step(env.action_space.sample())
         if terminated or truncated:
             env.reset()
+        if frame % 10 > 0:
+            continue
         indices, places = np.unique(ale.getScreen(), return_index=True)
         pixels = np.dstack([ale.getScreenRGB(), ale.getScreenGrayscale()]).reshape(-1, 4)
         colours.update(zip(indices.tolist(), pixels[places].tolist(), strict=True))
