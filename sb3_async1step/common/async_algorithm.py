@@ -1,5 +1,6 @@
 """What makes the paper's methods SB3 algorithms: constructor, checks, and learn()."""
 
+import copy
 import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
@@ -557,6 +558,25 @@ class AsyncAlgorithm(LiveAlgorithm):
         for worker in [] if self._pool is None else self._pool.workers:
             # Loading replaced the optimizer's statistics
             worker.local.renew_optimizer()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """
+        The state of a copy (``copy.deepcopy``, pickle) made at any time and from any thread. It has no
+        workers and no logger; if the model is learning, the copy begins with a reset of its env.
+        """
+        with self._gate.closed():
+            left_out = {"_pool", "_shared", "_process_watcher", "_update_log", "_logger"}
+            state = {name: value for name, value in self.__dict__.items() if name not in left_out}
+            state["_custom_logger"] = False
+            if self._pool is None:
+                return state
+            # The workers go on before the state has been written
+            state["_last_obs"] = state["_worker_states"] = None
+            return copy.deepcopy(state)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._setup_runtime()
 
     def _excluded_save_params(self) -> list[str]:
         return [

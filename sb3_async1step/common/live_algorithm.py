@@ -1,18 +1,28 @@
 """An SB3 algorithm whose model may be used from any thread while it learns."""
 
+import copy
 import io
 import pathlib
+import warnings
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import TensorDict
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_async1step.common.model_file import check_saved_model, renamed_modules, write_atomically
+from sb3_async1step.common.model_file import (
+    check_saved_model,
+    explain_errors,
+    read_attributes,
+    renamed_modules,
+    write_atomically,
+)
 from sb3_async1step.workers.gate import Gate
+from sb3_async1step.workers.shared_parameters import check_optimizer_state
 
 SelfLiveAlgorithm = TypeVar("SelfLiveAlgorithm", bound="LiveAlgorithm")
 
@@ -63,20 +73,26 @@ class LiveAlgorithm(BaseAlgorithm):
         """
         Save the model, from any thread. While it learns, this waits until no update is in flight.
 
-        The file is written completely or not at all: if anything fails, an existing file is left as it was.
+        The file is written completely or not at all: if anything fails, an existing file is left as it was. Only where
+        it can't be replaced (a mount point, a folder without write permission) it is written in place, with a warning.
 
         :param path: file to write, ".zip" is added to a name without suffix
         :param exclude: names of attributes not to save
         :param include: names of attributes to save that would not be saved by default
         """
+        file: Any = io.BytesIO() if isinstance(path, (str, pathlib.Path)) else path
         with self._gate.closed():
             self._before_saving()
-            if isinstance(path, (str, pathlib.Path)):
-                # SB3's suffix
-                with write_atomically(pathlib.Path(path), default_suffix=".zip") as file:
-                    super().save(file, exclude, include)
-            else:
-                super().save(path, exclude, include)
+            # Files of different algorithms hold the same attributes
+            self._saved_by = type(self).__name__
+            super().save(file, exclude, include)
+        # Workers need not wait for the disk
+        if isinstance(path, (str, pathlib.Path)):
+            path = pathlib.Path(path)
+            if path.suffix == "":
+                # SB3's
+                path = path.with_name(f"{path.name}.zip")
+            write_atomically(path, file.getvalue())
 
     @classmethod
     def load(
@@ -90,10 +106,18 @@ class LiveAlgorithm(BaseAlgorithm):
             :meth:`BaseAlgorithm.load <stable_baselines3.common.base_class.BaseAlgorithm.load>`
         :param kwargs: keyword arguments of the same method
         :return: the model
-        :raises ValueError: if the file is damaged, or was saved by another algorithm
+        :raises ValueError: if the file is damaged, or was saved by an algorithm with other policies
         """
-        check_saved_model(path, cls.__name__, ("n_workers", *cls._own_attributes), cls._sb3_counterpart)
-        with renamed_modules():
+        expected = ("n_workers", *cls._own_attributes)
+        attributes = check_saved_model(path, cls.__name__, expected, cls._sb3_counterpart)
+        saved_by = attributes.get("_saved_by", cls.__name__)
+        if saved_by != cls.__name__:
+            warnings.warn(
+                f"{path} was saved by {saved_by}, and {cls.__name__} goes on with it: the weights and settings are "
+                "those of the file, but it learns other targets from now on.",
+                stacklevel=2,
+            )
+        with renamed_modules(), explain_errors(path):
             return super().load(path, *args, **kwargs)
 
     def get_parameters(self) -> dict[str, dict]:
@@ -112,9 +136,24 @@ class LiveAlgorithm(BaseAlgorithm):
         :param load_path_or_dict: path of a saved model, or a dict as returned by ``get_parameters()``
         :param exact_match: whether all parameters must be given
         :param device: device onto which a file is loaded
+        :raises ValueError: if the file is damaged, names are missing, or the optimizer's state is another one's
         """
+        if isinstance(load_path_or_dict, dict):
+            self._set_parameters(load_path_or_dict, exact_match, device)
+            return
+        read_attributes(load_path_or_dict)
+        with explain_errors(load_path_or_dict):
+            _, params, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
+            self._set_parameters(params, exact_match, device)
+
+    def _set_parameters(self, params: TensorDict, exact_match: bool, device: th.device | str) -> None:
+        if "policy.optimizer" in params:
+            # Torch would go on with the tensors of the given state, which may be those of another model
+            state = copy.deepcopy(params["policy.optimizer"])
+            check_optimizer_state(self.policy, state)
+            params = {**params, "policy.optimizer": state}
         with self._gate.closed():
-            super().set_parameters(load_path_or_dict, exact_match, device)
+            super().set_parameters(params, exact_match, device)
             self._after_setting_parameters()
 
     def get_vec_normalize_env(self) -> VecNormalize | None:

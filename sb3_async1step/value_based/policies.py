@@ -38,6 +38,7 @@ class QNetwork(DQNQNetwork):
 
     def __init__(self, *args: Any, layer_norm: bool, mixed_precision: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.layer_norm = layer_norm
         self.mixed_precision = mixed_precision
         self.normalizes_image = self.normalize_images and is_image_space(self.observation_space)
         if layer_norm:
@@ -51,6 +52,10 @@ class QNetwork(DQNQNetwork):
                     post_linear_modules=[nn.LayerNorm],
                 )
             )
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        ours = {"layer_norm": self.layer_norm, "mixed_precision": self.mixed_precision}
+        return {**super()._get_constructor_parameters(), **ours}
 
     def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
         """

@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
-from functools import wraps
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
@@ -20,6 +20,14 @@ QUERIES = ("env_is_wrapped", "env_method", "get_attr", "get_images", "set_attr")
 STEPS = ("reset", "step_async")
 
 
+class GuardedMethod(partial):
+    """A function that takes a method's place. In a copy of the env, there are no workers: it is the method again."""
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        method = self.args[0]
+        return getattr, (method.__self__, method.__name__)
+
+
 def guard_vec_env(
     env: VecEnv, standing_still: Callable[[], AbstractContextManager[None]], may_step: Callable[[], bool]
 ) -> None:
@@ -33,30 +41,22 @@ def guard_vec_env(
     """
     base = env.unwrapped
 
-    def make_wait(method: Callable) -> Callable:
-        @wraps(method)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with standing_still():
-                return method(*args, **kwargs)
+    def wait(method: Callable, *args: Any, **kwargs: Any) -> Any:
+        with standing_still():
+            return method(*args, **kwargs)
 
-        return call
-
-    def make_refuse(method: Callable) -> Callable:
-        @wraps(method)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if may_step():
-                return method(*args, **kwargs)
-            raise RuntimeError(
-                "learn() steps this env: nobody else may step or reset it until learn() ends. "
-                "A callback that evaluates the model (EvalCallback) needs an env of its own."
-            )
-
-        return call
+    def refuse(method: Callable, *args: Any, **kwargs: Any) -> Any:
+        if may_step():
+            return method(*args, **kwargs)
+        raise RuntimeError(
+            "learn() steps this env: nobody else may step or reset it until learn() ends. "
+            "A callback that evaluates the model (EvalCallback) needs an env of its own."
+        )
 
     for name in QUERIES:
-        setattr(base, name, make_wait(getattr(base, name)))
+        setattr(base, name, GuardedMethod(wait, getattr(base, name)))
     for name in STEPS:
-        setattr(base, name, make_refuse(getattr(base, name)))
+        setattr(base, name, GuardedMethod(refuse, getattr(base, name)))
 
 
 def unguard_vec_env(env: VecEnv) -> None:

@@ -201,13 +201,49 @@ def view_optimizer(policy: BasePolicy, network: BaseModel, view: BaseModel) -> t
     :return: an optimizer that applies the gradients of the view, with the statistics of the shared optimizer
     """
     shared = policy.optimizer
-    view_of = dict(zip(network.parameters(), view.parameters(), strict=True))
-    groups = [{**group, "params": [view_of[p] for p in group["params"]]} for group in shared.param_groups]
-    # The groups hold all settings. If the user has replaced the optimizer, the policy's arguments may not fit
-    is_the_policys = type(shared) is policy.optimizer_class
-    optimizer = type(shared)(groups, **(policy.optimizer_kwargs if is_the_policys else {}))
+    view_of: dict[th.Tensor, th.Tensor] = dict(zip(network.parameters(), view.parameters(), strict=True))
+    optimizer = rebuild_optimizer(policy, view_of)
     for group in shared.param_groups:
         for parameter in group["params"]:
             # The same dict: what the optimizer of one worker keeps in it, all workers see
             optimizer.state[view_of[parameter]] = shared.state[parameter]
     return optimizer
+
+
+def rebuild_optimizer(policy: BasePolicy, replacements: dict[th.Tensor, th.Tensor]) -> th.optim.Optimizer:
+    """
+    :param policy: a policy
+    :param replacements: by the parameters that its optimizer changes, those to change instead
+    :return: an optimizer with the same settings, and without statistics
+    """
+    original = policy.optimizer
+    groups = [{**group, "params": [replacements[p] for p in group["params"]]} for group in original.param_groups]
+    # The groups hold all settings. If the user has replaced the optimizer, the policy's arguments may not fit
+    is_the_policys = type(original) is policy.optimizer_class
+    return type(original)(groups, **(policy.optimizer_kwargs if is_the_policys else {}))
+
+
+def check_optimizer_state(policy: BasePolicy, state: Any) -> None:
+    """
+    Try whether a policy's optimizer could take a step from a given state. Torch loads any state with the right number
+    of parameters, and fails at the next step.
+
+    :param policy: the policy, which is left as it is
+    :param state: what some optimizer's ``state_dict()`` returned
+    :raises ValueError: if it is the state of another kind of optimizer, or for other parameters
+    """
+    copies: dict[th.Tensor, th.Tensor] = {
+        p: th.zeros_like(p, requires_grad=True) for group in policy.optimizer.param_groups for p in group["params"]
+    }
+    trial = rebuild_optimizer(policy, copies)
+    try:
+        trial.load_state_dict(copy.deepcopy(state))
+        for parameter in copies.values():
+            parameter.grad = th.zeros_like(parameter)
+        trial.step()
+    except Exception as error:
+        raise ValueError(
+            f"The state of policy.optimizer does not fit this policy's {type(trial).__name__} "
+            f"({type(error).__name__}: {error}): load it into a model with the optimizer that it was saved with, or "
+            "leave it out (exact_match=False)."
+        ) from error
