@@ -1,9 +1,8 @@
 """What makes the paper's methods SB3 algorithms: constructor, checks, and learn()."""
 
-import copy
 import sys
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -13,7 +12,7 @@ from gymnasium.vector.utils import create_empty_array
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import check_for_correct_spaces, obs_as_tensor
+from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
@@ -43,9 +42,9 @@ from sb3_async1step.common.parameter_checks import (
 from sb3_async1step.common.update_log import UpdateLog
 from sb3_async1step.sb3_internals import close_progress_bars
 from sb3_async1step.vec_envs.guard import ProcessWatcher, guard_vec_env, unguard_vec_env
-from sb3_async1step.vec_envs.observations import Observations, concatenate, take_rows
+from sb3_async1step.vec_envs.observations import Observations, take_rows
 from sb3_async1step.vec_envs.split import group_lanes, rejoin_vec_env, split_vec_env
-from sb3_async1step.workers.actor_learner import ActorLearner, Settings, WorkerRecipe, WorkerState
+from sb3_async1step.workers.actor_learner import ActorLearner, Settings, WorkerRecipe
 from sb3_async1step.workers.gate import Call
 from sb3_async1step.workers.pool import WorkerPool
 from sb3_async1step.workers.serial_pool import SerialWorkerPool
@@ -98,22 +97,6 @@ class AsyncAlgorithm(LiveAlgorithm):
 
     #: Class of the workers
     actor_learner_class: ClassVar[type[ActorLearner]]
-    # Attributes that workers follow while learn() runs, and those that they were made with
-    _followed: ClassVar[frozenset[str]] = frozenset({"gamma", "update_interval", "max_grad_norm"})
-    _fixed_while_learning: ClassVar[frozenset[str]] = frozenset(
-        {
-            "action_space",
-            "backend",
-            "device",
-            "env",
-            "lock_updates",
-            "n_envs",
-            "n_workers",
-            "observation_space",
-            "policy",
-        }
-        | {"policy_class", "policy_kwargs", "seed", "use_sde"}
-    )
 
     def __init__(
         self,
@@ -159,15 +142,11 @@ class AsyncAlgorithm(LiveAlgorithm):
         self.lock_updates = lock_updates
         self.backend = backend
         self._random_generators: list[np.random.Generator] = []
-        # Where the workers stopped, None after a reset of the env
-        self._worker_states: list[WorkerState] | None = None
-        self._setup_runtime()
         check_n_workers(n_workers, self.env)
 
     def _setup_runtime(self) -> None:
-        """Set the attributes that are never saved."""
-        # The pool of workers and what they share, while learn() runs
-        self._pool: WorkerPool | None = None
+        super()._setup_runtime()
+        # What the workers share, while learn() runs
         self._shared: SharedParameters | None = None
         self._process_watcher: ProcessWatcher | None = None
         # Whether learn() has begun to step them, and not yet said where they stopped
@@ -180,51 +159,6 @@ class AsyncAlgorithm(LiveAlgorithm):
         # Call the parent's version: ours would discard the loaded workers' random generators
         super().set_random_seed(self.seed)
         self.policy = self._make_policy().to(self.device)
-
-    # ------------------------------------------------------------------ attributes
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._fixed_while_learning and self._is_learning():
-            raise AttributeError(
-                f"{name} can't be changed while learn() runs, which has made its workers with it. "
-                "End the training (by a callback that returns False), change it, and call learn() again."
-            )
-        if name in self._followed and self._is_learning():
-            self._change_setting(name, value)
-            return
-        super().__setattr__(name, value)
-        if name == "learning_rate" and "lr_schedule" in self.__dict__:
-            self._setup_lr_schedule()
-
-    def _is_learning(self) -> bool:
-        return self.__dict__.get("_pool") is not None and self._gate.is_learning()
-
-    def _change_setting(self, name: str, value: Any) -> None:
-        """Change an attribute which workers follow, if its value is allowed."""
-        assert self._pool is not None
-        with self._gate.closed():
-            value_before = getattr(self, name)
-            self.__dict__[name] = value
-            try:
-                self._check_parameters()
-            except ValueError:
-                self.__dict__[name] = value_before
-                raise
-            settings = self._make_settings(self._pool.num_envs)
-            for worker in self._pool.workers:
-                worker.change_settings(settings)
-
-    @property
-    def _last_obs(self) -> Any:
-        """The current observations, as in SB3, also while workers step."""
-        pool = self.__dict__.get("_pool")
-        if pool is None:
-            return self.__dict__["_last_obs"]
-        return concatenate([worker.observations for worker in pool.workers])
-
-    @_last_obs.setter
-    def _last_obs(self, observations: Any) -> None:
-        self.__dict__["_last_obs"] = observations
 
     # ------------------------------------------------------------------ what an algorithm says
 
@@ -382,13 +316,13 @@ class AsyncAlgorithm(LiveAlgorithm):
         set_intra_op_threads(n_workers if on_threads else 1, network_is_small, call)
         make_pool = WORKER_POOLS["threads" if on_threads else "serial"]
         self._pool = make_pool(workers, self._gate, self.num_timesteps, total_timesteps)
-        guard_vec_env(env, self._gate.closed, lambda: self._gate.is_inside() or not self._gate.is_learning())
+        guard_vec_env(env, self._gate.closed, lambda: self._gate.is_inside() or not call.is_running)
         # Ctrl-C between the two halves of a th.no_grad() block leaves the process without gradients
         with th.enable_grad():
             self._follow(self._pool, callback, log_interval)
         self._pool.stop()
         self._warn_of_what_is_not_followed(workers, modules)
-        self._remember_workers(workers)
+        self._remember_workers()
         if n_workers > 1:
             rejoin_vec_env(env, parts, groups)
         self._lanes_may_be_anywhere = False
@@ -446,11 +380,6 @@ class AsyncAlgorithm(LiveAlgorithm):
         for worker, state in zip(workers, self._worker_states or [], strict=False):
             worker.set_state(state)
         return workers
-
-    def _remember_workers(self, workers: Iterable[ActorLearner]) -> None:
-        """Keep what the next ``learn()`` needs to go on where the workers are."""
-        self._last_obs = concatenate([worker.observations for worker in workers])
-        self._worker_states = [worker.get_state() for worker in workers]
 
     def _warn_of_what_is_not_followed(self, workers: Sequence[ActorLearner], modules: list[nn.Module]) -> None:
         """``modules`` are those that the policy had when the workers were made."""
@@ -526,64 +455,3 @@ class AsyncAlgorithm(LiveAlgorithm):
     @abstractmethod
     def dump_logs(self) -> None:
         """Write log data."""
-
-    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        """
-        Set the training env. Unlike SB3's other algorithms, it may have another number of lanes than the last one:
-        a model that was made from an env's id has many, of which its user may not know.
-
-        :param env: the env
-        :param force_reset: whether the next ``learn()`` resets it, which other lanes have to be
-        :raises ValueError: if its spaces are others, or other lanes shall not be reset
-        :raises RuntimeError: if the model is learning
-        """
-        if self._gate.is_learning():
-            raise RuntimeError("learn() steps the model's env: set another one when it has ended.")
-        env = self._wrap_env(env, self.verbose)
-        check_for_correct_spaces(env, self.observation_space, self.action_space)
-        if env.num_envs != self.n_envs and not force_reset:
-            raise ValueError(
-                f"The env has {env.num_envs} lane(s) and the model's last one had {self.n_envs}: "
-                "it has to be reset, so leave force_reset out."
-            )
-        self.n_envs = env.num_envs
-        super().set_env(env, force_reset)
-
-    def _before_saving(self) -> None:
-        # A forked process has a copy of the pool, but no workers
-        if self._pool is not None and self._gate.is_learning():
-            self._remember_workers(self._pool.workers)
-
-    def _after_setting_parameters(self) -> None:
-        for worker in [] if self._pool is None else self._pool.workers:
-            # Loading replaced the optimizer's statistics
-            worker.local.renew_optimizer()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """
-        The state of a copy (``copy.deepcopy``, pickle) made at any time and from any thread. It has no
-        workers and no logger; if the model is learning, the copy begins with a reset of its env.
-        """
-        with self._gate.closed():
-            left_out = {"_pool", "_shared", "_process_watcher", "_update_log", "_logger"}
-            state = {name: value for name, value in self.__dict__.items() if name not in left_out}
-            state["_custom_logger"] = False
-            if self._pool is None:
-                return state
-            # The workers go on before the state has been written
-            state["_last_obs"] = state["_worker_states"] = None
-            return copy.deepcopy(state)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._setup_runtime()
-
-    def _excluded_save_params(self) -> list[str]:
-        return [
-            *super()._excluded_save_params(),
-            "_pool",
-            "_shared",
-            "_process_watcher",
-            "_lanes_may_be_anywhere",
-            "_update_log",
-        ]

@@ -54,6 +54,7 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         "exploration_final_eps",
         "exploration_final_probs",
     }
+    _runtime_attributes: ClassVar[tuple[str, ...]] = (*AsyncAlgorithm._runtime_attributes, "_exploration")
     _fixed_while_learning: ClassVar[frozenset[str]] = AsyncAlgorithm._fixed_while_learning | {"q_net", "q_net_target"}
     _sb3_counterpart: ClassVar[str] = "DQN"
 
@@ -251,4 +252,4 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         return np.where(explores, random_actions, actions), state
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "q_net", "q_net_target", "_exploration"]
+        return [*super()._excluded_save_params(), "q_net", "q_net_target"]

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 from sb3_async1step.sb3_internals import find_lane_of_exception
+from sb3_async1step.vec_envs.observations import Observations, concatenate
 from sb3_async1step.workers.actor_learner import ActorLearner
 from sb3_async1step.workers.gate import Gate
 from sb3_async1step.workers.transitions import Transitions
@@ -39,6 +40,11 @@ class WorkerPool(ABC):
         self._idle_seconds = dict.fromkeys(workers, 0.0)
         self._waiting_since: dict[ActorLearner, float] = {}
         self._idle_before = 0.0, time.perf_counter()
+
+    @property
+    def observations(self) -> Observations:
+        """The current observations of all lanes."""
+        return concatenate([worker.observations for worker in self.workers])
 
     @abstractmethod
     def batches(self) -> Iterator[Transitions]:

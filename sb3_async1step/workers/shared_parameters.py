@@ -28,6 +28,10 @@ class SharedParameters:
     def __init__(self, network: BaseModel, policy: BasePolicy, lock_updates: bool) -> None:
         self.network = network
         self.policy = policy
+        # Of the modules that the network has now: workers can't follow if somebody replaces them
+        self.modules = list(network.modules())
+        self.parameters = list(network.parameters())
+        self.buffers = list(network.buffers())
         # Adam divides the mean of the gradients by the root of their mean square. Without a lock, another worker may
         # have added to the mean already, but not yet to the mean square: where that is still zero, the step is immense
         self.lock_updates = lock_updates or not getattr(policy.optimizer, "is_lock_free", False)
@@ -91,7 +95,7 @@ class LocalParameters:
 
     def pull(self) -> None:
         """Read the shared parameters, theta' <- theta, and which of them are frozen."""
-        for mine, shared in zip(self.learning_network.parameters(), self._shared.network.parameters(), strict=True):
+        for mine, shared in zip(self.learning_network.parameters(), self._shared.parameters, strict=True):
             mine.requires_grad_(shared.requires_grad)
             if self.thread_specific:
                 mine.data.copy_(shared.data)
@@ -107,7 +111,7 @@ class LocalParameters:
             view.grad = mine.grad
         n_updates_before = self._shared.push(self._optimizer)
         for mine, view, shared in zip(
-            self.learning_network.parameters(), self._view.parameters(), self._shared.network.parameters(), strict=True
+            self.learning_network.parameters(), self._view.parameters(), self._shared.parameters, strict=True
         ):
             shared.grad = view.grad
             mine.grad = view.grad = None
@@ -115,7 +119,7 @@ class LocalParameters:
 
     def share_buffers(self) -> None:
         """Share those buffers (of BatchNorm) that a forward pass replaced instead of changing them in place."""
-        for mine, shared in zip(self.learning_network.buffers(), self._shared.network.buffers(), strict=True):
+        for mine, shared in zip(self.learning_network.buffers(), self._shared.buffers, strict=True):
             if mine.data_ptr() != shared.data_ptr():
                 shared.copy_(mine)
                 mine.data = shared.data
@@ -125,7 +129,7 @@ class LocalParameters:
         :return: names of numbers and arrays that the worker's modules have changed, but keep as plain attributes, which
             are not shared
         """
-        modules = zip(self.learning_network.named_modules(), self._shared.network.modules(), strict=True)
+        modules = zip(self.learning_network.named_modules(), self._shared.modules, strict=True)
         return [
             f"{name}.{key}"
             for (name, mine), shared in modules
