@@ -42,11 +42,12 @@ class SharedParameters:
         self._update_lock = threading.Lock()
         self._count_lock = threading.Lock()
 
-    def push(self, optimizer: th.optim.Optimizer) -> int:
+    def push(self, optimizer: th.optim.Optimizer, gradients: list[th.Tensor | None]) -> int:
         """
         Apply the gradient of a view to the online network.
 
         :param optimizer: the view's optimizer
+        :param gradients: the gradient of each parameter
         :return: how many updates all workers had applied before this one
         """
         for group, shared_group in zip(optimizer.param_groups, self.policy.optimizer.param_groups, strict=True):
@@ -58,6 +59,9 @@ class SharedParameters:
             optimizer.step()
             self._optimizer_has_state = True
         with self._count_lock:
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                # Callbacks may look at it
+                parameter.grad = gradient
             self.n_updates += 1
             return self.n_updates - 1
 
@@ -107,13 +111,11 @@ class LocalParameters:
 
         :return: number of updates that others applied between the last pull and this one
         """
+        gradients = [parameter.grad for parameter in self.learning_network.parameters()]
+        for view, gradient in zip(self._view.parameters(), gradients, strict=True):
+            view.grad = gradient
+        n_updates_before = self._shared.push(self._optimizer, gradients)
         for mine, view in zip(self.learning_network.parameters(), self._view.parameters(), strict=True):
-            view.grad = mine.grad
-        n_updates_before = self._shared.push(self._optimizer)
-        for mine, view, shared in zip(
-            self.learning_network.parameters(), self._view.parameters(), self._shared.parameters, strict=True
-        ):
-            shared.grad = view.grad
             mine.grad = view.grad = None
         return n_updates_before - self._n_updates_when_pulled
 
