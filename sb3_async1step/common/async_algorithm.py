@@ -30,9 +30,10 @@ from sb3_async1step.common.parameter_checks import (
 from sb3_async1step.common.update_log import UpdateLog
 from sb3_async1step.sb3_internals import close_progress_bars
 from sb3_async1step.vec_envs.guard import guard_vec_env, watch_processes
-from sb3_async1step.vec_envs.observations import Observations, concatenate, take_rows
+from sb3_async1step.vec_envs.observations import Observations, concatenate, take_rows, to_arrays
 from sb3_async1step.vec_envs.split import group_lanes, rejoin_vec_env, split_vec_env
 from sb3_async1step.workers.actor_learner import ActorLearner, Settings, WorkerRecipe, WorkerState
+from sb3_async1step.workers.exceptions import OwnExceptions
 from sb3_async1step.workers.pool import WorkerPool
 from sb3_async1step.workers.serial_pool import SerialWorkerPool
 from sb3_async1step.workers.shared_parameters import SharedParameters
@@ -42,6 +43,8 @@ from sb3_async1step.workers.transitions import Transitions
 SelfAsyncAlgorithm = TypeVar("SelfAsyncAlgorithm", bound="AsyncAlgorithm")
 
 Backend = Literal["threads", "serial"]
+#: Those that SB3's buffers support, each alone or in a ``Dict``
+SUPPORTED_OBSERVATION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 WORKER_POOLS: dict[str, type[WorkerPool]] = {"threads": ThreadWorkerPool, "serial": SerialWorkerPool}
 
 
@@ -79,6 +82,7 @@ class AsyncAlgorithm(LiveAlgorithm):
     :param seed: seed of all random generators
     :param device: ``"auto"`` means the CPU, for which these methods are made; any other device has to be named
     :raises ValueError: if a parameter is out of range, or ``env`` has another number of lanes than ``n_envs``
+    :raises AssertionError: if an action or observation space is not supported, as in SB3
     :raises TypeError: if the env can't be split among ``n_workers``
     """
 
@@ -143,6 +147,7 @@ class AsyncAlgorithm(LiveAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_parameters()
+        self._check_observation_space()
         self._setup_lr_schedule()
         # Call the parent's version: ours would discard the loaded workers' random generators
         super().set_random_seed(self.seed)
@@ -172,6 +177,15 @@ class AsyncAlgorithm(LiveAlgorithm):
         check_positive(max_grad_norm=self.max_grad_norm)
         check_choice("backend", self.backend, WORKER_POOLS)
         check_bool(lock_updates=self.lock_updates)
+
+    def _check_observation_space(self) -> None:
+        space = self.observation_space
+        for part in space.spaces.values() if isinstance(space, spaces.Dict) else [space]:
+            # In the words of SB3's constructor
+            assert isinstance(part, SUPPORTED_OBSERVATION_SPACES), (
+                f"The algorithm only supports {SUPPORTED_OBSERVATION_SPACES}, or a Dict of them, as observation spaces "
+                f"but {space} was provided"
+            )
 
     @abstractmethod
     def _make_settings(self, num_envs: int) -> Settings:
@@ -205,6 +219,7 @@ class AsyncAlgorithm(LiveAlgorithm):
 
     # ------------------------------------------------------------------ learn
 
+    @OwnExceptions()
     def learn(
         self: SelfAsyncAlgorithm,
         total_timesteps: int,
@@ -285,7 +300,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         # A single worker drives the env itself, whatever kind of VecEnv it is
         parts = [env] if n_workers == 1 else split_vec_env(env, groups)
         assert self._last_obs is not None
-        workers = self._make_workers(parts, groups, self._last_obs)
+        workers = self._make_workers(parts, groups, to_arrays(self._last_obs))
         on_threads = self.backend == "threads" and n_workers > 1
         if on_threads:
             keep_freed_memory()

@@ -1,9 +1,11 @@
 """A thread for each worker."""
 
 from collections.abc import Iterator, Sequence
+from contextvars import copy_context
 from threading import Thread
 
 from sb3_async1step.workers.actor_learner import ActorLearner
+from sb3_async1step.workers.exceptions import advise_on_threads
 from sb3_async1step.workers.gate import Gate
 from sb3_async1step.workers.pool import WorkerPool
 from sb3_async1step.workers.transitions import Transitions, join
@@ -31,8 +33,9 @@ class ThreadWorkerPool(WorkerPool):
         self._n_running = 0
         self._n_ended = 0
         self._exception: BaseException | None = None
+        # Each in a copy of the caller's context (np.errstate, decimal's precision), as asyncio.to_thread() does it
         self._threads = [
-            Thread(target=self._run, args=(worker,), name=f"actor-learner-{i}", daemon=True)
+            Thread(target=copy_context().run, args=(self._run, worker), name=f"actor-learner-{i}", daemon=True)
             for i, worker in enumerate(workers)
         ]
 
@@ -106,6 +109,7 @@ class ThreadWorkerPool(WorkerPool):
             while (transitions := self._step(worker)) is not None:
                 self._report(transitions)
         except BaseException as exception:
+            advise_on_threads(exception)
             with self._changed:
                 self._exception = self._exception or exception
                 self._is_stopping = True

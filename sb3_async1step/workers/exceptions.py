@@ -1,0 +1,49 @@
+"""Exceptions of envs on their way to the caller of ``learn()``."""
+
+from contextlib import ContextDecorator, suppress
+from types import TracebackType
+
+# In what libraries say of objects that belong to one thread: SQLite, event loops, signals, Tk, OpenGL
+THREAD_WORDS = ("thread", "event loop", "context")
+
+
+def add_note(exception: BaseException, note: str) -> None:
+    """
+    :param exception: an exception; one that refuses notes, as that of a frozen dataclass does, goes without
+    :param note: what its traceback shall say, too
+    """
+    with suppress(Exception):
+        exception.add_note(note)
+
+
+def advise_on_threads(exception: BaseException) -> None:
+    """
+    Say what to do about an env that is bound to the thread that made it.
+
+    :param exception: raised on the thread of a worker
+    """
+    if any(word in str(exception).lower() for word in THREAD_WORDS):
+        add_note(
+            exception,
+            "It was raised on the thread of a worker. If the env is bound to the thread that made it, use n_workers=1, "
+            "or SubprocVecEnv, which gives each env a process.",
+        )
+
+
+class OwnExceptions(ContextDecorator):
+    """
+    Raise an exception that refuses attributes, as that of a frozen dataclass does. On the way through generators with
+    ``@contextmanager``, contextlib assigns ``__traceback__``, and raises the refusal in its place.
+    """
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        original = exc_value
+        while isinstance(original, AttributeError) and "__traceback__" in str(original) and original.__context__:
+            original = original.__context__
+        if original is not None and original is not exc_value:
+            raise original from None
