@@ -16,7 +16,13 @@ from stable_baselines3.common.utils import check_for_correct_spaces, obs_as_tens
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_async1step.common.heap import keep_freed_memory
-from sb3_async1step.common.lanes import check_n_workers, count_workers, make_lanes, warn_of_a_single_lane
+from sb3_async1step.common.lanes import (
+    check_n_workers,
+    count_workers,
+    make_lanes,
+    warn_of_a_single_lane,
+    warn_of_frames_skipped_twice,
+)
 from sb3_async1step.common.live_algorithm import LiveAlgorithm
 from sb3_async1step.common.parallelism import SMALL_NETWORK, count_multiplications, intra_op_threads_for
 from sb3_async1step.common.parameter_checks import (
@@ -251,6 +257,7 @@ class AsyncAlgorithm(LiveAlgorithm):
             self._worker_states = None
         tb_log_name = tb_log_name or type(self).__name__
         with watch_processes(self.env):
+            warn_of_frames_skipped_twice(self.env)
             total_timesteps, callback = self._setup_learn(
                 total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
             )

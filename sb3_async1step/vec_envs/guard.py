@@ -1,8 +1,10 @@
 """Keep a VecEnv whole while workers step its parts, and say what happened when one of its processes died."""
 
+import operator
 import os
+import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -12,11 +14,13 @@ from typing import Any, NoReturn
 
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
-from sb3_async1step.sb3_internals import REQUEST_ANSWERED_BY_FALSE
+from sb3_async1step.sb3_internals import REQUEST_ANSWERED_BY_FALSE, REQUEST_OF_AN_ATTRIBUTE
 
 # What callbacks may call on the training env. It would talk to envs (or to pipes) that workers use
 QUERIES = ("env_is_wrapped", "env_method", "get_attr", "get_images", "set_attr")
 STEPS = ("reset", "step_async")
+# What to do with a VecEnv whose processes have ended
+MAKE_ANEW = "make the env anew and give it to the model by set_env()"
 
 
 @contextmanager
@@ -56,15 +60,18 @@ def watch_processes(env: VecEnv) -> Iterator[None]:
     """
     Inside the ``with`` block, the death of one of a ``SubprocVecEnv``'s processes ends the others as well: such a
     VecEnv can't be used (nor closed in SB3's way) any more, and who waits for an answer might wait forever. After
-    any other exception, no answers to earlier calls are on their way.
+    any other exception, no answers to earlier calls are on their way. A terminal's Ctrl-C interrupts all processes of
+    its program; those of the VecEnv ignore it.
 
     :param env: the VecEnv; one of another class is left alone
-    :raises RuntimeError: if a process died; names its lane
+    :raises RuntimeError: if a process died (names its lane), or the VecEnv is closed
     """
     base = env.unwrapped
-    if not isinstance(base, SubprocVecEnv) or base.closed:
+    if not isinstance(base, SubprocVecEnv):
         yield
         return
+    if base.closed:
+        raise RuntimeError(f"The env is closed, or one of its processes has ended: {MAKE_ANEW}.")
     deaths: list[str] = []
     stop_reader, stop_writer = Pipe(duplex=False)
 
@@ -80,16 +87,18 @@ def watch_processes(env: VecEnv) -> Iterator[None]:
     watcher = Thread(target=watch, name="process-watcher", daemon=True)
     watcher.start()
     try:
+        ignore_ctrl_c(base)
         yield
+        heed_ctrl_c(base)
     except BaseException as exception:
         if isinstance(exception, (EOFError, OSError)):
             # A pipe may break before the process is seen to have ended
             watcher.join(timeout=1.0)
             if deaths:
-                raise RuntimeError(f"{deaths[0]} If it raised an exception, its traceback was printed.") from exception
-        with suppress(EOFError, OSError):
-            # Unless Ctrl-C ended them, too
-            discard_replies(base)
+                raise RuntimeError(
+                    f"{deaths[0]} If it raised an exception, its traceback was printed. To go on, {MAKE_ANEW}."
+                ) from exception
+        recover(base)
         raise
     finally:
         # Not just closed: a process that was forked meanwhile holds this end of the pipe, too
@@ -117,16 +126,66 @@ def end_processes(env: SubprocVecEnv) -> None:
     env.closed = True
 
 
-def discard_replies(env: SubprocVecEnv) -> None:
+def recover(env: SubprocVecEnv) -> None:
     """
-    Throw away what the processes still answer to an interrupted step or reset.
+    :param env: interrupted in a step or a reset; it can be used again, or it is closed
+    """
+    try:
+        heed_ctrl_c(env)
+    except (EOFError, OSError, KeyboardInterrupt):
+        # The processes have ended, or Ctrl-C was pressed again while an env did not answer
+        end_processes(env)
+
+
+class Call:
+    """
+    A call that the process makes that unpickles it.
+
+    :param function: its result is what the other process gets in place of this object
+    :param args: the function's arguments
+    """
+
+    def __init__(self, function: Callable, *args: Any) -> None:
+        self.function = function
+        self.args = args
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return self.function, self.args
+
+
+def on_ctrl_c(handler: Any, argument: Any) -> Any:
+    """
+    :param handler: what the process that receives the argument does from then on when it is interrupted
+    :param argument: of a request to a process
+    :return: the same argument for that process
+    """
+    return Call(operator.getitem, [Call(signal.signal, signal.SIGINT, handler), argument], 1)
+
+
+def ignore_ctrl_c(env: SubprocVecEnv) -> None:
+    """
+    :param env: its processes ignore Ctrl-C from then on
+    :raises EOFError: if a process ended
+    :raises OSError: if a pipe is broken
+    """
+    command, argument = REQUEST_OF_AN_ATTRIBUTE
+    for remote in env.remotes:
+        remote.send((command, on_ctrl_c(signal.SIG_IGN, argument)))
+    for remote in env.remotes:
+        remote.recv()
+
+
+def heed_ctrl_c(env: SubprocVecEnv) -> None:
+    """
+    Undo :func:`ignore_ctrl_c`, and throw away what the processes still answer to an interrupted step or reset.
 
     :param env: the VecEnv
     :raises EOFError: if a process ended
     :raises OSError: if a pipe is broken
     """
-    for remote in env.remotes:
-        remote.send(REQUEST_ANSWERED_BY_FALSE)
+    command, argument = REQUEST_ANSWERED_BY_FALSE
+    for remote in () if env.closed else env.remotes:
+        remote.send((command, on_ctrl_c(signal.default_int_handler, argument)))
         # On Windows, a pipe is no Connection but a PipeConnection
         read = read_bytes_until if isinstance(remote, Connection) else read_messages_until
         read(remote, False)
