@@ -405,7 +405,7 @@ def test_many_lanes_opened_and_closed():
     n_threads, memory = threading.active_count(), []
     for _ in range(5):
         env = make_env(128)
-        AsyncOneStepQ("MlpPolicy", env, n_workers=128).learn(256)
+        AsyncOneStepQ("MlpPolicy", env, n_workers=128).learn(128)
         env.close()
         assert threading.active_count() == n_threads
         memory.append(process.memory_info().rss)
@@ -430,9 +430,14 @@ def test_learning_in_a_spawned_child():
 @with_workers
 def test_an_observation_that_changes_its_size(algorithm, workers, tmp_path):
     class Growing(RandomWalkEnv):
+        has_grown = False
+
         def step(self, action):
             obs, *rest = super().step(action)
-            return np.append(obs, 0.0) if self.n_steps == 3 else obs, *rest
+            if self.n_steps == 3 and not self.has_grown:
+                self.has_grown = True
+                obs = np.append(obs, 0.0)
+            return obs, *rest
 
     model = algorithm("MlpPolicy", with_one(Growing), **workers)
     with pytest.raises(ValueError, match="could not broadcast input array from shape") as caught:
