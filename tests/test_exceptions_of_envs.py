@@ -59,7 +59,7 @@ def test_an_exception_that_refuses_attributes(n_workers, where, exception):
     model = AsyncOneStepQ("MlpPolicy", make_env(3, Raising), n_workers=n_workers)
     for _ in range(2):
         with pytest.raises(type(exception)) as caught:
-            model.learn(1000, callback=fail)
+            model.learn(10**6, callback=fail)
         assert caught.value is exception
     model.set_env(make_env(3))
     model.learn(30)
@@ -117,7 +117,7 @@ def test_envs_that_are_bound_to_one_thread(env_class):
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     with pytest.raises((sqlite3.ProgrammingError, RuntimeError, ValueError)) as caught:
-        AsyncOneStepQ("MlpPolicy", make_env(2, env_class), n_workers=2).learn(100)
+        AsyncOneStepQ("MlpPolicy", make_env(2, env_class), n_workers=2).learn(10**6)
     where, advice = caught.value.__notes__
     assert where.startswith("Raised in env lane ")
     assert "n_workers=1" in advice
