@@ -433,11 +433,12 @@ def test_an_observation_that_changes_its_size(algorithm, workers, tmp_path):
         has_grown = False
 
         def step(self, action):
-            obs, *rest = super().step(action)
-            if self.n_steps == 3 and not self.has_grown:
+            obs, reward, terminated, *rest = super().step(action)
+            # The terminal observation of a terminated episode is not used
+            if self.n_steps >= 3 and not terminated and not self.has_grown:
                 self.has_grown = True
                 obs = np.append(obs, 0.0)
-            return obs, *rest
+            return obs, reward, terminated, *rest
 
     model = algorithm("MlpPolicy", with_one(Growing), **workers)
     with pytest.raises(ValueError, match="could not broadcast input array from shape") as caught:
