@@ -299,3 +299,19 @@ def test_sticky_actions(by):
         observations = env.step(np.full(2, 2 + t % 2))[0]
     assert (observations[0] != observations[1]).any()
     env.close()
+
+
+@pytest.mark.parametrize(
+    ("env_id", "kwargs", "warns"),
+    [
+        ("ALE/Pong-v5", {}, True),
+        ("Pong-v4", {}, True),
+        ("ALE/Pong-v5", {"frameskip": 1}, False),
+        ("PongNoFrameskip-v4", {}, False),
+    ],
+)
+def test_frames_that_are_skipped_twice(env_id, kwargs, warns, recwarn):
+    env = VecFrameStack(make_atari_env(env_id, 2, env_kwargs=kwargs), 4)
+    AsyncOneStepQ("CnnPolicy", env, n_workers=1).learn(4)
+    warnings = [str(warning.message) for warning in recwarn if "skips frames itself" in str(warning.message)]
+    assert [warning.startswith(f"{env_id} skips") for warning in warnings] == [True] * warns

@@ -22,6 +22,7 @@ from sb3_async1step.common.lanes import (
     count_workers,
     make_lanes,
     warn_of_a_single_lane,
+    warn_of_frames_skipped_twice,
     warn_the_caller,
 )
 from sb3_async1step.common.live_algorithm import LiveAlgorithm
@@ -42,7 +43,7 @@ from sb3_async1step.common.parameter_checks import (
 from sb3_async1step.common.update_log import UpdateLog
 from sb3_async1step.sb3_internals import close_progress_bars
 from sb3_async1step.vec_envs.guard import ProcessWatcher, guard_vec_env, unguard_vec_env
-from sb3_async1step.vec_envs.observations import Observations, take_rows
+from sb3_async1step.vec_envs.observations import Observations, take_rows, to_arrays
 from sb3_async1step.vec_envs.split import group_lanes, rejoin_vec_env, split_vec_env
 from sb3_async1step.workers.actor_learner import ActorLearner, Settings, WorkerRecipe
 from sb3_async1step.workers.gate import Call
@@ -55,6 +56,8 @@ from sb3_async1step.workers.transitions import Transitions
 SelfAsyncAlgorithm = TypeVar("SelfAsyncAlgorithm", bound="AsyncAlgorithm")
 
 Backend = Literal["threads", "serial"]
+#: Those that SB3's buffers support, each alone or in a ``Dict``
+SUPPORTED_OBSERVATION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 WORKER_POOLS: dict[str, type[WorkerPool]] = {"threads": ThreadWorkerPool, "serial": SerialWorkerPool}
 
 
@@ -92,6 +95,7 @@ class AsyncAlgorithm(LiveAlgorithm):
     :param seed: seed of all random generators
     :param device: ``"auto"`` means the CPU, for which these methods are made; any other device has to be named
     :raises ValueError: if a parameter is out of range, or ``env`` has another number of lanes than ``n_envs``
+    :raises AssertionError: if an action or observation space is not supported, as in SB3
     :raises TypeError: if the env can't be split among ``n_workers``
     """
 
@@ -155,6 +159,7 @@ class AsyncAlgorithm(LiveAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_parameters()
+        self._check_observation_space()
         self._setup_lr_schedule()
         # Call the parent's version: ours would discard the loaded workers' random generators
         super().set_random_seed(self.seed)
@@ -184,6 +189,15 @@ class AsyncAlgorithm(LiveAlgorithm):
         check_positive(max_grad_norm=self.max_grad_norm)
         check_choice("backend", self.backend, WORKER_POOLS)
         check_bool(lock_updates=self.lock_updates)
+
+    def _check_observation_space(self) -> None:
+        space = self.observation_space
+        for part in space.spaces.values() if isinstance(space, spaces.Dict) else [space]:
+            # In the words of SB3's constructor
+            assert isinstance(part, SUPPORTED_OBSERVATION_SPACES), (
+                f"The algorithm only supports {SUPPORTED_OBSERVATION_SPACES}, or a Dict of them, as observation spaces "
+                f"but {space} was provided"
+            )
 
     @abstractmethod
     def _make_settings(self, num_envs: int) -> Settings:
@@ -274,8 +288,9 @@ class AsyncAlgorithm(LiveAlgorithm):
             self._worker_states = None
         self._lanes_may_be_anywhere = True
         self._process_watcher = ProcessWatcher(self.env)
-        self._process_watcher.start()
         try:
+            self._process_watcher.start()
+            warn_of_frames_skipped_twice(self.env)
             total_timesteps, callback = self._setup_learn(
                 total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
             )
@@ -308,7 +323,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         groups = group_lanes(env.num_envs, n_workers)
         # A single worker drives the env itself, whatever kind of VecEnv it is
         parts = [env] if n_workers == 1 else split_vec_env(env, groups)
-        workers = self._make_workers(parts, groups, self._last_obs)
+        workers = self._make_workers(parts, groups, to_arrays(self._last_obs))
         on_threads = self.backend == "threads" and n_workers > 1
         if on_threads:
             keep_freed_memory()
@@ -334,7 +349,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         if self.env is not None:
             unguard_vec_env(self.env)
         if self._process_watcher is not None:
-            self._process_watcher.end(has_failed=self._lanes_may_be_anywhere)
+            self._process_watcher.end()
         restore_intra_op_threads(call)
         if self._lanes_may_be_anywhere:
             # The next learn() has to reset the env

@@ -5,6 +5,7 @@ import inspect
 import warnings
 
 import gymnasium as gym
+from stable_baselines3.common.atari_wrappers import MaxAndSkipEnv
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv
@@ -54,6 +55,23 @@ def warn_of_a_single_lane(env: VecEnv, algorithm: str) -> None:
             "time: without a replay buffer, this is slow and seldom learns well. Give it the env's id (then it makes "
             f"{DEFAULT_N_ENVS} lanes), or a VecEnv of several: "
             f"stable_baselines3.common.env_util.make_vec_env(..., n_envs={DEFAULT_N_ENVS})."
+        )
+
+
+def warn_of_frames_skipped_twice(env: VecEnv) -> None:
+    """
+    :param env: the training env
+    """
+    if not any(env.env_is_wrapped(MaxAndSkipEnv)):
+        return
+    spec = env.get_attr("spec")[0]
+    frame_skip = spec.kwargs.get("frameskip", 1) if spec is not None else 1
+    if frame_skip != 1:
+        warn_the_caller(
+            f"{spec.id} skips frames itself (frameskip={frame_skip}), and so does its wrapper (AtariWrapper or "
+            "MaxAndSkipEnv) for each of these: the agent sees one frame of 16, if both skip as usual. Take an env that "
+            f"skips none: {spec.id} with frameskip=1 (make_atari_env(..., env_kwargs=dict(frameskip=1))), or the id "
+            "that ends in NoFrameskip-v4."
         )
 
 

@@ -20,6 +20,7 @@ from sb3_async1step.common.parameter_checks import (
     check_unit_interval,
     check_whole,
     is_number,
+    to_list,
 )
 from sb3_async1step.sb3_internals import dump_logs_by_episodes
 from sb3_async1step.value_based.actor_learner import LOSSES, ValueBasedSettings
@@ -153,6 +154,9 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         self._exploration: ExplorationSchedule | None = None
 
     def _setup_model(self) -> None:
+        # Arrays, Series and tensors would be read by whichever version of NumPy or pandas loads the file
+        self.exploration_final_eps = to_list(self.exploration_final_eps)
+        self.exploration_final_probs = to_list(self.exploration_final_probs)
         super()._setup_model()
         self._create_aliases()
 

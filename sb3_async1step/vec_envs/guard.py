@@ -1,9 +1,11 @@
 """Keep a VecEnv whole while workers step its parts, and say what happened when one of its processes died."""
 
+import operator
 import os
+import signal
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -13,11 +15,13 @@ from typing import Any
 
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
-from sb3_async1step.sb3_internals import REQUEST_ANSWERED_BY_FALSE
+from sb3_async1step.sb3_internals import REQUEST_ANSWERED_BY_FALSE, REQUEST_OF_AN_ATTRIBUTE
 
 # What callbacks may call on the training env. It would talk to envs (or to pipes) that workers use
 QUERIES = ("env_is_wrapped", "env_method", "get_attr", "get_images", "set_attr")
 STEPS = ("reset", "step_async")
+# What to do with a VecEnv whose processes have ended
+MAKE_ANEW = "make the env anew and give it to the model by set_env()"
 
 
 class GuardedMethod(partial):
@@ -70,38 +74,49 @@ def unguard_vec_env(env: VecEnv) -> None:
 class ProcessWatcher:
     """
     While it watches, the death of one of a ``SubprocVecEnv``'s processes ends the others as well: such a VecEnv can't
-    be used (nor closed in SB3's way) any more, and who waits for an answer might wait forever.
+    be used (nor closed in SB3's way) any more, and who waits for an answer might wait forever. A terminal's Ctrl-C
+    interrupts all processes of its program; those of the VecEnv ignore it.
 
     :param env: the VecEnv; one of another class is left alone
     """
 
     def __init__(self, env: VecEnv) -> None:
         self._env = env.unwrapped
+        self._thread = Thread(target=self._watch, name="process-watcher", daemon=True)
         self._is_watching = False
         self._deaths: list[str] = []
         self._reader, self._writer = Pipe(duplex=False)
 
     def start(self) -> None:
-        """Watch from now on."""
-        if isinstance(self._env, SubprocVecEnv) and not self._env.closed:
-            Thread(target=self._watch, name="process-watcher", daemon=True).start()
+        """
+        Watch from now on.
+
+        :raises RuntimeError: if the VecEnv is closed
+        """
+        if not isinstance(self._env, SubprocVecEnv):
+            return
+        if self._env.closed:
+            raise RuntimeError(f"The env is closed, or one of its processes has ended: {MAKE_ANEW}.")
+        self._is_watching = True
+        self._thread.start()
+        ignore_ctrl_c(self._env)
 
     def _watch(self) -> None:
         assert isinstance(self._env, SubprocVecEnv)
-        self._is_watching = True
         try:
             ended = wait([process.sentinel for process in self._env.processes] + [self._reader])
             for lane, process in enumerate(self._env.processes):
                 if process.sentinel in ended:
                     process.join()
                     self._deaths.append(f"The process of env lane {lane} {describe_exit(process.exitcode)}.")
+            if not self._deaths:
+                # On this thread, which no Ctrl-C interrupts
+                heed_ctrl_c(self._env)
+        except (EOFError, OSError):
+            self._deaths.append("A process of the env ended.")
+        finally:
             if self._deaths:
                 end_processes(self._env)
-            elif self._reader.recv():
-                # On this thread, which no Ctrl-C interrupts. The processes may have ended by it
-                with suppress(EOFError, OSError):
-                    discard_replies(self._env)
-        finally:
             self._is_watching = False
 
     def check(self, exception: BaseException) -> None:
@@ -117,19 +132,24 @@ class ProcessWatcher:
             time.sleep(0.001)
         if self._deaths:
             raise RuntimeError(
-                f"{self._deaths[0]} If it raised an exception, its traceback was printed."
+                f"{self._deaths[0]} If it raised an exception, its traceback was printed. To go on, {MAKE_ANEW}."
             ) from exception
 
-    def end(self, has_failed: bool) -> None:
+    def end(self) -> None:
         """
-        Watch no longer. It can be called again if it was interrupted.
-
-        :param has_failed: whether answers to earlier calls may be on their way, which are thrown away
+        Watch no longer, and throw away what the processes still answer to an interrupted step or reset. If this is
+        interrupted, it can be called again.
         """
         # Not just closed: a process that was forked meanwhile holds this end of the pipe, too
-        self._writer.send(has_failed)
-        while self._is_watching:
-            time.sleep(0.001)
+        self._writer.send(None)
+        try:
+            while self._is_watching and self._thread.is_alive():
+                time.sleep(0.001)
+        except KeyboardInterrupt:
+            # It was pressed again while an env did not answer
+            assert isinstance(self._env, SubprocVecEnv)
+            end_processes(self._env)
+            raise
 
 
 def describe_exit(exitcode: int | None) -> str:
@@ -150,16 +170,55 @@ def end_processes(env: SubprocVecEnv) -> None:
     env.closed = True
 
 
-def discard_replies(env: SubprocVecEnv) -> None:
+class Call:
     """
-    Throw away what the processes still answer to an interrupted step or reset.
+    A call that the process makes that unpickles it.
+
+    :param function: its result is what the other process gets in place of this object
+    :param args: the function's arguments
+    """
+
+    def __init__(self, function: Callable, *args: Any) -> None:
+        self.function = function
+        self.args = args
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return self.function, self.args
+
+
+def on_ctrl_c(handler: Any, argument: Any) -> Any:
+    """
+    :param handler: what the process that receives the argument does from then on when it is interrupted
+    :param argument: of a request to a process
+    :return: the same argument for that process
+    """
+    return Call(operator.getitem, [Call(signal.signal, signal.SIGINT, handler), argument], 1)
+
+
+def ignore_ctrl_c(env: SubprocVecEnv) -> None:
+    """
+    :param env: its processes ignore Ctrl-C from then on
+    :raises EOFError: if a process ended
+    :raises OSError: if a pipe is broken
+    """
+    command, argument = REQUEST_OF_AN_ATTRIBUTE
+    for remote in env.remotes:
+        remote.send((command, on_ctrl_c(signal.SIG_IGN, argument)))
+    for remote in env.remotes:
+        remote.recv()
+
+
+def heed_ctrl_c(env: SubprocVecEnv) -> None:
+    """
+    Undo :func:`ignore_ctrl_c`, and throw away what the processes still answer to an interrupted step or reset.
 
     :param env: the VecEnv
     :raises EOFError: if a process ended
     :raises OSError: if a pipe is broken
     """
-    for remote in env.remotes:
-        remote.send(REQUEST_ANSWERED_BY_FALSE)
+    command, argument = REQUEST_ANSWERED_BY_FALSE
+    for remote in () if env.closed else env.remotes:
+        remote.send((command, on_ctrl_c(signal.default_int_handler, argument)))
         # On Windows, a pipe is no Connection but a PipeConnection
         read = read_bytes_until if isinstance(remote, Connection) else read_messages_until
         read(remote, False)

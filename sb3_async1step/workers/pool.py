@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from sb3_async1step.sb3_internals import find_lane_of_exception
 from sb3_async1step.vec_envs.observations import Observations, concatenate
 from sb3_async1step.workers.actor_learner import ActorLearner
+from sb3_async1step.workers.exceptions import add_note
 from sb3_async1step.workers.gate import Gate
 from sb3_async1step.workers.transitions import Transitions
 
@@ -119,7 +120,7 @@ def run_step(worker: ActorLearner, num_timesteps: int) -> Transitions:
         # Unchanged, it would end the loop over the batches as if the training were over
         raise RuntimeError(f"StopIteration was raised in {describe_lanes(worker, exception)}.") from exception
     except Exception as exception:
-        exception.add_note(f"Raised in {describe_lanes(worker, exception)}.")
+        add_note(exception, f"Raised in {describe_lanes(worker, exception)}.")
         raise
 
 

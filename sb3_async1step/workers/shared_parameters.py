@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch as th
 from stable_baselines3.common.policies import BaseModel, BasePolicy
+from torch import nn
 
 AnyNetwork = TypeVar("AnyNetwork", bound=BaseModel)
 
@@ -173,6 +174,7 @@ def copy_network(network: AnyNetwork) -> AnyNetwork:
     """
     :param network: a network, or a policy with an optimizer
     :return: a copy with values of its own, but with the same buffers (statistics of BatchNorm), and no optimizer
+    :raises TypeError: if a module keeps something that can't be copied in a list, or deeper; names the module
     """
     memo: dict[int, Any] = {}
     if hasattr(network, "optimizer"):
@@ -180,12 +182,44 @@ def copy_network(network: AnyNetwork) -> AnyNetwork:
     if hasattr(network, "action_dist"):
         # It keeps what it was last called with, tensors that can't be copied deeply
         memo[id(network.action_dist)] = copy.copy(network.action_dist)
-    duplicate = copy.deepcopy(network, memo)
+    try:
+        duplicate = copy.deepcopy(network, memo.copy())
+    except Exception:
+        duplicate = copy.deepcopy(network, memo | find_uncopyable(network, memo))
     for mine in duplicate.parameters():
         mine.grad = None
     for my_buffer, shared_buffer in zip(duplicate.buffers(), network.buffers(), strict=True):
         my_buffer.data = shared_buffer.data
     return duplicate
+
+
+def find_uncopyable(network: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
+    """
+    Find out what to put in the place of attributes that can't be copied deeply.
+
+    :param network: a network
+    :param memo: what to put in the place of others, by their ids
+    :return: the same for the attributes found: for a tensor that was computed from parameters (the weight of
+        ``weight_norm``, say) a detached copy, for anything else (locks, open files) the object itself, to be shared
+    :raises TypeError: if such an attribute is a container, whose modules must not be shared
+    """
+    found: dict[int, Any] = {}
+    for name, module in network.named_modules():
+        for attribute, value in vars(module).items():
+            # These are copied with their modules. What they hold is looked for there
+            if attribute in ("_modules", "_parameters", "_buffers"):
+                continue
+            try:
+                copy.deepcopy(value, memo | found)
+            except Exception as exception:
+                if isinstance(value, (dict, list, set, tuple, nn.Module)):
+                    raise TypeError(
+                        f"Workers need copies of the network, but '{attribute}' of its module '{name}' "
+                        f"({type(module).__name__}) can't be copied: {exception}. Keep what can't be copied in an "
+                        f"attribute of its own, which the copies share, or define {type(module).__name__}.__deepcopy__."
+                    ) from exception
+                found[id(value)] = value.detach().clone() if isinstance(value, th.Tensor) else value
+    return found
 
 
 def view_network(network: AnyNetwork) -> AnyNetwork:

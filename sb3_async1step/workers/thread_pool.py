@@ -2,9 +2,11 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextvars import copy_context
 from threading import Lock, Thread, current_thread
 
 from sb3_async1step.workers.actor_learner import ActorLearner
+from sb3_async1step.workers.exceptions import advise_on_threads
 from sb3_async1step.workers.gate import Gate
 from sb3_async1step.workers.pool import WorkerPool
 from sb3_async1step.workers.transitions import Transitions, join
@@ -39,7 +41,9 @@ class ThreadWorkerPool(WorkerPool):
 
     def batches(self) -> Iterator[Transitions]:
         for i, worker in enumerate(self.workers):
-            Thread(target=self._run, args=(worker,), name=f"actor-learner-{i}", daemon=True).start()
+            # In a copy of the caller's context (np.errstate, decimal's precision), as asyncio.to_thread() does it
+            run = copy_context().run
+            Thread(target=run, args=(self._run, worker), name=f"actor-learner-{i}", daemon=True).start()
         while True:
             self._gate.wait_for(self._has_news)
             if self._exceptions:
@@ -93,6 +97,7 @@ class ThreadWorkerPool(WorkerPool):
             while (transitions := self._step(worker)) is not None:
                 self._report(transitions)
         except BaseException as exception:
+            advise_on_threads(exception)
             self._exceptions.append(exception)
             self._is_stopping = True
         finally:
