@@ -369,8 +369,8 @@ class AsyncAlgorithm(LiveAlgorithm):
             n_episodes_before = self._episode_num
             with self._gate.passed():
                 self._count(transitions)
-            for worker in pool.workers if len(pool.workers) > 1 and dones.any() else []:
-                base.reset_infos[worker.lanes.start : worker.lanes.stop] = worker.env.unwrapped.reset_infos
+            if dones.any():
+                base.reset_infos = [info for worker in pool.workers for info in worker.env.unwrapped.reset_infos]
             if len(transitions) == pool.num_envs:
                 callback.update_locals(locals())
                 if not callback.on_step():
