@@ -56,11 +56,20 @@ def make_calls(model: AsyncOneStepQ, folder: str) -> dict[str, Callable[[], Any]
     :return: what is interrupted
     """
     assert model.env is not None
-    observations = np.zeros((N_LANES, *model.observation_space.shape), model.observation_space.dtype)
+    observations = np.stack([model.observation_space.sample()] * N_LANES)
     evaluation_env = make_vec_env("CartPole-v1") if model.observation_space.shape == (4,) else None
+
+    def predict() -> None:
+        for _ in range(50):
+            model.predict(observations)
+
+    def save() -> None:
+        for _ in range(5):
+            model.save(io.BytesIO())
+
     calls: dict[str, Callable[[], Any]] = {
-        "predict": lambda: [model.predict(observations) for _ in range(50)],
-        "save": lambda: [model.save(io.BytesIO()) for _ in range(5)],
+        "predict": predict,
+        "save": save,
         "learn": lambda: model.learn(2000, reset_num_timesteps=False),
         "learn with checkpoints": lambda: model.learn(2000, CheckpointCallback(50, folder), reset_num_timesteps=False),
     }

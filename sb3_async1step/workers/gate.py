@@ -1,15 +1,20 @@
 """The gate between the threads that change a model or step its environments, and those that want it to stand still."""
 
+import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
+from weakref import WeakSet
 
 #: Seconds after which a waiting thread looks whether it waits for a call that was interrupted
 PATIENCE = 0.05
+#: Seconds that a fork waits for workers to end their steps, at most: one of them may wait for the thread that forks
+PATIENCE_BEFORE_FORK = 5.0
 
 
 @dataclass(eq=False, slots=True)
@@ -97,6 +102,7 @@ class Gate:
         self._waiting = Calls()
         # Threads that wait for something, and the locks by whose release others wake them
         self._sleeping: dict[Call, threading.Lock] = {}
+        _gates.add(self)
 
     def __reduce__(self) -> tuple[type["Gate"], tuple]:
         # A copy of the model starts with no threads
@@ -155,16 +161,18 @@ class Gate:
         """
         return self._inside.is_by_this_thread()
 
-    def close(self, call: Call) -> None:
+    def close(self, call: Call, timeout: float = math.inf) -> None:
         """
         :param call: the gate is closed until it calls :meth:`open`
+        :param timeout: seconds to wait at most
         """
         if self.is_inside() or self._closing.is_by_this_thread():
             # An env that plays against the model, say. It would wait for itself
             return
-        self.wait_for(lambda: not self._waiting)
+        deadline = time.monotonic() + timeout
+        self.wait_for(lambda: not self._waiting or time.monotonic() > deadline)
         self._closing.add(call)
-        self.wait_for(lambda: not self._inside)
+        self.wait_for(lambda: not self._inside or time.monotonic() > deadline)
 
     def open(self, call: Call) -> None:
         """
@@ -271,3 +279,24 @@ class _Passed:
         self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._gate.leave(self._call)
+
+
+# A fork copies the locks that other threads hold inside of PyTorch, which nobody releases in the child
+_gates: WeakSet[Gate] = WeakSet()
+_closed_for_fork: dict[int, list[tuple[Gate, Call]]] = {}
+
+
+def _close_gates() -> None:
+    call = Call(sys._getframe(1))
+    closed = _closed_for_fork[threading.get_ident()] = [(gate, call) for gate in list(_gates)]
+    for gate, call in closed:
+        gate.close(call, PATIENCE_BEFORE_FORK)
+
+
+def _open_gates() -> None:
+    for gate, call in _closed_for_fork.pop(threading.get_ident(), []):
+        gate.open(call)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_close_gates, after_in_parent=_open_gates, after_in_child=_open_gates)
