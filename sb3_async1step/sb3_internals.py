@@ -23,6 +23,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 VEC_ENV_ATTRIBUTES_PER_LANE = ("reset_infos", "_seeds", "_options")
 #: What a process of ``SubprocVecEnv`` answers by ``False``: no env is an instance of this class
 REQUEST_ANSWERED_BY_FALSE = ("is_wrapped", type(None))
+#: What it answers by something else. ``VecEnv``'s constructor makes the same request
+REQUEST_OF_AN_ATTRIBUTE = ("get_attr", "render_mode")
 
 
 def find_lane_of_exception(exception: BaseException) -> int | None:

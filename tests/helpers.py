@@ -137,9 +137,9 @@ def functions_of(thread: threading.Thread) -> list[str]:
 def is_waiting(thread: threading.Thread) -> bool:
     """
     :param thread: a thread
-    :return: whether it waits for a ``threading.Condition``
+    :return: whether it waits at a gate, or for something that other threads do there
     """
-    return functions_of(thread)[:1] == ["wait"]
+    return "wait_for" in functions_of(thread)[:2]
 
 
 def has_made_steps(model: BaseAlgorithm, n_steps: int) -> bool:

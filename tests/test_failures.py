@@ -1,16 +1,19 @@
 """However the training ends: the right exception, no thread left, and a model that goes on."""
 
+import multiprocessing
 import threading
 import time
 import traceback
 
 import numpy as np
+import psutil
 import pytest
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback, ProgressBarCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecCheckNan
 
+from sb3_async1step import AsyncOneStepQ
 from sb3_async1step.registry import ALGORITHMS
 from tests.envs import BlockingEnv, RaisingEnv, RandomWalkEnv, make_env
 from tests.helpers import (
@@ -135,7 +138,10 @@ def test_a_callback_that_returns_false(algorithm, workers, tmp_path):
 
 
 @with_workers
-@pytest.mark.parametrize("when", ["_on_training_start", "_on_rollout_start", "_on_step", "_on_rollout_end"])
+@pytest.mark.parametrize(
+    "when",
+    ["_init_callback", "_on_training_start", "_on_rollout_start", "_on_step", "_on_rollout_end", "_on_training_end"],
+)
 def test_a_callback_that_raises(algorithm, workers, when, tmp_path):
     class Raise(BaseCallback):
         def _on_step(self):
@@ -147,7 +153,7 @@ def test_a_callback_that_raises(algorithm, workers, when, tmp_path):
     setattr(Raise, when, fail)
     model = algorithm("MlpPolicy", make_env(3), **workers)
     with pytest.raises(KeyError, match="the callback is broken") as caught:
-        model.learn(10_000, callback=Raise())
+        model.learn(100, callback=Raise())
     assert caught.traceback[-1].name == "fail"
     assert_goes_on(model, tmp_path)
 
@@ -306,7 +312,7 @@ def test_a_second_ctrl_c_leaves_no_worker_behind(algorithm):
     def impatiently_interrupt():
         wait_until(lambda: all(e.hangs.is_set() for e in env.envs))
         for n_stops in range(3):
-            # Inside of so many calls of stop(), in Condition.wait()
+            # Inside of so many calls of stop()
             wait_until(lambda n=n_stops: is_waiting(main_thread) and functions_of(main_thread).count("stop") == n)
             press_ctrl_c()
         wait_until(lambda: functions_of(main_thread).count("stop") == 3)
@@ -326,7 +332,7 @@ def test_ctrl_c_in_predict_does_not_freeze_the_training(algorithm):
     env = DummyVecEnv([lambda: BlockingEnv(release, "step") for _ in range(2)])
 
     def interrupt():
-        wait_until(lambda: is_waiting(main_thread) and "closed" in functions_of(main_thread))
+        wait_until(lambda: is_waiting(main_thread) and "close" in functions_of(main_thread))
         press_ctrl_c()
 
     main_thread = threading.main_thread()
@@ -392,3 +398,61 @@ def test_overlapping_trainings_restore_torchs_threads(algorithm):
     goes_on.set()
     other.join()
     assert seen[0][1] == n_threads
+
+
+def test_many_lanes_opened_and_closed():
+    process = psutil.Process()
+    n_threads, memory = threading.active_count(), []
+    for _ in range(5):
+        env = make_env(128)
+        AsyncOneStepQ("MlpPolicy", env, n_workers=128).learn(128)
+        env.close()
+        assert threading.active_count() == n_threads
+        memory.append(process.memory_info().rss)
+    # One network has half a megabyte
+    assert memory[-1] - memory[1] < 50e6
+
+
+def learn_in_a_child(connection):
+    connection.send(AsyncOneStepQ("MlpPolicy", make_env(4), n_workers=2).learn(40).num_timesteps)
+
+
+def test_learning_in_a_spawned_child():
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=learn_in_a_child, args=(sender,))
+    child.start()
+    assert receiver.poll(DEADLINE) and receiver.recv() == 40
+    child.join(DEADLINE)
+    assert child.exitcode == 0
+
+
+@with_workers
+def test_an_observation_that_changes_its_size(algorithm, workers, tmp_path):
+    class Growing(RandomWalkEnv):
+        has_grown = False
+
+        def step(self, action):
+            obs, reward, terminated, *rest = super().step(action)
+            # The terminal observation of a terminated episode is not used
+            if self.n_steps >= 3 and not terminated and not self.has_grown:
+                self.has_grown = True
+                obs = np.append(obs, 0.0)
+            return obs, reward, terminated, *rest
+
+    model = algorithm("MlpPolicy", with_one(Growing), **workers)
+    with pytest.raises(ValueError, match="could not broadcast input array from shape") as caught:
+        model.learn(10**6)
+    assert caught.value.__notes__ == ["Raised in env lane 1."]
+    assert_goes_on(model, tmp_path)
+
+
+def test_an_env_that_raises_when_it_is_closed(tmp_path):
+    class NeverClosed(RandomWalkEnv):
+        def close(self):
+            raise ZeroDivisionError("can't be closed")
+
+    model = AsyncOneStepQ("MlpPolicy", make_env(3, NeverClosed), n_workers=3).learn(60)
+    with pytest.raises(ZeroDivisionError, match="can't be closed"):
+        model.get_env().close()
+    assert_goes_on(model, tmp_path)

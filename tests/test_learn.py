@@ -223,12 +223,13 @@ def test_td_targets(sarsa, loss):
     fields = (observations, actions, rewards, next_observations, terminated, np.zeros((3, 2), bool))
     rollout = SarsaRollout(*fields, next_actions) if sarsa else Rollout(*fields)
 
-    errors = []
+    errors, q_values = [], []
     for i in np.ndindex(3, 2):
         q_next = model.q_net_target(th.as_tensor(next_observations[i])[None])[0]
         value = q_next[next_actions[i]] if sarsa else q_next.max()
         y = rewards[i] if terminated[i] else rewards[i] + 0.5 * value
-        errors.append(y - model.q_net(th.as_tensor(observations[i])[None])[0, actions[i]])
+        q_values.append(model.q_net(th.as_tensor(observations[i])[None])[0, actions[i]].detach())
+        errors.append(y - q_values[-1])
     errors = th.stack(errors).detach()
     expected = (
         errors.square() if loss == "mse" else th.where(errors.abs() < 1, 0.5 * errors.square(), errors.abs() - 0.5)
@@ -237,7 +238,7 @@ def test_td_targets(sarsa, loss):
     (worker,) = model._make_workers([model.env], [range(2)], model.env.reset())
     computed, metrics = worker.compute_loss(rollout)
     th.testing.assert_close(computed, expected.mean())
-    assert metrics == {"train/loss": pytest.approx(float(expected.mean()))}
+    assert metrics == pytest.approx({"train/loss": float(expected.mean()), "train/q_mean": float(np.mean(q_values))})
     computed.backward()
     assert all(p.grad is None for p in model.q_net_target.parameters())
     assert all(p.grad is not None for p in worker.local.learning_network.parameters())
@@ -349,9 +350,9 @@ def test_updates_overlap_only_if_they_may(optimizer_class, lock_updates, may_ove
             super().step(closure)
             running.remove(self)
 
-    def push(shared, optimizer):
+    def push(shared, optimizer, gradients):
         coming.append(optimizer)
-        n_updates = push_of_shared(shared, optimizer)
+        n_updates = push_of_shared(shared, optimizer, gradients)
         coming.remove(optimizer)
         return n_updates
 

@@ -1,9 +1,12 @@
 """Bad input gets an error that says what was wrong, what is allowed and what to do."""
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch as th
 from gymnasium import spaces
 
-from sb3_async1step import AsyncNStepQ
+from sb3_async1step import AsyncNStepQ, AsyncOneStepQ
 from tests.envs import RandomWalkEnv, make_env
 from tests.test_vec_env_split import UnknownWrapper
 
@@ -50,6 +53,12 @@ def test_parameters_out_of_range(algorithm, parameters, message):
         ({"exploration_final_eps": -0.1}, r"exploration_final_eps must be one or more values in \[0, 1\], got -0.1"),
         ({"exploration_final_eps": (0.1, 2, 0.5)}, r"exploration_final_eps must be .* got \(0.1, 2, 0.5\)"),
         ({"exploration_final_eps": ()}, "exploration_final_eps must be one or more values"),
+        ({"exploration_final_eps": "0.1"}, r"exploration_final_eps must be .* got '0.1'"),
+        ({"exploration_final_eps": {0.1: 1.0}}, r"exploration_final_eps must be .* got \{0.1: 1.0\}"),
+        ({"exploration_final_eps": {0.1}}, r"exploration_final_eps must be .* got \{0.1\}"),
+        ({"exploration_final_eps": iter([0.1])}, r"exploration_final_eps must be .* got <list_iterator"),
+        ({"exploration_final_eps": np.eye(3)}, r"exploration_final_eps must be .* got \[\[1.0, 0.0, 0.0\]"),
+        ({"exploration_final_probs": {0.4, 0.3}}, "exploration_final_probs must be 3 proportions"),
         ({"exploration_final_eps": (0.1, 0.5)}, "exploration_final_probs must be 2 proportions that sum up to 1"),
         ({"exploration_final_probs": (0.4, 0.3, 0.2)}, "exploration_final_probs must be 3 proportions .*sum up to 1"),
         ({"exploration_final_probs": (1.4, -0.2, -0.2)}, "exploration_final_probs must be 3 proportions"),
@@ -65,6 +74,34 @@ def test_parameters_out_of_range(algorithm, parameters, message):
 def test_parameters_of_the_value_based_methods_out_of_range(value_based, parameters, message):
     with pytest.raises(ValueError, match=message):
         value_based("MlpPolicy", make_env(4), **parameters)
+
+
+@pytest.mark.parametrize(
+    "kind", [np.array, tuple, list, pd.Series, th.tensor, lambda values: [*map(np.float32, values)]]
+)
+def test_epsilons_in_any_container(value_based, kind, tmp_path):
+    def make(kind):
+        eps = {"exploration_final_eps": kind([0.5, 0.125]), "exploration_final_probs": kind([0.25, 0.75])}
+        return value_based("MlpPolicy", make_env(4), n_workers=2, seed=0, **eps)
+
+    def epsilons(model):
+        return model._get_exploration_schedule(4)(0.0).tolist()
+
+    model = make(kind).learn(40)
+    assert epsilons(model) == epsilons(make(list)) == [0.125, 0.5, 0.125, 0.125]
+    model.save(tmp_path / "model")
+    loaded = value_based.load(tmp_path / "model", env=make_env(4))
+    assert epsilons(loaded) == epsilons(model)
+    assert loaded.learn(40, reset_num_timesteps=False).num_timesteps == 80
+    # Arguments of load() do not pass through the constructor
+    other = value_based.load(tmp_path / "model", env=make_env(4), exploration_final_eps=kind([0.25, 0.25]))
+    assert epsilons(other) == [0.25] * 4
+
+
+@pytest.mark.parametrize("value", [np.array(0.25), np.float32(0.25), th.tensor(0.25), np.float64(0.25)], ids=repr)
+def test_one_epsilon_in_any_type(value):
+    model = AsyncOneStepQ("MlpPolicy", make_env(4), exploration_final_eps=value).learn(40)
+    assert model._exploration.final_eps.tolist() == [0.25] * 4
 
 
 @pytest.mark.parametrize("q_lambda", [-0.1, 1.1, float("nan"), None, "1"])

@@ -48,7 +48,14 @@ from stable_baselines3.common.vec_env import (
 )
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 
-from sb3_async1step.sb3_internals import ZOO_USER_ERRORS, preprocess_schedules, repair_push_to_hub, replace_python
+from sb3_async1step.sb3_internals import (
+    REQUEST_ANSWERED_BY_FALSE,
+    REQUEST_OF_AN_ATTRIBUTE,
+    ZOO_USER_ERRORS,
+    preprocess_schedules,
+    repair_push_to_hub,
+    replace_python,
+)
 from sb3_async1step.zoo.cli import SCRIPTS
 
 # Each function without parameters looks for some of it, and returns the names of what has changed
@@ -261,8 +268,10 @@ def subproc_vec_env() -> set[str]:
     env = SubprocVecEnv([make_env])
     try:
         changed = missing(env, "closed", "processes", "remotes", "waiting", "work_remotes")
-        env.remotes[0].send(("is_wrapped", type(None)))
-        return changed | (set() if env.remotes[0].recv() is False else {"is_wrapped"})
+        for request, answer in ((REQUEST_OF_AN_ATTRIBUTE, None), (REQUEST_ANSWERED_BY_FALSE, False)):
+            env.remotes[0].send(request)
+            changed |= set() if env.remotes[0].recv() is answer else {request[0]}
+        return changed
     finally:
         env.close()
 

@@ -1,13 +1,20 @@
+import os
 import threading
+from contextlib import nullcontext
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch as th
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import nn
+from torch.nn.utils import weight_norm
 
-from sb3_async1step import AsyncOneStepQ
+from sb3_async1step import A3C, AsyncOneStepQ
 from sb3_async1step.value_based.target_network import SharedQNetworks
 from sb3_async1step.workers.shared_parameters import LocalParameters, view_network
 from tests.envs import make_env
+from tests.helpers import weights_of
 
 
 def make_policy(**policy_kwargs):
@@ -175,3 +182,52 @@ def test_soft_sync(n_times):
     share(policy).sync_target(n_times, tau)
     for mine, expected in zip(policy.q_net_target.parameters(), target, strict=True):
         th.testing.assert_close(mine, expected)
+
+
+class Extractor(BaseFeaturesExtractor):
+    """Keeps what can't be copied deeply."""
+
+    def __init__(self, observation_space, keep):
+        super().__init__(observation_space, features_dim=8)
+        # Its weight is computed from two parameters, anew in each forward pass
+        self.linear = weight_norm(nn.Linear(4, 8))
+        # Whose weight no forward pass of the policy computes under no_grad()
+        self.unused = weight_norm(nn.Linear(4, 8))
+        self.kept = keep()
+
+    def forward(self, observations):
+        with self.kept if isinstance(self.kept, type(threading.Lock())) else nullcontext():
+            return self.linear(observations)
+
+
+UNCOPYABLE = {"lock": threading.Lock, "file": Path(os.devnull).open}
+
+
+@pytest.mark.parametrize("kept", UNCOPYABLE)
+def test_features_extractors_that_cannot_be_copied_deeply(algorithm, kept):
+    extractor = {"features_extractor_class": Extractor, "features_extractor_kwargs": {"keep": UNCOPYABLE[kept]}}
+    model = algorithm("MlpPolicy", make_env(4), n_workers=2, policy_kwargs=extractor)
+    with pytest.raises((TypeError, RuntimeError)):
+        deepcopy(model.policy)
+    view = view_network(model.policy)
+    mine, shared = (
+        policy.features_extractor if algorithm is A3C else policy.q_net.features_extractor
+        for policy in (view, model.policy)
+    )
+    assert mine.kept is shared.kept
+    assert mine.linear is not shared.linear and mine.linear.weight_v.data_ptr() == shared.linear.weight_v.data_ptr()
+    before = weights_of(model)
+    for _ in range(2):
+        model.learn(60)
+    changed = {name for name, value in weights_of(model).items() if not th.equal(value, before[name])}
+    assert any(name.endswith("linear.weight_v") for name in changed)
+
+
+def test_what_cannot_be_copied_in_a_container():
+    kwargs = {"features_extractor_class": Extractor, "features_extractor_kwargs": {"keep": lambda: [threading.Lock()]}}
+    model = AsyncOneStepQ("MlpPolicy", make_env(4), policy_kwargs=kwargs)
+    message = (
+        r"'kept' of its module 'features_extractor' \(Extractor\) can't be copied: .*lock.* Extractor.__deepcopy__"
+    )
+    with pytest.raises(TypeError, match=message):
+        model.learn(10)

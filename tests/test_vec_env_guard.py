@@ -4,8 +4,11 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -16,7 +19,16 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 
 from sb3_async1step import AsyncOneStepQ, split_vec_env
 from tests.envs import RaisingEnv, RandomWalkEnv, make_env
-from tests.helpers import DEADLINE, FOREVER, has_made_steps, meanwhile, press_ctrl_c, wait_until, with_worker
+from tests.helpers import (
+    DEADLINE,
+    FOREVER,
+    functions_of,
+    has_made_steps,
+    meanwhile,
+    press_ctrl_c,
+    wait_until,
+    with_worker,
+)
 
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="signals, fork and file descriptors of POSIX")
 
@@ -375,3 +387,162 @@ def test_callbacks_see_what_wrappers_keep(algorithm, n_workers):
     assert len(set(rewards)) > 20
     assert max(lengths) > 3
     assert model.num_timesteps == 200
+
+
+def press_ctrl_c_in_a_terminal(processes):
+    """It interrupts all processes of the program."""
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    press_ctrl_c()
+
+
+@needs_posix
+@pytest.mark.parametrize("n_workers", [1, 3])
+def test_the_processes_outlive_a_terminals_ctrl_c(n_workers):
+    env = VecFrameStack(ForkedVecEnv([RandomWalkEnv] * 3), 2)
+    processes = processes_of(env)
+    model = AsyncOneStepQ("MlpPolicy", env, n_workers=n_workers)
+
+    def interrupt():
+        wait_until(lambda: has_made_steps(model, 30))
+        press_ctrl_c_in_a_terminal(processes)
+
+    for _ in range(3):
+        with meanwhile(interrupt), pytest.raises(KeyboardInterrupt):
+            model.learn(10**9, log_interval=None)
+        assert model.learn(30).num_timesteps == 30
+    # When nobody trains, it ends them as it did before
+    processes[1].send_signal(signal.SIGINT)
+    processes[1].wait(DEADLINE)
+    with pytest.raises(RuntimeError, match=r"The process of env lane 1 ended\. .* make the env anew .* set_env\(\)"):
+        model.learn(30)
+    assert psutil.wait_procs(processes, timeout=DEADLINE)[1] == []
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"The env is closed, or one of its .* make the env anew"):
+            model.learn(30)
+    env.close()
+    model.set_env(VecFrameStack(make_env(3), 2))
+    assert model.learn(30).num_timesteps == 30
+
+
+PROGRAM = """
+import os, signal, threading
+from stable_baselines3.common.vec_env import SubprocVecEnv
+from sb3_async1step import AsyncOneStepQ
+from tests.envs import RandomWalkEnv
+from tests.helpers import has_made_steps, wait_until
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    env = SubprocVecEnv([RandomWalkEnv] * 3, start_method="fork")
+    model = AsyncOneStepQ("MlpPolicy", env, n_workers=3)
+
+    def press():
+        wait_until(lambda: has_made_steps(model, 30))
+        os.killpg(0, signal.SIGINT)
+
+    for _ in range(2):
+        threading.Thread(target=press).start()
+        try:
+            model.learn(10**9)
+        except KeyboardInterrupt:
+            print("interrupted", [process.is_alive() for process in env.processes], flush=True)
+    print("learned", model.learn(30).num_timesteps)
+    env.close()
+"""
+
+
+@needs_posix
+def test_ctrl_c_of_a_process_group(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    result = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])},
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [*["interrupted [True, True, True]"] * 2, "learned 30"]
+
+
+@needs_posix
+@pytest.mark.parametrize("n_workers", [1, 3])
+def test_a_process_that_hangs_while_ctrl_c_comes(n_workers, tmp_path):
+    """With one worker, a second Ctrl-C ends the processes that do not answer."""
+
+    class Hanging(RandomWalkEnv):
+        def step(self, action):
+            if self.n_steps == 2 and not (tmp_path / "go on").exists():
+                (tmp_path / "hangs").touch()
+                wait_until((tmp_path / "go on").exists)
+            return super().step(action)
+
+    env = ForkedVecEnv([RandomWalkEnv, Hanging, RandomWalkEnv])
+    processes = processes_of(env)
+    model = AsyncOneStepQ("MlpPolicy", env, n_workers=n_workers)
+
+    def interrupt():
+        wait_until((tmp_path / "hangs").exists)
+        press_ctrl_c_in_a_terminal(processes)
+        if n_workers == 1:
+            wait_until(lambda: "end" in functions_of(threading.main_thread())[:2])
+            press_ctrl_c_in_a_terminal(processes)
+        else:
+            (tmp_path / "go on").touch()
+
+    with meanwhile(interrupt), pytest.raises(KeyboardInterrupt):
+        model.learn(10**9)
+    if n_workers == 1:
+        assert psutil.wait_procs(processes, timeout=DEADLINE)[1] == []
+        env.close()
+        model.set_env(make_env(3))
+    assert model.learn(30).num_timesteps == 30
+    model.get_env().close()
+
+
+class DyingEnv(RandomWalkEnv):
+    """
+    An env that ends its process in some step.
+
+    :param die: what it does then
+    """
+
+    def __init__(self, die):
+        super().__init__()
+        self.die, self.n_steps_in_all = die, 0
+
+    def step(self, action):
+        self.n_steps_in_all += 1
+        if self.n_steps_in_all == 9:
+            self.die()
+        return super().step(action)
+
+
+def run_out_of_memory():
+    raise MemoryError
+
+
+DEATHS = {
+    "exit": (lambda: os._exit(3), "ended"),
+    "memory": (run_out_of_memory, "ended"),
+    "kill": (lambda: os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM)), "was killed by signal 9"),
+}
+
+
+@needs_posix
+@pytest.mark.parametrize("n_workers", [1, 3])
+@pytest.mark.parametrize("death", DEATHS)
+def test_an_env_that_ends_its_process(death, n_workers):
+    die, what = DEATHS[death]
+    env = ForkedVecEnv([RandomWalkEnv, lambda: DyingEnv(die), RandomWalkEnv])
+    processes = processes_of(env)
+    model = AsyncOneStepQ("MlpPolicy", env, n_workers=n_workers)
+    with pytest.raises(RuntimeError, match=f"The process of env lane 1 {what}"):
+        model.learn(10_000)
+    assert psutil.wait_procs(processes, timeout=DEADLINE)[1] == []
+    env.close()
+    model.set_env(make_env(3))
+    assert model.learn(30).num_timesteps == 30

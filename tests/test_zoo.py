@@ -1,8 +1,11 @@
 """The command line: the Zoo's own, with our algorithms and hyperparameters."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import optuna
@@ -11,15 +14,16 @@ import torch as th
 import yaml
 from rl_zoo3 import ALGOS
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER, convert_offpolicy_params
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import load_results
 
-from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa, MinAtarCNN
+from sb3_async1step import A3C, AsyncOneStepQ, AsyncOneStepSarsa, MinAtarCNN
 from sb3_async1step.registry import ALGORITHMS, Algorithm
 from sb3_async1step.value_based.algorithm import ValueBasedAlgorithm
 from sb3_async1step.value_based.search_space import NET_ARCHS, OPTIMIZERS
 from sb3_async1step.zoo import experiment_manager, hyperparams_path, main, register
 from tests.command_line import call_zoo
-from tests.helpers import DEADLINE, trained_parameters
+from tests.helpers import DEADLINE, FOREVER, trained_parameters
 
 PROGRAM = str(Path(sys.executable).parent / "sb3-async1step")
 
@@ -113,6 +117,36 @@ def test_weights_of_a_continued_training(algo, tmp_path):
         for path in (trained, logs / "CartPole-v1_2" / "CartPole-v1.zip")
     )
     assert all(th.equal(p, q) for p, q in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("vec_env", ["dummy", "subproc"])
+def test_a_preempted_training_is_saved(vec_env, tmp_path, monkeypatch):
+    """SIGTERM ends it, and may end the env's processes, too."""
+
+    class Terminate(BaseCallback):
+        def _on_step(self):
+            if self.num_timesteps >= 100:
+                processes = getattr(self.training_env.unwrapped, "processes", [])
+                for process in processes:
+                    process.terminate()
+                    process.join(DEADLINE)
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(FOREVER)
+            return True
+
+    monkeypatch.setattr(sys.modules["tests.test_zoo"], "Terminate", Terminate, raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    code, output = call_zoo(
+        [
+            *f"sb3-async1step train --algo a3c --env CartPole-v1 -n 1000000 --eval-freq -1 --vec-env {vec_env}".split(),
+            *("-params", "n_envs:2", "callback:'tests.test_zoo.Terminate'"),
+        ],
+        tmp_path,
+    )
+    assert code == 0, output
+    assert signal.getsignal(signal.SIGTERM) is before
+    model = A3C.load(tmp_path / "logs" / "a3c" / "CartPole-v1_1" / "CartPole-v1.zip")
+    assert model.num_timesteps == 100
 
 
 def test_the_zoos_own_algorithms_work_too(tmp_path):

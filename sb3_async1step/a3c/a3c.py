@@ -73,6 +73,14 @@ class A3C(AsyncAlgorithm):
     }
     actor_learner_class: ClassVar[type[ActorLearner]] = A3CActorLearner
     _own_attributes: ClassVar[tuple[str, ...]] = ("gae_lambda",)
+    _followed: ClassVar[frozenset[str]] = AsyncAlgorithm._followed | {
+        "gae_lambda",
+        "ent_coef",
+        "vf_coef",
+        "normalize_advantage",
+        "sde_sample_freq",
+    }
+    _fixed_while_learning: ClassVar[frozenset[str]] = AsyncAlgorithm._fixed_while_learning | {"rms_prop_eps"}
     _sb3_counterpart: ClassVar[str] = "A2C"
 
     policy: ActorCriticPolicy

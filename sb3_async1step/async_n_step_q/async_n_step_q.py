@@ -60,6 +60,7 @@ class AsyncNStepQ(ValueBasedAlgorithm):
     """
 
     actor_learner_class: ClassVar[type[ActorLearner]] = NStepQActorLearner
+    _followed: ClassVar[frozenset[str]] = ValueBasedAlgorithm._followed | {"q_lambda"}
 
     def __init__(
         self,

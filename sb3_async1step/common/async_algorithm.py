@@ -1,8 +1,8 @@
 """What makes the paper's methods SB3 algorithms: constructor, checks, and learn()."""
 
+import sys
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -12,13 +12,26 @@ from gymnasium.vector.utils import create_empty_array
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import check_for_correct_spaces, obs_as_tensor
+from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
+from torch import nn
 
 from sb3_async1step.common.heap import keep_freed_memory
-from sb3_async1step.common.lanes import check_n_workers, count_workers, make_lanes, warn_of_a_single_lane
+from sb3_async1step.common.lanes import (
+    check_n_workers,
+    count_workers,
+    make_lanes,
+    warn_of_a_single_lane,
+    warn_of_frames_skipped_twice,
+    warn_the_caller,
+)
 from sb3_async1step.common.live_algorithm import LiveAlgorithm
-from sb3_async1step.common.parallelism import SMALL_NETWORK, count_multiplications, intra_op_threads_for
+from sb3_async1step.common.parallelism import (
+    SMALL_NETWORK,
+    count_multiplications,
+    restore_intra_op_threads,
+    set_intra_op_threads,
+)
 from sb3_async1step.common.parameter_checks import (
     check,
     check_bool,
@@ -29,10 +42,11 @@ from sb3_async1step.common.parameter_checks import (
 )
 from sb3_async1step.common.update_log import UpdateLog
 from sb3_async1step.sb3_internals import close_progress_bars
-from sb3_async1step.vec_envs.guard import guard_vec_env, watch_processes
-from sb3_async1step.vec_envs.observations import Observations, concatenate, take_rows
+from sb3_async1step.vec_envs.guard import ProcessWatcher, guard_vec_env, unguard_vec_env
+from sb3_async1step.vec_envs.observations import Observations, take_rows, to_arrays
 from sb3_async1step.vec_envs.split import group_lanes, rejoin_vec_env, split_vec_env
-from sb3_async1step.workers.actor_learner import ActorLearner, Settings, WorkerRecipe, WorkerState
+from sb3_async1step.workers.actor_learner import ActorLearner, Settings, WorkerRecipe
+from sb3_async1step.workers.gate import Call
 from sb3_async1step.workers.pool import WorkerPool
 from sb3_async1step.workers.serial_pool import SerialWorkerPool
 from sb3_async1step.workers.shared_parameters import SharedParameters
@@ -42,6 +56,8 @@ from sb3_async1step.workers.transitions import Transitions
 SelfAsyncAlgorithm = TypeVar("SelfAsyncAlgorithm", bound="AsyncAlgorithm")
 
 Backend = Literal["threads", "serial"]
+#: Those that SB3's buffers support, each alone or in a ``Dict``
+SUPPORTED_OBSERVATION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 WORKER_POOLS: dict[str, type[WorkerPool]] = {"threads": ThreadWorkerPool, "serial": SerialWorkerPool}
 
 
@@ -79,6 +95,7 @@ class AsyncAlgorithm(LiveAlgorithm):
     :param seed: seed of all random generators
     :param device: ``"auto"`` means the CPU, for which these methods are made; any other device has to be named
     :raises ValueError: if a parameter is out of range, or ``env`` has another number of lanes than ``n_envs``
+    :raises AssertionError: if an action or observation space is not supported, as in SB3
     :raises TypeError: if the env can't be split among ``n_workers``
     """
 
@@ -129,20 +146,20 @@ class AsyncAlgorithm(LiveAlgorithm):
         self.lock_updates = lock_updates
         self.backend = backend
         self._random_generators: list[np.random.Generator] = []
-        # Where the workers stopped, None after a reset of the env
-        self._worker_states: list[WorkerState] | None = None
-        self._setup_runtime()
         check_n_workers(n_workers, self.env)
 
     def _setup_runtime(self) -> None:
-        """Set the attributes that are never saved."""
-        # The pool of workers and what they share, while learn() runs
-        self._pool: WorkerPool | None = None
+        super()._setup_runtime()
+        # What the workers share, while learn() runs
         self._shared: SharedParameters | None = None
+        self._process_watcher: ProcessWatcher | None = None
+        # Whether learn() has begun to step them, and not yet said where they stopped
+        self._lanes_may_be_anywhere = False
         self._update_log = UpdateLog()
 
     def _setup_model(self) -> None:
         self._check_parameters()
+        self._check_observation_space()
         self._setup_lr_schedule()
         # Call the parent's version: ours would discard the loaded workers' random generators
         super().set_random_seed(self.seed)
@@ -172,6 +189,15 @@ class AsyncAlgorithm(LiveAlgorithm):
         check_positive(max_grad_norm=self.max_grad_norm)
         check_choice("backend", self.backend, WORKER_POOLS)
         check_bool(lock_updates=self.lock_updates)
+
+    def _check_observation_space(self) -> None:
+        space = self.observation_space
+        for part in space.spaces.values() if isinstance(space, spaces.Dict) else [space]:
+            # In the words of SB3's constructor
+            assert isinstance(part, SUPPORTED_OBSERVATION_SPACES), (
+                f"The algorithm only supports {SUPPORTED_OBSERVATION_SPACES}, or a Dict of them, as observation spaces "
+                f"but {space} was provided"
+            )
 
     @abstractmethod
     def _make_settings(self, num_envs: int) -> Settings:
@@ -228,33 +254,113 @@ class AsyncAlgorithm(LiveAlgorithm):
             have been stopped by then, and the model can still predict, save and continue learning
         """
         assert self.env is not None, "You must set the environment before calling learn()"
-        if self._pool is not None:
+        call = Call(sys._getframe())
+        if not self._gate.begin_learning(call):
             raise RuntimeError("This model's learn() is running already; another thread or a callback called it again.")
+        try:
+            self._train(call, total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+        finally:
+            # Twice, since a Ctrl-C may interrupt the first
+            try:
+                self._end_learning(call)
+            finally:
+                self._end_learning(call)
+        return self
+
+    def _train(
+        self,
+        call: Call,
+        total_timesteps: int,
+        callback: MaybeCallback,
+        log_interval: int | None,
+        tb_log_name: str | None,
+        reset_num_timesteps: bool,
+        progress_bar: bool,
+    ) -> None:
+        """Do what ``learn()`` promises, but for :meth:`_end_learning`; ``call`` is the call of ``learn()``."""
+        assert self.env is not None
+        # Attributes may have been set since the construction
+        self._check_parameters()
         warn_of_a_single_lane(self.env, type(self).__name__)
+        self._setup_runtime()
         if reset_num_timesteps or self._last_obs is None:
             # The env is about to be reset
             self._worker_states = None
-        tb_log_name = tb_log_name or type(self).__name__
-        with watch_processes(self.env):
-            total_timesteps, callback = self._setup_learn(
-                total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-            )
-        self._setup_runtime()
-        network_is_small = self._network_is_small()
-        n_workers = count_workers(self.n_workers, self.env, network_is_small)
-        self._update_schedules()
+        self._lanes_may_be_anywhere = True
+        self._process_watcher = ProcessWatcher(self.env)
         try:
-            callback.on_training_start(locals(), globals())
-            with self._run_workers(self.env, n_workers, network_is_small, total_timesteps) as pool:
-                self._follow(pool, callback, log_interval)
-        except BaseException:
-            close_progress_bars(callback)
+            self._process_watcher.start()
+            warn_of_frames_skipped_twice(self.env)
+            total_timesteps, callback = self._setup_learn(
+                total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
+            )
+            network_is_small = self._network_is_small()
+            n_workers = count_workers(self.n_workers, self.env, network_is_small)
+            self._update_schedules()
+            try:
+                callback.on_training_start(locals(), globals())
+                self._run_workers(call, n_workers, network_is_small, total_timesteps, callback, log_interval)
+            except BaseException:
+                close_progress_bars(callback)
+                raise
+        except BaseException as exception:
+            self._process_watcher.check(exception)
             raise
         callback.on_training_end()
-        return self
+
+    def _run_workers(
+        self,
+        call: Call,
+        n_workers: int,
+        network_is_small: bool,
+        total_timesteps: int,
+        callback: BaseCallback,
+        log_interval: int | None,
+    ) -> None:
+        """Split the env among the workers, follow them until they have ended, and put the env together again."""
+        env = self.env
+        assert env is not None and self._last_obs is not None
+        groups = group_lanes(env.num_envs, n_workers)
+        # A single worker drives the env itself, whatever kind of VecEnv it is
+        parts = [env] if n_workers == 1 else split_vec_env(env, groups)
+        workers = self._make_workers(parts, groups, to_arrays(self._last_obs))
+        on_threads = self.backend == "threads" and n_workers > 1
+        if on_threads:
+            keep_freed_memory()
+        modules = list(self.policy.modules())
+        set_intra_op_threads(n_workers if on_threads else 1, network_is_small, call)
+        make_pool = WORKER_POOLS["threads" if on_threads else "serial"]
+        self._pool = make_pool(workers, self._gate, self.num_timesteps, total_timesteps)
+        guard_vec_env(env, self._gate.closed, lambda: self._gate.is_inside() or not call.is_running)
+        # Ctrl-C between the two halves of a th.no_grad() block leaves the process without gradients
+        with th.enable_grad():
+            self._follow(self._pool, callback, log_interval)
+        self._pool.stop()
+        self._warn_of_what_is_not_followed(workers, modules)
+        self._remember_workers()
+        if n_workers > 1:
+            rejoin_vec_env(env, parts, groups)
+        self._lanes_may_be_anywhere = False
+
+    def _end_learning(self, call: Call) -> None:
+        """Undo what the call of ``learn()`` has begun. If this is interrupted, it can be done again."""
+        if self._pool is not None:
+            self._pool.stop()
+        if self.env is not None:
+            unguard_vec_env(self.env)
+        if self._process_watcher is not None:
+            self._process_watcher.end()
+        restore_intra_op_threads(call)
+        if self._lanes_may_be_anywhere:
+            # The next learn() has to reset the env
+            self._last_obs = self._worker_states = None
+        self._pool = self._shared = self._process_watcher = None
+        self._gate.end_learning(call)
 
     def _follow(self, pool: WorkerPool, callback: BaseCallback, log_interval: int | None) -> None:
         """Count, log and call back, once for every ``num_envs`` transitions that the workers make."""
+        assert self.env is not None
+        base = self.env.unwrapped
         callback.on_rollout_start()
         for n_batches, transitions in enumerate(pool.batches(), start=1):
             # SB3's callbacks look for these names
@@ -263,6 +369,8 @@ class AsyncAlgorithm(LiveAlgorithm):
             n_episodes_before = self._episode_num
             with self._gate.passed():
                 self._count(transitions)
+            if dones.any():
+                base.reset_infos = [info for worker in pool.workers for info in worker.env.unwrapped.reset_infos]
             if len(transitions) == pool.num_envs:
                 callback.update_locals(locals())
                 if not callback.on_step():
@@ -276,40 +384,6 @@ class AsyncAlgorithm(LiveAlgorithm):
                 callback.on_rollout_start()
         callback.on_rollout_end()
 
-    @contextmanager
-    def _run_workers(
-        self, env: VecEnv, n_workers: int, network_is_small: bool, total_timesteps: int
-    ) -> Iterator[WorkerPool]:
-        """Split the env among the workers, run them inside the ``with`` block, and put the env together again."""
-        groups = group_lanes(env.num_envs, n_workers)
-        # A single worker drives the env itself, whatever kind of VecEnv it is
-        parts = [env] if n_workers == 1 else split_vec_env(env, groups)
-        assert self._last_obs is not None
-        workers = self._make_workers(parts, groups, self._last_obs)
-        on_threads = self.backend == "threads" and n_workers > 1
-        if on_threads:
-            keep_freed_memory()
-        # Ctrl-C between the two halves of a th.no_grad() block leaves the process without gradients
-        with th.enable_grad(), intra_op_threads_for(n_workers if on_threads else 1, network_is_small):
-            try:
-                make_pool = WORKER_POOLS["threads" if on_threads else "serial"]
-                self._pool = pool = make_pool(workers, self._gate, self.num_timesteps, total_timesteps)
-                with (
-                    watch_processes(env),
-                    pool,
-                    guard_vec_env(env, self._gate.closed) if n_workers > 1 else nullcontext(),
-                ):
-                    yield pool
-                self._remember_workers(workers)
-            except BaseException:
-                # The lanes may be anywhere: the next learn() has to reset the env
-                self._last_obs = self._worker_states = None
-                raise
-            finally:
-                self._pool = self._shared = None
-        if n_workers > 1:
-            rejoin_vec_env(env, parts, groups)
-
     def _make_workers(self, parts: list[VecEnv], groups: list[range], observations: Observations) -> list[ActorLearner]:
         settings = self._make_settings(sum(map(len, groups)))
         self._shared = self._share_parameters()
@@ -322,10 +396,20 @@ class AsyncAlgorithm(LiveAlgorithm):
             worker.set_state(state)
         return workers
 
-    def _remember_workers(self, workers: Iterable[ActorLearner]) -> None:
-        """Keep what the next ``learn()`` needs to go on where the workers are."""
-        self._last_obs = concatenate([worker.observations for worker in workers])
-        self._worker_states = [worker.get_state() for worker in workers]
+    def _warn_of_what_is_not_followed(self, workers: Sequence[ActorLearner], modules: list[nn.Module]) -> None:
+        """``modules`` are those that the policy had when the workers were made."""
+        if modules != list(self.policy.modules()):
+            warn_the_caller(
+                "A callback has replaced modules of the policy. The workers went on with those from before, and what "
+                "they learned is not in the new ones: replace modules between two calls of learn()."
+            )
+        names = {name: None for worker in workers for name in worker.local.list_unshared_state()}
+        if names:
+            warn_the_caller(
+                f"The network has changed {', '.join(names)} during its forward passes. These are plain attributes, "
+                "which the workers' copies of a module don't share, so the changes are lost: register them as buffers "
+                "(Module.register_buffer), and change them in place."
+            )
 
     def _network_is_small(self) -> bool:
         observation: Any = create_empty_array(self.observation_space, n=1, fn=np.zeros)
@@ -348,6 +432,8 @@ class AsyncAlgorithm(LiveAlgorithm):
 
         :param seed: the seed
         """
+        if self._is_learning():
+            raise RuntimeError("learn() has seeded its workers already: set the seed before or after it.")
         super().set_random_seed(seed)
         if seed is not None:
             self.seed = seed
@@ -384,34 +470,3 @@ class AsyncAlgorithm(LiveAlgorithm):
     @abstractmethod
     def dump_logs(self) -> None:
         """Write log data."""
-
-    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        """
-        Set the training env. Unlike SB3's other algorithms, it may have another number of lanes than the last one:
-        a model that was made from an env's id has many, of which its user may not know.
-
-        :param env: the env
-        :param force_reset: whether the next ``learn()`` resets it, which other lanes have to be
-        :raises ValueError: if its spaces are others, or other lanes shall not be reset
-        """
-        env = self._wrap_env(env, self.verbose)
-        check_for_correct_spaces(env, self.observation_space, self.action_space)
-        if env.num_envs != self.n_envs and not force_reset:
-            raise ValueError(
-                f"The env has {env.num_envs} lane(s) and the model's last one had {self.n_envs}: "
-                "it has to be reset, so leave force_reset out."
-            )
-        self.n_envs = env.num_envs
-        super().set_env(env, force_reset)
-
-    def _before_saving(self) -> None:
-        if self._pool is not None:
-            self._remember_workers(self._pool.workers)
-
-    def _after_setting_parameters(self) -> None:
-        for worker in [] if self._pool is None else self._pool.workers:
-            # Loading replaced the optimizer's statistics
-            worker.local.renew_optimizer()
-
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_pool", "_shared", "_update_log"]

@@ -5,6 +5,7 @@ import inspect
 import warnings
 
 import gymnasium as gym
+from stable_baselines3.common.atari_wrappers import MaxAndSkipEnv
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv
@@ -49,11 +50,28 @@ def warn_of_a_single_lane(env: VecEnv, algorithm: str) -> None:
     :param algorithm: name of the algorithm's class
     """
     if env.num_envs == 1:
-        _warn(
+        warn_the_caller(
             f"{algorithm} learns from a single env lane, that is, with one actor-learner and from one transition at a "
             "time: without a replay buffer, this is slow and seldom learns well. Give it the env's id (then it makes "
             f"{DEFAULT_N_ENVS} lanes), or a VecEnv of several: "
             f"stable_baselines3.common.env_util.make_vec_env(..., n_envs={DEFAULT_N_ENVS})."
+        )
+
+
+def warn_of_frames_skipped_twice(env: VecEnv) -> None:
+    """
+    :param env: the training env
+    """
+    if not any(env.env_is_wrapped(MaxAndSkipEnv)):
+        return
+    spec = env.get_attr("spec")[0]
+    frame_skip = spec.kwargs.get("frameskip", 1) if spec is not None else 1
+    if frame_skip != 1:
+        warn_the_caller(
+            f"{spec.id} skips frames itself (frameskip={frame_skip}), and so does its wrapper (AtariWrapper or "
+            "MaxAndSkipEnv) for each of these: the agent sees one frame of 16, if both skip as usual. Take an env that "
+            f"skips none: {spec.id} with frameskip=1 (make_atari_env(..., env_kwargs=dict(frameskip=1))), or the id "
+            "that ends in NoFrameskip-v4."
         )
 
 
@@ -89,7 +107,7 @@ def count_workers(n_workers: int | str, env: VecEnv, network_is_small: bool) -> 
     if n_workers != "auto":
         if int(n_workers) > env.num_envs:
             # The model was loaded with another env than it was made for
-            _warn(f"n_workers={n_workers}, but there are only {env.num_envs} env lanes to share.")
+            warn_the_caller(f"n_workers={n_workers}, but there are only {env.num_envs} env lanes to share.")
         n_workers = min(int(n_workers), env.num_envs)
         check_n_workers(n_workers, env)
         return n_workers
@@ -97,15 +115,19 @@ def count_workers(n_workers: int | str, env: VecEnv, network_is_small: bool) -> 
     unsplittable = find_unsplittable(env)
     if n_workers == 1 or unsplittable is None:
         return n_workers
-    _warn(
+    warn_the_caller(
         f"{unsplittable.__name__} can't be split among several workers, so there will be only one. "
         "See sb3_async1step.split_vec_env for how to register a VecEnv class."
     )
     return 1
 
 
-def _warn(message: str) -> None:
-    """Warn of the line outside of this package that called it: the one with the model's ``learn()``."""
+def warn_the_caller(message: str) -> None:
+    """
+    Warn of the line outside of this package that called it: the one with the model's ``learn()``.
+
+    :param message: the warning
+    """
     frame, stacklevel = inspect.currentframe(), 1
     while frame is not None and frame.f_globals.get("__name__", "").startswith("sb3_async1step."):
         frame, stacklevel = frame.f_back, stacklevel + 1

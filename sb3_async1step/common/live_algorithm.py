@@ -1,18 +1,32 @@
 """An SB3 algorithm whose model may be used from any thread while it learns."""
 
+import copy
 import io
 import pathlib
+import warnings
+from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.type_aliases import TensorDict
+from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.type_aliases import GymEnv, TensorDict
+from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_async1step.common.model_file import check_saved_model, renamed_modules, write_atomically
+from sb3_async1step.common.model_file import (
+    check_saved_model,
+    explain_errors,
+    read_attributes,
+    renamed_modules,
+    write_atomically,
+)
+from sb3_async1step.workers.actor_learner import Settings, WorkerState
 from sb3_async1step.workers.gate import Gate
+from sb3_async1step.workers.pool import WorkerPool
+from sb3_async1step.workers.shared_parameters import check_optimizer_state
 
 SelfLiveAlgorithm = TypeVar("SelfLiveAlgorithm", bound="LiveAlgorithm")
 
@@ -26,6 +40,22 @@ class LiveAlgorithm(BaseAlgorithm):
     :param kwargs: see there
     """
 
+    # Attributes that workers follow while learn() runs, and those that they were made with
+    _followed: ClassVar[frozenset[str]] = frozenset({"gamma", "update_interval", "max_grad_norm"})
+    # fmt: off
+    _fixed_while_learning: ClassVar[frozenset[str]] = frozenset(
+        ("action_space", "backend", "device", "env", "lock_updates", "n_envs", "n_workers", "observation_space",
+         "policy", "policy_class", "policy_kwargs", "seed", "use_sde")
+    )
+    # fmt: on
+    # What is never saved nor copied
+    _runtime_attributes: ClassVar[tuple[str, ...]] = (
+        "_pool",
+        "_shared",
+        "_process_watcher",
+        "_lanes_may_be_anywhere",
+        "_update_log",
+    )
     # What tells the files that it can load from those of our other algorithms
     _own_attributes: ClassVar[tuple[str, ...]]
     # SB3's algorithm with the same policies
@@ -34,6 +64,73 @@ class LiveAlgorithm(BaseAlgorithm):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._gate = Gate()
+        # Where the workers stopped, None after a reset of the env
+        self._worker_states: list[WorkerState] | None = None
+        self._setup_runtime()
+
+    def _setup_runtime(self) -> None:
+        """Set the attributes that are never saved."""
+        # The pool of workers, while learn() runs
+        self._pool: WorkerPool | None = None
+
+    # ------------------------------------------------------------------ attributes
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._fixed_while_learning and self._is_learning():
+            raise AttributeError(
+                f"{name} can't be changed while learn() runs, which has made its workers with it. "
+                "End the training (by a callback that returns False), change it, and call learn() again."
+            )
+        if name in self._followed and self._is_learning():
+            self._change_setting(name, value)
+            return
+        super().__setattr__(name, value)
+        if name == "learning_rate" and "lr_schedule" in self.__dict__:
+            self._setup_lr_schedule()
+
+    def _is_learning(self) -> bool:
+        # A forked process has a copy of the pool, but no workers
+        return self.__dict__.get("_pool") is not None and self._gate.is_learning()
+
+    def _change_setting(self, name: str, value: Any) -> None:
+        """Change an attribute which workers follow, if its value is allowed."""
+        assert self._pool is not None
+        with self._gate.closed():
+            value_before = getattr(self, name)
+            self.__dict__[name] = value
+            try:
+                self._check_parameters()
+            except ValueError:
+                self.__dict__[name] = value_before
+                raise
+            settings = self._make_settings(self._pool.num_envs)
+            for worker in self._pool.workers:
+                worker.change_settings(settings)
+
+    @abstractmethod
+    def _check_parameters(self) -> None:
+        """
+        :raises ValueError: if a parameter is out of range
+        """
+
+    @abstractmethod
+    def _make_settings(self, num_envs: int) -> Settings:
+        """
+        :param num_envs: number of env lanes
+        :return: what the workers need to know
+        """
+
+    @property
+    def _last_obs(self) -> Any:
+        """The current observations, as in SB3, also while workers step."""
+        pool = self.__dict__.get("_pool")
+        return self.__dict__["_last_obs"] if pool is None else pool.observations
+
+    @_last_obs.setter
+    def _last_obs(self, observations: Any) -> None:
+        self.__dict__["_last_obs"] = observations
+
+    # ------------------------------------------------------------------ use from any thread
 
     def predict(
         self,
@@ -63,20 +160,26 @@ class LiveAlgorithm(BaseAlgorithm):
         """
         Save the model, from any thread. While it learns, this waits until no update is in flight.
 
-        The file is written completely or not at all: if anything fails, an existing file is left as it was.
+        The file is written completely or not at all: if anything fails, an existing file is left as it was. Only where
+        it can't be replaced (a mount point, a folder without write permission) it is written in place, with a warning.
 
         :param path: file to write, ".zip" is added to a name without suffix
         :param exclude: names of attributes not to save
         :param include: names of attributes to save that would not be saved by default
         """
+        file: Any = io.BytesIO() if isinstance(path, (str, pathlib.Path)) else path
         with self._gate.closed():
             self._before_saving()
-            if isinstance(path, (str, pathlib.Path)):
-                # SB3's suffix
-                with write_atomically(pathlib.Path(path), default_suffix=".zip") as file:
-                    super().save(file, exclude, include)
-            else:
-                super().save(path, exclude, include)
+            # Files of different algorithms hold the same attributes
+            self._saved_by = type(self).__name__
+            super().save(file, exclude, include)
+        # Workers need not wait for the disk
+        if isinstance(path, (str, pathlib.Path)):
+            path = pathlib.Path(path)
+            if path.suffix == "":
+                # SB3's
+                path = path.with_name(f"{path.name}.zip")
+            write_atomically(path, file.getvalue())
 
     @classmethod
     def load(
@@ -90,10 +193,18 @@ class LiveAlgorithm(BaseAlgorithm):
             :meth:`BaseAlgorithm.load <stable_baselines3.common.base_class.BaseAlgorithm.load>`
         :param kwargs: keyword arguments of the same method
         :return: the model
-        :raises ValueError: if the file is damaged, or was saved by another algorithm
+        :raises ValueError: if the file is damaged, or was saved by an algorithm with other policies
         """
-        check_saved_model(path, cls.__name__, ("n_workers", *cls._own_attributes), cls._sb3_counterpart)
-        with renamed_modules():
+        expected = ("n_workers", *cls._own_attributes)
+        attributes = check_saved_model(path, cls.__name__, expected, cls._sb3_counterpart)
+        saved_by = attributes.get("_saved_by", cls.__name__)
+        if saved_by != cls.__name__:
+            warnings.warn(
+                f"{path} was saved by {saved_by}, and {cls.__name__} goes on with it: the weights and settings are "
+                "those of the file, but it learns other targets from now on.",
+                stacklevel=2,
+            )
+        with renamed_modules(), explain_errors(path):
             return super().load(path, *args, **kwargs)
 
     def get_parameters(self) -> dict[str, dict]:
@@ -112,9 +223,24 @@ class LiveAlgorithm(BaseAlgorithm):
         :param load_path_or_dict: path of a saved model, or a dict as returned by ``get_parameters()``
         :param exact_match: whether all parameters must be given
         :param device: device onto which a file is loaded
+        :raises ValueError: if the file is damaged, names are missing, or the optimizer's state is another one's
         """
+        if isinstance(load_path_or_dict, dict):
+            self._set_parameters(load_path_or_dict, exact_match, device)
+            return
+        read_attributes(load_path_or_dict)
+        with explain_errors(load_path_or_dict):
+            _, params, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
+            self._set_parameters(params, exact_match, device)
+
+    def _set_parameters(self, params: TensorDict, exact_match: bool, device: th.device | str) -> None:
+        if "policy.optimizer" in params:
+            # Torch would go on with the tensors of the given state, which may be those of another model
+            state = copy.deepcopy(params["policy.optimizer"])
+            check_optimizer_state(self.policy, state)
+            params = {**params, "policy.optimizer": state}
         with self._gate.closed():
-            super().set_parameters(load_path_or_dict, exact_match, device)
+            super().set_parameters(params, exact_match, device)
             self._after_setting_parameters()
 
     def get_vec_normalize_env(self) -> VecNormalize | None:
@@ -125,14 +251,66 @@ class LiveAlgorithm(BaseAlgorithm):
         with self._gate.closed():
             return super().get_vec_normalize_env()
 
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        Set the training env. Unlike SB3's other algorithms, it may have another number of lanes than the last one:
+        a model that was made from an env's id has many, of which its user may not know.
+
+        :param env: the env
+        :param force_reset: whether the next ``learn()`` resets it, which other lanes have to be
+        :raises ValueError: if its spaces are others, or other lanes shall not be reset
+        :raises RuntimeError: if the model is learning
+        """
+        if self._is_learning():
+            raise RuntimeError("learn() steps the model's env: set another one when it has ended.")
+        env = self._wrap_env(env, self.verbose)
+        check_for_correct_spaces(env, self.observation_space, self.action_space)
+        if env.num_envs != self.n_envs and not force_reset:
+            raise ValueError(
+                f"The env has {env.num_envs} lane(s) and the model's last one had {self.n_envs}: "
+                "it has to be reset, so leave force_reset out."
+            )
+        self.n_envs = env.num_envs
+        super().set_env(env, force_reset)
+
+    # ------------------------------------------------------------------ files and copies
+
     def _before_saving(self) -> None:
-        """Bring the attributes up to date that are saved."""
+        if self._is_learning():
+            self._remember_workers()
 
     def _after_setting_parameters(self) -> None:
-        """Do what new parameters require."""
+        for worker in [] if self._pool is None else self._pool.workers:
+            # Loading replaced the optimizer's statistics
+            worker.local.renew_optimizer()
+
+    def _remember_workers(self) -> None:
+        """Keep what the next ``learn()`` needs to go on where the workers are."""
+        assert self._pool is not None
+        self._last_obs = self._pool.observations
+        self._worker_states = [worker.get_state() for worker in self._pool.workers]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """
+        The state of a copy (``copy.deepcopy``, pickle) made at any time and from any thread. It has no workers and no
+        logger; if the model is learning, the copy begins with a reset of its env.
+        """
+        with self._gate.closed():
+            left_out = {*self._runtime_attributes, "_logger"}
+            state = {name: value for name, value in self.__dict__.items() if name not in left_out}
+            state["_custom_logger"] = False
+            if self._pool is None:
+                return state
+            # The workers go on before the state has been written
+            state["_last_obs"] = state["_worker_states"] = None
+            return copy.deepcopy(state)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._setup_runtime()
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_gate"]
+        return [*super()._excluded_save_params(), "_gate", *self._runtime_attributes]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "policy.optimizer"], []

@@ -1,5 +1,6 @@
 """Files of saved models: they are written completely or not at all, and checked before they are loaded."""
 
+import errno
 import io
 import json
 import os
@@ -7,59 +8,139 @@ import pathlib
 import shutil
 import sys
 import uuid
+import warnings
 import zipfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from typing import Any, BinaryIO
 
 from stable_baselines3.common.save_util import open_path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 #: Modules that earlier versions of this package had, and in which saved models look for classes
 RENAMED_MODULES = {
     "sb3_async1step.common.policies": "sb3_async1step.value_based.policies",
     "sb3_async1step.common.actor_learner": "sb3_async1step.workers.actor_learner",
 }
+#: Temporary files are hidden and lack the suffix of models, so that a search for models does not find them. Their
+#: names are short, since the target's may be as long as the file system allows
+TEMPORARY_PREFIX = ".sb3_async1step-"
+#: Why a file could be written that can't be replaced: a mount point, a folder that is read-only or someone else's
+IRREPLACEABLE = (errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS)
+#: Errors of ``fsync`` where there is no such thing
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+#: Times by which unpacking may enlarge a file. SB3 does not compress, weights hardly shrink, a zip bomb grows a
+#: thousandfold
+MAX_EXPANSION = 100
 
 
-@contextmanager
-def write_atomically(path: pathlib.Path, default_suffix: str) -> Iterator[io.BufferedWriter]:
+def write_atomically(path: pathlib.Path, content: bytes | memoryview) -> None:
     """
-    Write to a temporary file next to the target, which replaces the target at the end of the ``with`` block. Whatever
-    happens (an exception, a kill, a power cut), either the old file or the new one is there.
+    Write to a temporary file next to the target, which then replaces the target. Whatever happens (an exception, a
+    kill, a power cut), either the old file or the new one is there.
+
+    A FIFO or a device is written into, and so is, with a warning, a file that can't be replaced.
 
     :param path: the target; its folder is created if it does not exist
-    :param default_suffix: suffix for a name without one
-    :return: a context manager that gives the open temporary file
+    :param content: what to write
+    :raises OSError: if the content could not be written
     """
-    if path.suffix == "":
-        path = path.with_name(path.name + default_suffix)
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
     # Replace the file that a link points to, not the link
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Hidden, and without the suffix, so that a search for models does not find it
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    remove_leftovers(path.parent)
     try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _fsync_folder(path.parent)
+        _replace(path, content)
+    except OSError as error:
+        if error.errno not in IRREPLACEABLE or not path.exists():
+            raise
+        warnings.warn(
+            f"{path} can't be replaced ({error.strerror}), so it is written in place: if that is interrupted, the "
+            "old model is lost.",
+            stacklevel=3,
+        )
+        with open(path, "wb") as file:
+            _write(file, content)
+
+
+def _replace(path: pathlib.Path, content: bytes | memoryview) -> None:
+    with _create_locked(path.parent) as file:
+        temporary = pathlib.Path(file.name)
+        try:
+            _write(file, content)
+            if path.exists():
+                # Not every file system has modes
+                with suppress(OSError):
+                    shutil.copymode(path, temporary)
+            if fcntl is None:
+                # Windows can't rename an open file
+                file.close()
+            os.replace(temporary, path)
+        except BaseException:
+            file.close()
+            temporary.unlink(missing_ok=True)
+            raise
+    # Without this, a power cut may undo the renaming. Not every file system can do it, and Windows can't open folders
+    with suppress(OSError):
+        _fsync_folder(path.parent)
+
+
+def _write(file: BinaryIO, content: bytes | memoryview) -> None:
+    file.write(content)
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
 
 
 def _fsync_folder(folder: pathlib.Path) -> None:
-    # Without this, a power cut may undo the renaming. Windows cannot open folders
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _create_locked(folder: pathlib.Path) -> BinaryIO:
+    """Create a temporary file. Its writer holds a lock on it, which the system releases at the writer's death."""
+    while True:
+        file = open(folder / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}", "xb")  # noqa: SIM115
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            if fcntl is not None:
+                # Not every file system has locks; those without keep the files of dead writers
+                with suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            # Before it was locked, another writer may have removed it as a dead one's
+            if os.path.exists(file.name):
+                return file
+        except BaseException:
+            file.close()
+            pathlib.Path(file.name).unlink(missing_ok=True)
+            raise
+        file.close()
+
+
+def remove_leftovers(folder: pathlib.Path) -> None:
+    """
+    Remove the temporary files of writers that were killed.
+
+    :param folder: where they are; nothing happens where the system has no locks on files
+    """
+    for temporary in folder.glob(f"{TEMPORARY_PREFIX}*") if fcntl is not None else ():
+        # An error if its writer lives or has just ended
+        with suppress(OSError), open(temporary, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            temporary.unlink()
 
 
 @contextmanager
@@ -78,9 +159,55 @@ def renamed_modules() -> Iterator[None]:
             sys.modules.pop(old, None)
 
 
+def read_attributes(path: str | pathlib.Path | io.BufferedIOBase) -> dict[str, Any]:
+    """
+    Check that a file is a saved model, and that it is whole.
+
+    :param path: a saved model
+    :return: its attributes, as SB3 wrote them in JSON
+    :raises ValueError: if it is damaged, or no saved model
+    """
+    file = open_path(path, "r", suffix="zip")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            _check_sizes(archive, file.seek(0, io.SEEK_END))
+            # Checksums tell whether anything was changed
+            damaged = archive.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+            attributes = json.loads(archive.read("data"))
+        if not isinstance(attributes, dict):
+            raise ValueError("its data are no attributes")
+    except MemoryError:
+        raise
+    # zipfile, zlib and json raise many kinds, also NotImplementedError, EOFError and RecursionError
+    except Exception as error:
+        raise ValueError(f"{path} is damaged, or no saved model: {describe(error)}.") from error
+    finally:
+        if file is path:
+            file.seek(0)
+        else:
+            file.close()
+    return attributes
+
+
+def _check_sizes(archive: zipfile.ZipFile, file_size: int) -> None:
+    members = archive.infolist()
+    if sum(member.file_size for member in members) > MAX_EXPANSION * file_size:
+        raise zipfile.BadZipFile(f"unpacked, it would be more than {MAX_EXPANSION} times as large")
+    for member in members:
+        if member.filename.endswith(".pth"):
+            # What torch.save() wrote is an archive, too
+            with archive.open(member) as file:
+                if zipfile.is_zipfile(file):
+                    _check_sizes(zipfile.ZipFile(file), member.file_size)
+    if not {member.compress_type for member in members} <= {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+        raise zipfile.BadZipFile("it is compressed in an unusual way")
+
+
 def check_saved_model(
     path: str | pathlib.Path | io.BufferedIOBase, algorithm: str, expected: Collection[str], counterpart: str
-) -> None:
+) -> dict[str, Any]:
     """
     Check that a file holds a model that an algorithm can load, for a clearer error than that of loading another one.
 
@@ -88,22 +215,41 @@ def check_saved_model(
     :param algorithm: name of the algorithm that is about to load it
     :param expected: names of attributes that only models which it can load have together
     :param counterpart: name of SB3's algorithm with the same policies
+    :return: the model's attributes, as SB3 wrote them in JSON
     :raises ValueError: if the file is damaged, or was saved by another algorithm
     """
-    file = open_path(path, "r", suffix="zip")
-    try:
-        with zipfile.ZipFile(file) as archive:
-            attributes = json.loads(archive.read("data"))
-    except (zipfile.BadZipFile, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged, or no saved model: {error}") from error
-    finally:
-        if file is path:
-            file.seek(0)
-        else:
-            file.close()
+    attributes = read_attributes(path)
     if not set(expected) <= set(attributes):
         raise ValueError(
             f"{path} was not saved by {algorithm}: load it with the class that saved it. "
             f"To start from the weights of {counterpart}, use "
             f"model.policy.load_state_dict({counterpart.lower()}.policy.state_dict())."
         )
+    return attributes
+
+
+@contextmanager
+def explain_errors(path: object) -> Iterator[None]:
+    """
+    Inside the ``with`` block, in which a model is built from a file, a ``KeyError`` or whatever else its content leads
+    to becomes a ``ValueError`` that names the file.
+
+    :param path: the file
+    :return: a context manager
+    :raises ValueError: see above
+    """
+    try:
+        yield
+    except (ValueError, OSError, MemoryError):
+        # These say what is wrong
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} can't be loaded: {describe(error)}.") from error
+
+
+def describe(error: Exception) -> str:
+    """
+    :param error: an exception
+    :return: its class and its text on one line, without a full stop
+    """
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".:")

@@ -46,6 +46,10 @@ class SharedRMSprop(th.optim.Optimizer):
         # Scratch memory of this object, which is neither shared between workers nor saved
         self._denominators: dict[th.Tensor, th.Tensor] = {}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._denominators = {}
+
     @th.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """

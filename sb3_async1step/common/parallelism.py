@@ -1,21 +1,20 @@
 """How many workers pay off, and how many of PyTorch's intra-op threads each of them gets."""
 
 import os
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch as th
 from torch import nn
+
+from sb3_async1step.workers.gate import Call, Calls
 
 #: A network with fewer multiplications for each observation is done before threads have shared the work: on CartPole
 #: and MinAtar (0.02 and 0.2 million) one thread is fastest, on Atari (3 million and more) as many as there are cores
 SMALL_NETWORK = 1_000_000
 
 # Several models may learn at the same time. The number of threads to restore is the one before the first of them began
-_lock = threading.Lock()
-_n_blocks = 0
+_trainings = Calls()
 _original = 1
 
 
@@ -53,24 +52,27 @@ def count_multiplications(network: nn.Module, forward: Callable[[], Any]) -> int
     return n_multiplications
 
 
-@contextmanager
-def intra_op_threads_for(n_workers: int, network_is_small: bool) -> Iterator[None]:
+def set_intra_op_threads(n_workers: int, network_is_small: bool, training: Call) -> None:
     """
-    Give each worker an equal share of PyTorch's intra-op threads inside the ``with`` block, but at least one.
+    Give each worker an equal share of PyTorch's intra-op threads, but at least one.
 
     :param n_workers: number of workers that compute at the same time
     :param network_is_small: whether their network gains nothing from several threads: then each worker has one
+    :param training: the call of ``learn()``, until whose end they have it
     """
-    global _original, _n_blocks
-    with _lock:
-        if _n_blocks == 0:
-            _original = th.get_num_threads()
-        _n_blocks += 1
+    global _original
+    if not _trainings:
+        _original = th.get_num_threads()
+    _trainings.forget_ended()
+    _trainings.add(training)
     # The number is set for the calling thread, and inherited by the threads that it starts
     th.set_num_threads(1 if network_is_small else max(1, _original // n_workers))
-    try:
-        yield
-    finally:
+
+
+def restore_intra_op_threads(training: Call) -> None:
+    """
+    :param training: what :func:`set_intra_op_threads` was given
+    """
+    if training in _trainings:
         th.set_num_threads(_original)
-        with _lock:
-            _n_blocks -= 1
+        _trainings.discard(training)

@@ -1,7 +1,7 @@
 """Checks of parameters, whose errors say what was wrong and what is allowed."""
 
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,12 +75,12 @@ def check_proportions(values_name: str, values: Any, shares_name: str, shares: A
     :param shares_name: name of the parameter that is the proportion of each of several values
     :param shares: its value
     """
-    listed = list(values) if isinstance(values, Iterable) else [values]
+    listed = list(values) if isinstance(values, Sequence) else [values]
     are_valid = len(listed) > 0 and all(is_number(value) and 0 <= value <= 1 for value in listed)
     check(values_name, values, are_valid, "one or more values in [0, 1]")
-    if not isinstance(values, Iterable):
+    if not isinstance(values, Sequence):
         return
-    proportions = list(shares) if isinstance(shares, Iterable) else []
+    proportions = list(shares) if isinstance(shares, Sequence) else []
     are_shares = len(proportions) == len(listed) and all(is_number(share) and share >= 0 for share in proportions)
     check(
         shares_name,
@@ -88,6 +88,14 @@ def check_proportions(values_name: str, values: Any, shares_name: str, shares: A
         are_shares and abs(sum(proportions) - 1) < 1e-6,
         f"{len(listed)} proportions that sum up to 1, one for each value of {values_name} ({values})",
     )
+
+
+def to_list(values: Any) -> Any:
+    """
+    :param values: anything
+    :return: a list, or a single number, if it was an array, a Series or a tensor; anything else unchanged
+    """
+    return values.tolist() if hasattr(values, "tolist") else values
 
 
 def is_number(value: object) -> bool:

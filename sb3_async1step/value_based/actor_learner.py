@@ -54,9 +54,16 @@ class ValueBasedActorLearner(ActorLearner[AnySettings, AnyRollout]):
 
     def __init__(self, recipe: WorkerRecipe, env: VecEnv, observations: Observations, shared: SharedQNetworks) -> None:
         super().__init__(recipe, env, observations, shared)
+        self._set_behaviour()
+
+    def _set_behaviour(self) -> None:
         self.behaviour = BehaviourPolicy(
             self.settings.exploration.take_lanes(self.lanes), self.settings.n_actions, self.random_generator
         )
+
+    def change_settings(self, settings: AnySettings) -> None:
+        super().change_settings(settings)
+        self._set_behaviour()
 
     @abstractmethod
     def compute_targets(self, rollout: AnyRollout) -> th.Tensor:
@@ -87,7 +94,7 @@ class ValueBasedActorLearner(ActorLearner[AnySettings, AnyRollout]):
         actions = self.to_device(rollout.actions).reshape(-1, 1)
         q_values = self.local.learning_network(self.to_batch(rollout.observations)).gather(dim=1, index=actions)
         loss = LOSSES[self.settings.loss](q_values.squeeze(dim=1), targets)
-        return loss, {"train/loss": loss.item()}
+        return loss, {"train/loss": loss.item(), "train/q_mean": q_values.mean().item()}
 
     def compute_target_q_values(self, observations: Observations) -> th.Tensor:
         """

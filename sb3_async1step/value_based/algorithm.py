@@ -20,6 +20,7 @@ from sb3_async1step.common.parameter_checks import (
     check_unit_interval,
     check_whole,
     is_number,
+    to_list,
 )
 from sb3_async1step.sb3_internals import dump_logs_by_episodes
 from sb3_async1step.value_based.actor_learner import LOSSES, ValueBasedSettings
@@ -45,6 +46,17 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
     }
 
     _own_attributes: ClassVar[tuple[str, ...]] = ("target_update_interval",)
+    _followed: ClassVar[frozenset[str]] = AsyncAlgorithm._followed | {
+        "target_update_interval",
+        "tau",
+        "loss",
+        "exploration_fraction",
+        "exploration_initial_eps",
+        "exploration_final_eps",
+        "exploration_final_probs",
+    }
+    _runtime_attributes: ClassVar[tuple[str, ...]] = (*AsyncAlgorithm._runtime_attributes, "_exploration")
+    _fixed_while_learning: ClassVar[frozenset[str]] = AsyncAlgorithm._fixed_while_learning | {"q_net", "q_net_target"}
     _sb3_counterpart: ClassVar[str] = "DQN"
 
     policy: DQNPolicy
@@ -142,6 +154,9 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         self._exploration: ExplorationSchedule | None = None
 
     def _setup_model(self) -> None:
+        # Arrays, Series and tensors would be read by whichever version of NumPy or pandas loads the file
+        self.exploration_final_eps = to_list(self.exploration_final_eps)
+        self.exploration_final_probs = to_list(self.exploration_final_probs)
         super()._setup_model()
         self._create_aliases()
 
@@ -185,13 +200,17 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         }
 
     def _get_exploration_schedule(self, num_envs: int) -> ExplorationSchedule:
-        """One for each ``learn()``."""
+        """One for each ``learn()``, unless a callback changes its parameters."""
         if self._exploration is None:
             final_epsilons = allot_final_epsilons(self.exploration_final_eps, self.exploration_final_probs, num_envs)
             self._exploration = ExplorationSchedule(
                 self.exploration_initial_eps, final_epsilons, self.exploration_fraction
             )
         return self._exploration
+
+    def _change_setting(self, name: str, value: Any) -> None:
+        self._exploration = None
+        super()._change_setting(name, value)
 
     def _share_parameters(self) -> SharedQNetworks:
         return SharedQNetworks(self.policy, self.lock_updates)
@@ -237,4 +256,4 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         return np.where(explores, random_actions, actions), state
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "q_net", "q_net_target", "_exploration"]
+        return [*super()._excluded_save_params(), "q_net", "q_net_target"]

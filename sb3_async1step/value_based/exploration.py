@@ -22,7 +22,7 @@ def allot_final_epsilons(
     """
     if np.ndim(final_eps) == 0:
         return np.full(n_lanes, final_eps, dtype=float)
-    assert final_probs is not None and isinstance(final_eps, Sequence)
+    assert isinstance(final_eps, Sequence)
     quotas = np.asarray(final_probs, dtype=float) * n_lanes
     counts = np.floor(quotas).astype(int)
     # Ties go to the value with the larger proportion; rounding keeps floating-point noise from deciding them

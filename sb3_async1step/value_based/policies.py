@@ -38,6 +38,7 @@ class QNetwork(DQNQNetwork):
 
     def __init__(self, *args: Any, layer_norm: bool, mixed_precision: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.layer_norm = layer_norm
         self.mixed_precision = mixed_precision
         self.normalizes_image = self.normalize_images and is_image_space(self.observation_space)
         if layer_norm:
@@ -52,24 +53,29 @@ class QNetwork(DQNQNetwork):
                 )
             )
 
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        ours = {"layer_norm": self.layer_norm, "mixed_precision": self.mixed_precision}
+        return {**super()._get_constructor_parameters(), **ours}
+
     def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
         """
         :param obs: observations
         :param features_extractor: the features extractor
-        :return: the features, in float32 also with mixed precision
+        :return: the features, in float32 also with mixed precision, which is switched off for an export to ONNX
         """
-        preprocessed_obs = self._preprocess(obs)
-        if not self.mixed_precision:
+        # Tools that run ONNX files seldom know bfloat16
+        mixed_precision = self.mixed_precision and not th.onnx.is_in_onnx_export()
+        preprocessed_obs = self._preprocess(obs, th.bfloat16 if mixed_precision else th.float32)
+        if not mixed_precision:
             return features_extractor(preprocessed_obs)
         with th.autocast(self.device.type, dtype=th.bfloat16):
             features = features_extractor(preprocessed_obs)
         return features.float()
 
-    def _preprocess(self, obs: PyTorchObs) -> PyTorchObs:
+    def _preprocess(self, obs: PyTorchObs, dtype: th.dtype) -> PyTorchObs:
         if not (self.normalizes_image and isinstance(obs, th.Tensor)):
             return preprocess_obs(obs, self.observation_space, normalize_images=self.normalize_images)
         # The same in place, which allocates less memory; bfloat16 represents every integer up to 255 exactly
-        dtype = th.bfloat16 if self.mixed_precision else th.float32
         return obs.to(dtype, copy=True).div_(255.0)
 
 

@@ -1,102 +1,155 @@
 """Keep a VecEnv whole while workers step its parts, and say what happened when one of its processes died."""
 
+import operator
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import wraps
+import signal
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from threading import Thread
-from typing import Any, NoReturn
+from typing import Any
 
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
-from sb3_async1step.sb3_internals import REQUEST_ANSWERED_BY_FALSE
+from sb3_async1step.sb3_internals import REQUEST_ANSWERED_BY_FALSE, REQUEST_OF_AN_ATTRIBUTE
 
 # What callbacks may call on the training env. It would talk to envs (or to pipes) that workers use
 QUERIES = ("env_is_wrapped", "env_method", "get_attr", "get_images", "set_attr")
 STEPS = ("reset", "step_async")
+# What to do with a VecEnv whose processes have ended
+MAKE_ANEW = "make the env anew and give it to the model by set_env()"
 
 
-@contextmanager
-def guard_vec_env(env: VecEnv, standing_still: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+class GuardedMethod(partial):
+    """A function that takes a method's place. In a copy of the env, there are no workers: it is the method again."""
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        method = self.args[0]
+        return getattr, (method.__self__, method.__name__)
+
+
+def guard_vec_env(
+    env: VecEnv, standing_still: Callable[[], AbstractContextManager[None]], may_step: Callable[[], bool]
+) -> None:
     """
-    Inside the ``with`` block, calls of the VecEnv's methods wait until no worker steps, and steps and resets raise.
+    Until :func:`unguard_vec_env`, calls of the VecEnv's methods wait until no worker steps, and steps and resets are
+    for workers only.
 
-    :param env: the VecEnv whose parts are stepped by workers
+    :param env: the training env
     :param standing_still: makes the workers stand still
+    :param may_step: whether the calling thread may step or reset the env
     """
     base = env.unwrapped
 
-    def make_wait(method: Callable) -> Callable:
-        @wraps(method)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with standing_still():
-                return method(*args, **kwargs)
+    def wait(method: Callable, *args: Any, **kwargs: Any) -> Any:
+        with standing_still():
+            return method(*args, **kwargs)
 
-        return call
-
-    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
-        raise RuntimeError("The workers of learn() step this env: nobody else may step or reset it until learn() ends.")
+    def refuse(method: Callable, *args: Any, **kwargs: Any) -> Any:
+        if may_step():
+            return method(*args, **kwargs)
+        raise RuntimeError(
+            "learn() steps this env: nobody else may step or reset it until learn() ends. "
+            "A callback that evaluates the model (EvalCallback) needs an env of its own."
+        )
 
     for name in QUERIES:
-        setattr(base, name, make_wait(getattr(base, name)))
+        setattr(base, name, GuardedMethod(wait, getattr(base, name)))
     for name in STEPS:
-        setattr(base, name, refuse)
-    try:
-        yield
-    finally:
-        for name in (*QUERIES, *STEPS):
-            delattr(base, name)
+        setattr(base, name, GuardedMethod(refuse, getattr(base, name)))
 
 
-@contextmanager
-def watch_processes(env: VecEnv) -> Iterator[None]:
+def unguard_vec_env(env: VecEnv) -> None:
     """
-    Inside the ``with`` block, the death of one of a ``SubprocVecEnv``'s processes ends the others as well: such a
-    VecEnv can't be used (nor closed in SB3's way) any more, and who waits for an answer might wait forever. After
-    any other exception, no answers to earlier calls are on their way.
+    :param env: the training env; nothing happens if it is not guarded
+    """
+    for name in (*QUERIES, *STEPS):
+        env.unwrapped.__dict__.pop(name, None)
+
+
+class ProcessWatcher:
+    """
+    While it watches, the death of one of a ``SubprocVecEnv``'s processes ends the others as well: such a VecEnv can't
+    be used (nor closed in SB3's way) any more, and who waits for an answer might wait forever. A terminal's Ctrl-C
+    interrupts all processes of its program; those of the VecEnv ignore it.
 
     :param env: the VecEnv; one of another class is left alone
-    :raises RuntimeError: if a process died; names its lane
     """
-    base = env.unwrapped
-    if not isinstance(base, SubprocVecEnv) or base.closed:
-        yield
-        return
-    deaths: list[str] = []
-    stop_reader, stop_writer = Pipe(duplex=False)
 
-    def watch() -> None:
-        ended = wait([process.sentinel for process in base.processes] + [stop_reader])
-        for lane, process in enumerate(base.processes):
-            if process.sentinel in ended:
-                process.join()
-                deaths.append(f"The process of env lane {lane} {describe_exit(process.exitcode)}.")
-        if deaths:
-            end_processes(base)
+    def __init__(self, env: VecEnv) -> None:
+        self._env = env.unwrapped
+        self._thread = Thread(target=self._watch, name="process-watcher", daemon=True)
+        self._is_watching = False
+        self._deaths: list[str] = []
+        self._reader, self._writer = Pipe(duplex=False)
 
-    watcher = Thread(target=watch, name="process-watcher", daemon=True)
-    watcher.start()
-    try:
-        yield
-    except BaseException as exception:
-        if isinstance(exception, (EOFError, OSError)):
-            # A pipe may break before the process is seen to have ended
-            watcher.join(timeout=1.0)
-            if deaths:
-                raise RuntimeError(f"{deaths[0]} If it raised an exception, its traceback was printed.") from exception
-        with suppress(EOFError, OSError):
-            # Unless Ctrl-C ended them, too
-            discard_replies(base)
-        raise
-    finally:
+    def start(self) -> None:
+        """
+        Watch from now on.
+
+        :raises RuntimeError: if the VecEnv is closed
+        """
+        if not isinstance(self._env, SubprocVecEnv):
+            return
+        if self._env.closed:
+            raise RuntimeError(f"The env is closed, or one of its processes has ended: {MAKE_ANEW}.")
+        self._is_watching = True
+        self._thread.start()
+        ignore_ctrl_c(self._env)
+
+    def _watch(self) -> None:
+        assert isinstance(self._env, SubprocVecEnv)
+        try:
+            ended = wait([process.sentinel for process in self._env.processes] + [self._reader])
+            for lane, process in enumerate(self._env.processes):
+                if process.sentinel in ended:
+                    process.join()
+                    self._deaths.append(f"The process of env lane {lane} {describe_exit(process.exitcode)}.")
+            if not self._deaths:
+                # On this thread, which no Ctrl-C interrupts
+                heed_ctrl_c(self._env)
+        except (EOFError, OSError):
+            self._deaths.append("A process of the env ended.")
+        finally:
+            if self._deaths:
+                end_processes(self._env)
+            self._is_watching = False
+
+    def check(self, exception: BaseException) -> None:
+        """
+        :param exception: an exception of the training
+        :raises RuntimeError: if its cause is a process that died; names the lane
+        """
+        if not isinstance(exception, (EOFError, OSError)):
+            return
+        # A pipe may break before the process is seen to have ended
+        deadline = time.monotonic() + 1.0
+        while self._is_watching and not self._deaths and time.monotonic() < deadline:
+            time.sleep(0.001)
+        if self._deaths:
+            raise RuntimeError(
+                f"{self._deaths[0]} If it raised an exception, its traceback was printed. To go on, {MAKE_ANEW}."
+            ) from exception
+
+    def end(self) -> None:
+        """
+        Watch no longer, and throw away what the processes still answer to an interrupted step or reset. If this is
+        interrupted, it can be called again.
+        """
         # Not just closed: a process that was forked meanwhile holds this end of the pipe, too
-        stop_writer.send(None)
-        watcher.join()
-        stop_writer.close()
-        stop_reader.close()
+        self._writer.send(None)
+        try:
+            while self._is_watching and self._thread.is_alive():
+                time.sleep(0.001)
+        except KeyboardInterrupt:
+            # It was pressed again while an env did not answer
+            assert isinstance(self._env, SubprocVecEnv)
+            end_processes(self._env)
+            raise
 
 
 def describe_exit(exitcode: int | None) -> str:
@@ -117,16 +170,55 @@ def end_processes(env: SubprocVecEnv) -> None:
     env.closed = True
 
 
-def discard_replies(env: SubprocVecEnv) -> None:
+class Call:
     """
-    Throw away what the processes still answer to an interrupted step or reset.
+    A call that the process makes that unpickles it.
+
+    :param function: its result is what the other process gets in place of this object
+    :param args: the function's arguments
+    """
+
+    def __init__(self, function: Callable, *args: Any) -> None:
+        self.function = function
+        self.args = args
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return self.function, self.args
+
+
+def on_ctrl_c(handler: Any, argument: Any) -> Any:
+    """
+    :param handler: what the process that receives the argument does from then on when it is interrupted
+    :param argument: of a request to a process
+    :return: the same argument for that process
+    """
+    return Call(operator.getitem, [Call(signal.signal, signal.SIGINT, handler), argument], 1)
+
+
+def ignore_ctrl_c(env: SubprocVecEnv) -> None:
+    """
+    :param env: its processes ignore Ctrl-C from then on
+    :raises EOFError: if a process ended
+    :raises OSError: if a pipe is broken
+    """
+    command, argument = REQUEST_OF_AN_ATTRIBUTE
+    for remote in env.remotes:
+        remote.send((command, on_ctrl_c(signal.SIG_IGN, argument)))
+    for remote in env.remotes:
+        remote.recv()
+
+
+def heed_ctrl_c(env: SubprocVecEnv) -> None:
+    """
+    Undo :func:`ignore_ctrl_c`, and throw away what the processes still answer to an interrupted step or reset.
 
     :param env: the VecEnv
     :raises EOFError: if a process ended
     :raises OSError: if a pipe is broken
     """
-    for remote in env.remotes:
-        remote.send(REQUEST_ANSWERED_BY_FALSE)
+    command, argument = REQUEST_ANSWERED_BY_FALSE
+    for remote in () if env.closed else env.remotes:
+        remote.send((command, on_ctrl_c(signal.default_int_handler, argument)))
         # On Windows, a pipe is no Connection but a PipeConnection
         read = read_bytes_until if isinstance(remote, Connection) else read_messages_until
         read(remote, False)

@@ -5,6 +5,7 @@ Only this module asks which of the two they are.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,14 @@ def map_arrays(function: Callable[..., np.ndarray], *observations: Observations)
     if isinstance(first, dict):
         return {key: function(*(parts[key] for parts in observations)) for key in first}
     return function(*observations)
+
+
+def to_arrays(observations: Any) -> Observations:
+    """
+    :param observations: what a VecEnv returned: lists or tensors, perhaps
+    :return: the same as arrays; those that are arrays already are not copied
+    """
+    return map_arrays(np.asarray, observations)
 
 
 def list_arrays(observations: Observations) -> list[np.ndarray]:

@@ -9,7 +9,7 @@ import torch as th
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_async1step.vec_envs.observations import Observations, list_arrays, replace_rows
+from sb3_async1step.vec_envs.observations import Observations, list_arrays, replace_rows, to_arrays
 from sb3_async1step.workers.rollout import AnyRollout, Rollout, RolloutBuffer, merge_time_and_lanes
 from sb3_async1step.workers.shared_parameters import LocalParameters, SharedParameters
 from sb3_async1step.workers.transitions import Transitions, UpdateStats
@@ -195,36 +195,84 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
             changed then
         """
         if self._steps_since_update == 0:
+            self._follow_update_interval()
             self.begin_segment()
         actions = self.choose_actions()
         env_actions = self.to_env_actions(actions)
-        result: Any = self.env.step(env_actions)
-        new_obs, rewards, dones, infos = result
-        self._check_finite("reward", rewards)
-        self._check_finite("observation", new_obs)
+        new_obs, rewards, dones, infos = self._step_env(env_actions)
         self.rollout.add(self.complete_step(self._describe_step(actions, new_obs, rewards, dones, infos), new_obs))
         self.observations = new_obs
         self._steps_since_update += 1
 
         # As in the paper, a single lane also updates at the end of its episode
-        is_due = self._steps_since_update == self.settings.update_interval or (self.n_lanes == 1 and bool(dones[0]))
+        is_due = self._steps_since_update == self.rollout.n_steps or (self.n_lanes == 1 and bool(dones[0]))
         if is_due:
             self.accumulate_gradient()
         self.end_step(num_timesteps)
         updates = [self._update()] if is_due else []
         return Transitions(env_actions, new_obs, rewards, dones, infos, updates)
 
+    def change_settings(self, settings: AnySettings) -> None:
+        """
+        :param settings: those to follow from the next step on; the update interval from the next segment on
+        """
+        self.settings = settings
+
+    def _follow_update_interval(self) -> None:
+        if self.rollout.n_steps != self.settings.update_interval:
+            self.rollout = RolloutBuffer(self.settings.update_interval)
+
+    def _step_env(self, actions: np.ndarray) -> tuple[Observations, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        """
+        Step the env. As with SB3's DQN, a VecEnv of the user's own may return whatever numpy makes arrays from.
+
+        :param actions: as the env understands them
+        :return: what ``VecEnv.step()`` returns, as arrays
+        :raises ValueError: if a reward or an observation is not finite, or there is not one for each lane
+        """
+        result: Any = self.env.step(actions)
+        new_obs, rewards, dones, infos = result
+        new_obs = to_arrays(new_obs)
+        rewards, dones = self._to_lanes("rewards", rewards), self._to_lanes("dones", dones, dtype=bool)
+        self._check_finite("reward", rewards)
+        self._check_finite("observation", new_obs)
+        self._check_shape(new_obs)
+        return new_obs, rewards, dones, list(infos)
+
+    def _to_lanes(self, name: str, values: Any, dtype: type[bool] | None = None) -> np.ndarray:
+        array = np.asarray(values, dtype=dtype)
+        if array.size != self.n_lanes:
+            raise ValueError(
+                f"The env returned {name} of shape {array.shape} for {self.n_lanes} lane(s), each of which needs one."
+            )
+        return array.reshape(self.n_lanes)
+
+    def _check_shape(self, new_obs: Observations) -> None:
+        for new, old in zip(list_arrays(new_obs), list_arrays(self.observations), strict=True):
+            if new.shape != old.shape:
+                raise ValueError(
+                    f"The observations of {self.n_lanes} lane(s) had the shape {old.shape}, now {new.shape}."
+                )
+
     def _describe_step(
         self, actions: np.ndarray, new_obs: Any, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]
     ) -> Rollout:
         truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos], dtype=bool) & dones
         # Only truncated lanes need their terminal observation: after a termination, nothing is bootstrapped
-        ends = {int(lane): infos[lane]["terminal_observation"] for lane in np.flatnonzero(truncated)}
+        ends = {int(lane): self._get_terminal_observation(int(lane), infos[lane]) for lane in np.flatnonzero(truncated)}
         next_observations = replace_rows(new_obs, ends)
         if ends:
             self._check_finite("terminal observation", next_observations)
         rewards = np.asarray(rewards, dtype=np.float32)
         return Rollout(self.observations, actions, rewards, next_observations, dones & ~truncated, truncated)
+
+    def _get_terminal_observation(self, lane: int, info: dict[str, Any]) -> Observations:
+        if info.get("terminal_observation") is None:
+            raise ValueError(
+                f'The info of env lane {self.lanes[lane]} says "TimeLimit.truncated", but its "terminal_observation" '
+                "is missing: the last observation of the episode, on which the return is bootstrapped."
+            )
+        return info["terminal_observation"]
 
     def _check_finite(self, name: str, values: Observations) -> None:
         for array in list_arrays(values):
@@ -250,20 +298,22 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         self._metrics.append((metrics, n_steps))
 
     def _update(self) -> UpdateStats:
-        self._clip_gradient()
+        grad_norm = self._clip_gradient()
         staleness = self.local.push()
-        metrics = _average(self._metrics)
+        metrics = {**_average(self._metrics), "train/grad_norm": grad_norm}
         self._metrics.clear()
         self._steps_since_update = 0
         return UpdateStats(metrics, staleness)
 
-    def _clip_gradient(self) -> None:
+    def _clip_gradient(self) -> float:
+        """Return the norm before."""
         norm = th.nn.utils.clip_grad_norm_(self.local.learning_network.parameters(), self.settings.max_grad_norm)
         if not th.isfinite(norm):
             raise ValueError(
                 f"The gradient's norm is {norm.item()}: the training diverges. The update was not applied. "
                 "Lower the learning rate, or normalize rewards and observations (VecNormalize)."
             )
+        return norm.item()
 
     # ------------------------------------------------------------------ tensors
 

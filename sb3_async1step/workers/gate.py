@@ -1,77 +1,302 @@
 """The gate between the threads that change a model or step its environments, and those that want it to stand still."""
 
+import math
+import os
+import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from types import FrameType, TracebackType
+from weakref import WeakSet
+
+#: Seconds after which a waiting thread looks whether it waits for a call that was interrupted
+PATIENCE = 0.05
+#: Seconds that a fork waits for workers to end their steps, at most: one of them may wait for the thread that forks
+PATIENCE_BEFORE_FORK = 5.0
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """
+    A call of a function, which may end without a trace: a ``KeyboardInterrupt`` can be raised between any two bytecodes
+    of the main thread, in a ``finally`` clause, too, and a fork copies the calling thread only.
+
+    :param frame: frame of the call
+    """
+
+    frame: FrameType
+    thread_id: int = field(default_factory=threading.get_ident)
+    process_id: int = field(default_factory=os.getpid)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has not ended yet."""
+        frame = sys._current_frames().get(self.thread_id) if self.process_id == os.getpid() else None
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is not None
+
+
+class Calls:
+    """Calls in the order in which they were added. Other threads see each change as a whole, without a lock."""
+
+    def __init__(self) -> None:
+        self._calls: dict[Call, None] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._calls)
+
+    def __contains__(self, call: Call) -> bool:
+        return call in self._calls
+
+    def add(self, call: Call) -> None:
+        """
+        :param call: a call
+        """
+        self._calls[call] = None
+
+    def discard(self, call: Call) -> bool:
+        """
+        :param call: a call
+        :return: whether it was there
+        """
+        return self._calls.pop(call, self) is None
+
+    def list(self) -> list[Call]:
+        """
+        :return: the calls
+        """
+        return list(self._calls)
+
+    def is_by_this_thread(self) -> bool:
+        """
+        :return: whether one of them was made by the calling thread, and has not ended yet
+        """
+        thread_id = threading.get_ident()
+        return any(call.thread_id == thread_id and call.is_running for call in self.list())
+
+    def forget_ended(self) -> None:
+        """Discard the calls that were interrupted before they could do so."""
+        for call in self.list():
+            if not call.is_running:
+                self.discard(call)
 
 
 class Gate:
     """
     Whoever changes the model is inside; whoever reads or replaces it as a whole waits until nobody is, and keeps the
     gate closed meanwhile. A model has one gate all its life, so that a training waits for those that closed it before.
+
+    It is fair: a thread that closes the gate lets those pass first that wait in front of it.
+
+    Nothing in it can be left locked by an interrupted call. Each thread first says what it is about to do, and then
+    looks whether it may; what a call has left behind is forgotten once somebody waits for it.
     """
 
     def __init__(self) -> None:
-        #: Guards this object and its pool, and is notified of every change that a thread may wait for
-        self.changed = threading.Condition()
-        self._n_closed = 0
-        self._inside: list[threading.Thread] = []
+        self._learning = Calls()
+        self._closing = Calls()
+        self._inside = Calls()
+        self._waiting = Calls()
+        # Threads that wait for something, and the locks by whose release others wake them
+        self._sleeping: dict[Call, threading.Lock] = {}
+        _gates.add(self)
 
     def __reduce__(self) -> tuple[type["Gate"], tuple]:
         # A copy of the model starts with no threads
         return type(self), ()
 
-    @property
-    def is_open(self) -> bool:
-        return self._n_closed == 0
+    # ------------------------------------------------------------------ one learn() at a time
 
-    @contextmanager
-    def closed(self) -> Iterator[None]:
+    def begin_learning(self, call: Call) -> bool:
+        """
+        :param call: a call of ``learn()``
+        :return: whether no other call of it is running
+        """
+        self._learning.forget_ended()
+        self._learning.add(call)
+        if self._learning.list()[0] is call:
+            return True
+        self._learning.discard(call)
+        return False
+
+    def end_learning(self, call: Call) -> None:
+        """
+        :param call: what :meth:`begin_learning` was given
+        """
+        self._learning.discard(call)
+
+    def is_learning(self) -> bool:
+        """
+        :return: whether a call of ``learn()`` is running, in this process
+        """
+        return any(call.is_running for call in self._learning.list())
+
+    # ------------------------------------------------------------------ closing and passing
+
+    def closed(self) -> "_Closed":
         """
         Wait until no thread is inside, and keep all threads from entering until the end of the ``with`` block. Any
         thread may call this.
 
         :return: a context manager
         """
-        # A call from inside a step (from an env that plays against the model, say) would wait for itself
-        if threading.current_thread() in self._inside:
-            yield
-            return
-        with self.changed:
-            self._n_closed += 1
-        try:
-            with self.changed:
-                self.changed.wait_for(lambda: not self._inside)
-            yield
-        finally:
-            with self.changed:
-                self._n_closed -= 1
-                if self.is_open:
-                    self.changed.notify_all()
+        return _Closed(self)
 
-    @contextmanager
-    def passed(self) -> Iterator[None]:
+    def passed(self, when: Callable[[], bool] = lambda: True) -> "_Passed":
         """
         Wait until the gate is open, and be inside until the end of the ``with`` block, in which the calling thread
         changes the model.
 
+        :param when: a further condition; whoever makes it true calls :meth:`notify`
         :return: a context manager
         """
-        with self.changed:
-            self.changed.wait_for(lambda: self.is_open)
-            self.enter()
+        return _Passed(self, when)
+
+    def is_inside(self) -> bool:
+        """
+        :return: whether the calling thread is inside
+        """
+        return self._inside.is_by_this_thread()
+
+    def close(self, call: Call, timeout: float = math.inf) -> None:
+        """
+        :param call: the gate is closed until it calls :meth:`open`
+        :param timeout: seconds to wait at most
+        """
+        if self.is_inside() or self._closing.is_by_this_thread():
+            # An env that plays against the model, say. It would wait for itself
+            return
+        deadline = time.monotonic() + timeout
+        self.wait_for(lambda: not self._waiting or time.monotonic() > deadline)
+        self._closing.add(call)
+        self.wait_for(lambda: not self._inside or time.monotonic() > deadline)
+
+    def open(self, call: Call) -> None:
+        """
+        :param call: what :meth:`close` was given
+        """
+        if self._closing.discard(call):
+            self.notify()
+
+    def enter(self, call: Call, when: Callable[[], bool]) -> None:
+        """
+        :param call: it is inside until it calls :meth:`leave`
+        :param when: a further condition
+        """
+
+        def may_enter() -> bool:
+            if not when():
+                # Nobody who closes the gate need wait for this call
+                self._stop_waiting(call)
+                return False
+            if not self._closing:
+                self._inside.add(call)
+                # Unless it was closed between these two lines
+                if not self._closing:
+                    return True
+                self.leave(call)
+            self._waiting.add(call)
+            return False
+
         try:
-            yield
+            self.wait_for(may_enter)
         finally:
-            self.leave()
+            self._stop_waiting(call)
 
-    def enter(self) -> None:
-        """Enter; the caller holds ``changed``, and has seen that the gate is open."""
-        self._inside.append(threading.current_thread())
+    def leave(self, call: Call) -> None:
+        """
+        :param call: what :meth:`enter` was given
+        """
+        self._inside.discard(call)
+        if self._closing:
+            self.notify()
 
-    def leave(self) -> None:
-        """Leave."""
-        with self.changed:
-            self._inside.remove(threading.current_thread())
-            if not self.is_open:
-                self.changed.notify_all()
+    def _stop_waiting(self, call: Call) -> None:
+        if self._waiting.discard(call):
+            self.notify()
+
+    # ------------------------------------------------------------------ waiting
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """
+        :param condition: returns once this is true; whoever makes it true calls :meth:`notify`
+        """
+        if condition():
+            return
+        call, alarm = Call(sys._getframe()), threading.Lock()
+        alarm.acquire()
+        self._sleeping[call] = alarm
+        try:
+            while not condition():
+                if not alarm.acquire(timeout=PATIENCE):
+                    self._forget_interrupted_calls()
+        finally:
+            self._sleeping.pop(call, None)
+
+    def notify(self) -> None:
+        """Wake the threads that wait, so that they look again."""
+        for alarm in list(self._sleeping.values()):
+            # Unless another thread has been quicker
+            with suppress(RuntimeError):
+                alarm.release()
+
+    def _forget_interrupted_calls(self) -> None:
+        for calls in (self._closing, self._inside, self._waiting):
+            calls.forget_ended()
+        for call in list(self._sleeping):
+            if not call.is_running:
+                self._sleeping.pop(call, None)
+
+
+class _Closed:
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    def __enter__(self) -> None:
+        # The function with the ``with`` block
+        self._call = Call(sys._getframe(1))
+        self._gate.close(self._call)
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._gate.open(self._call)
+
+
+class _Passed:
+    def __init__(self, gate: Gate, when: Callable[[], bool]) -> None:
+        self._gate = gate
+        self._when = when
+
+    def __enter__(self) -> None:
+        self._call = Call(sys._getframe(1))
+        self._gate.enter(self._call, self._when)
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._gate.leave(self._call)
+
+
+# A fork copies the locks that other threads hold inside of PyTorch, which nobody releases in the child
+_gates: WeakSet[Gate] = WeakSet()
+_closed_for_fork: dict[int, list[tuple[Gate, Call]]] = {}
+
+
+def _close_gates() -> None:
+    call = Call(sys._getframe(1))
+    closed = _closed_for_fork[threading.get_ident()] = [(gate, call) for gate in list(_gates)]
+    for gate, call in closed:
+        gate.close(call, PATIENCE_BEFORE_FORK)
+
+
+def _open_gates() -> None:
+    for gate, call in _closed_for_fork.pop(threading.get_ident(), []):
+        gate.open(call)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_close_gates, after_in_parent=_open_gates, after_in_child=_open_gates)

@@ -8,11 +8,11 @@ worker begins another step.
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from threading import Thread, current_thread
-from types import TracebackType
 
 from sb3_async1step.sb3_internals import find_lane_of_exception
+from sb3_async1step.vec_envs.observations import Observations, concatenate
 from sb3_async1step.workers.actor_learner import ActorLearner
+from sb3_async1step.workers.exceptions import add_note
 from sb3_async1step.workers.gate import Gate
 from sb3_async1step.workers.transitions import Transitions
 
@@ -35,14 +35,17 @@ class WorkerPool(ABC):
         n_vector_steps = -(-(total_timesteps - num_timesteps) // self.num_envs)
         self._last_timestep = num_timesteps + n_vector_steps * self.num_envs
         self._gate = gate
-        # Guards the attributes below, and is notified of every change that a thread may wait for
-        self._changed = gate.changed
         self._claimed_timesteps = num_timesteps
         self._is_stopping = False
-        # Idle time of the waits that have ended, and the start of each wait that has not
-        self._idle_seconds = 0.0
-        self._idle_counted_since = time.perf_counter()
-        self._waiting_since: dict[Thread, float] = {}
+        # Of each worker: seconds that it has spent waiting, and when it began to wait if it does
+        self._idle_seconds = dict.fromkeys(workers, 0.0)
+        self._waiting_since: dict[ActorLearner, float] = {}
+        self._idle_before = 0.0, time.perf_counter()
+
+    @property
+    def observations(self) -> Observations:
+        """The current observations of all lanes."""
+        return concatenate([worker.observations for worker in self.workers])
 
     @abstractmethod
     def batches(self) -> Iterator[Transitions]:
@@ -53,34 +56,22 @@ class WorkerPool(ABC):
         :raises BaseException: the first exception that a worker raised, with its own traceback
         """
 
+    @abstractmethod
+    def stop(self) -> None:
+        """Stop all workers, and wait until they have ended. It can be called again if it was interrupted."""
+
     def take_idle_fraction(self) -> float:
         """
         :return: fraction of the time since the last call that a worker spent waiting for other threads, mean over the
             workers
         """
-        with self._changed:
-            now = time.perf_counter()
-            for thread in list(self._waiting_since):
-                self._end_wait(thread, now)
-                self._waiting_since[thread] = now
-            fraction = self._idle_seconds / max(now - self._idle_counted_since, 1e-9) / len(self.workers)
-            self._idle_seconds, self._idle_counted_since = 0.0, now
-        return fraction
-
-    def _end_wait(self, thread: Thread, now: float) -> None:
-        self._idle_seconds += now - self._waiting_since.pop(thread)
-
-    def __enter__(self) -> "WorkerPool":
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    @abstractmethod
-    def stop(self) -> None:
-        """Stop all workers, and wait until they have ended."""
+        now = time.perf_counter()
+        idle_seconds = sum(self._idle_seconds.values()) + sum(
+            now - start for start in list(self._waiting_since.values())
+        )
+        idle_seconds_before, then = self._idle_before
+        self._idle_before = idle_seconds, now
+        return max(idle_seconds - idle_seconds_before, 0.0) / max(now - then, 1e-9) / len(self.workers)
 
     def _step(self, worker: ActorLearner) -> Transitions | None:
         """
@@ -89,24 +80,14 @@ class WorkerPool(ABC):
         :param worker: the worker
         :return: its transitions, None if the training is over
         """
-        with self._changed:
-            if not self._may_step():
-                self._waiting_since[current_thread()] = time.perf_counter()
-                try:
-                    self._changed.wait_for(self._may_step)
-                finally:
-                    self._end_wait(current_thread(), time.perf_counter())
+        self._waiting_since[worker] = time.perf_counter()
+        with self._gate.passed(self._may_step):
+            self._idle_seconds[worker] += time.perf_counter() - self._waiting_since.pop(worker)
             num_timesteps = None if self._is_stopping else self._claim(worker.n_lanes)
-            if num_timesteps is None:
-                return None
-            self._gate.enter()
-        try:
-            return run_step(worker, num_timesteps)
-        finally:
-            self._gate.leave()
+            return None if num_timesteps is None else run_step(worker, num_timesteps)
 
     def _may_step(self) -> bool:
-        return self._is_stopping or self._gate.is_open
+        return True
 
     def _claim(self, n_lanes: int) -> int | None:
         """
@@ -139,7 +120,7 @@ def run_step(worker: ActorLearner, num_timesteps: int) -> Transitions:
         # Unchanged, it would end the loop over the batches as if the training were over
         raise RuntimeError(f"StopIteration was raised in {describe_lanes(worker, exception)}.") from exception
     except Exception as exception:
-        exception.add_note(f"Raised in {describe_lanes(worker, exception)}.")
+        add_note(exception, f"Raised in {describe_lanes(worker, exception)}.")
         raise
 
 

@@ -14,4 +14,4 @@ class SerialWorkerPool(WorkerPool):
             yield join(parts)
 
     def stop(self) -> None:
-        pass
+        self._is_stopping = True

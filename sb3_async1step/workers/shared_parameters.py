@@ -5,8 +5,10 @@ import threading
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.policies import BaseModel, BasePolicy
+from torch import nn
 
 AnyNetwork = TypeVar("AnyNetwork", bound=BaseModel)
 
@@ -27,6 +29,10 @@ class SharedParameters:
     def __init__(self, network: BaseModel, policy: BasePolicy, lock_updates: bool) -> None:
         self.network = network
         self.policy = policy
+        # Of the modules that the network has now: workers can't follow if somebody replaces them
+        self.modules = list(network.modules())
+        self.parameters = list(network.parameters())
+        self.buffers = list(network.buffers())
         # Adam divides the mean of the gradients by the root of their mean square. Without a lock, another worker may
         # have added to the mean already, but not yet to the mean square: where that is still zero, the step is immense
         self.lock_updates = lock_updates or not getattr(policy.optimizer, "is_lock_free", False)
@@ -37,11 +43,12 @@ class SharedParameters:
         self._update_lock = threading.Lock()
         self._count_lock = threading.Lock()
 
-    def push(self, optimizer: th.optim.Optimizer) -> int:
+    def push(self, optimizer: th.optim.Optimizer, gradients: list[th.Tensor | None]) -> int:
         """
         Apply the gradient of a view to the online network.
 
         :param optimizer: the view's optimizer
+        :param gradients: the gradient of each parameter
         :return: how many updates all workers had applied before this one
         """
         for group, shared_group in zip(optimizer.param_groups, self.policy.optimizer.param_groups, strict=True):
@@ -53,6 +60,9 @@ class SharedParameters:
             optimizer.step()
             self._optimizer_has_state = True
         with self._count_lock:
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                # Callbacks may look at it
+                parameter.grad = gradient
             self.n_updates += 1
             return self.n_updates - 1
 
@@ -89,32 +99,48 @@ class LocalParameters:
         self._optimizer = view_optimizer(self._shared.policy, self._shared.network, self._view)
 
     def pull(self) -> None:
-        """Read the shared parameters: theta' <- theta."""
-        if self.thread_specific:
-            with th.no_grad():
-                for mine, shared in zip(self.learning_network.parameters(), self._view.parameters(), strict=True):
-                    mine.copy_(shared)
+        """Read the shared parameters, theta' <- theta, and which of them are frozen."""
+        for mine, shared in zip(self.learning_network.parameters(), self._shared.parameters, strict=True):
+            mine.requires_grad_(shared.requires_grad)
+            if self.thread_specific:
+                mine.data.copy_(shared.data)
         self._n_updates_when_pulled = self._shared.n_updates
 
     def push(self) -> int:
         """
-        Apply the accumulated gradient to the shared parameters, and clear it.
+        Apply the accumulated gradient to the shared parameters, where callbacks may read it, and clear it.
 
         :return: number of updates that others applied between the last pull and this one
         """
-        for mine, view in zip(self.learning_network.parameters(), self._view.parameters(), strict=True):
-            view.grad = mine.grad
-        n_updates_before = self._shared.push(self._optimizer)
+        gradients = [parameter.grad for parameter in self.learning_network.parameters()]
+        for view, gradient in zip(self._view.parameters(), gradients, strict=True):
+            view.grad = gradient
+        n_updates_before = self._shared.push(self._optimizer, gradients)
         for mine, view in zip(self.learning_network.parameters(), self._view.parameters(), strict=True):
             mine.grad = view.grad = None
         return n_updates_before - self._n_updates_when_pulled
 
     def share_buffers(self) -> None:
         """Share those buffers (of BatchNorm) that a forward pass replaced instead of changing them in place."""
-        for mine, shared in zip(self.learning_network.buffers(), self._shared.network.buffers(), strict=True):
+        for mine, shared in zip(self.learning_network.buffers(), self._shared.buffers, strict=True):
             if mine.data_ptr() != shared.data_ptr():
                 shared.copy_(mine)
                 mine.data = shared.data
+
+    def list_unshared_state(self) -> list[str]:
+        """
+        :return: names of numbers and arrays that the worker's modules have changed, but keep as plain attributes, which
+            are not shared
+        """
+        modules = zip(self.learning_network.named_modules(), self._shared.modules, strict=True)
+        return [
+            f"{name}.{key}"
+            for (name, mine), shared in modules
+            for key, value in vars(mine).items()
+            if isinstance(value, (int, float, np.ndarray, th.Tensor))
+            and key not in ("training", "call_super_init")
+            and not np.array_equal(value, vars(shared).get(key, value))
+        ]
 
     def get_gradients(self) -> list[th.Tensor | None]:
         """
@@ -148,6 +174,7 @@ def copy_network(network: AnyNetwork) -> AnyNetwork:
     """
     :param network: a network, or a policy with an optimizer
     :return: a copy with values of its own, but with the same buffers (statistics of BatchNorm), and no optimizer
+    :raises TypeError: if a module keeps something that can't be copied in a list, or deeper; names the module
     """
     memo: dict[int, Any] = {}
     if hasattr(network, "optimizer"):
@@ -155,12 +182,44 @@ def copy_network(network: AnyNetwork) -> AnyNetwork:
     if hasattr(network, "action_dist"):
         # It keeps what it was last called with, tensors that can't be copied deeply
         memo[id(network.action_dist)] = copy.copy(network.action_dist)
-    duplicate = copy.deepcopy(network, memo)
+    try:
+        duplicate = copy.deepcopy(network, memo.copy())
+    except Exception:
+        duplicate = copy.deepcopy(network, memo | find_uncopyable(network, memo))
     for mine in duplicate.parameters():
         mine.grad = None
     for my_buffer, shared_buffer in zip(duplicate.buffers(), network.buffers(), strict=True):
         my_buffer.data = shared_buffer.data
     return duplicate
+
+
+def find_uncopyable(network: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
+    """
+    Find out what to put in the place of attributes that can't be copied deeply.
+
+    :param network: a network
+    :param memo: what to put in the place of others, by their ids
+    :return: the same for the attributes found: for a tensor that was computed from parameters (the weight of
+        ``weight_norm``, say) a detached copy, for anything else (locks, open files) the object itself, to be shared
+    :raises TypeError: if such an attribute is a container, whose modules must not be shared
+    """
+    found: dict[int, Any] = {}
+    for name, module in network.named_modules():
+        for attribute, value in vars(module).items():
+            # These are copied with their modules. What they hold is looked for there
+            if attribute in ("_modules", "_parameters", "_buffers"):
+                continue
+            try:
+                copy.deepcopy(value, memo | found)
+            except Exception as exception:
+                if isinstance(value, (dict, list, set, tuple, nn.Module)):
+                    raise TypeError(
+                        f"Workers need copies of the network, but '{attribute}' of its module '{name}' "
+                        f"({type(module).__name__}) can't be copied: {exception}. Keep what can't be copied in an "
+                        f"attribute of its own, which the copies share, or define {type(module).__name__}.__deepcopy__."
+                    ) from exception
+                found[id(value)] = value.detach().clone() if isinstance(value, th.Tensor) else value
+    return found
 
 
 def view_network(network: AnyNetwork) -> AnyNetwork:
@@ -182,13 +241,49 @@ def view_optimizer(policy: BasePolicy, network: BaseModel, view: BaseModel) -> t
     :return: an optimizer that applies the gradients of the view, with the statistics of the shared optimizer
     """
     shared = policy.optimizer
-    view_of = dict(zip(network.parameters(), view.parameters(), strict=True))
-    groups = [{**group, "params": [view_of[p] for p in group["params"]]} for group in shared.param_groups]
-    # The groups hold all settings. If the user has replaced the optimizer, the policy's arguments may not fit
-    is_the_policys = type(shared) is policy.optimizer_class
-    optimizer = type(shared)(groups, **(policy.optimizer_kwargs if is_the_policys else {}))
+    view_of: dict[th.Tensor, th.Tensor] = dict(zip(network.parameters(), view.parameters(), strict=True))
+    optimizer = rebuild_optimizer(policy, view_of)
     for group in shared.param_groups:
         for parameter in group["params"]:
             # The same dict: what the optimizer of one worker keeps in it, all workers see
             optimizer.state[view_of[parameter]] = shared.state[parameter]
     return optimizer
+
+
+def rebuild_optimizer(policy: BasePolicy, replacements: dict[th.Tensor, th.Tensor]) -> th.optim.Optimizer:
+    """
+    :param policy: a policy
+    :param replacements: by the parameters that its optimizer changes, those to change instead
+    :return: an optimizer with the same settings, and without statistics
+    """
+    original = policy.optimizer
+    groups = [{**group, "params": [replacements[p] for p in group["params"]]} for group in original.param_groups]
+    # The groups hold all settings. If the user has replaced the optimizer, the policy's arguments may not fit
+    is_the_policys = type(original) is policy.optimizer_class
+    return type(original)(groups, **(policy.optimizer_kwargs if is_the_policys else {}))
+
+
+def check_optimizer_state(policy: BasePolicy, state: Any) -> None:
+    """
+    Try whether a policy's optimizer could take a step from a given state. Torch loads any state with the right number
+    of parameters, and fails at the next step.
+
+    :param policy: the policy, which is left as it is
+    :param state: what some optimizer's ``state_dict()`` returned
+    :raises ValueError: if it is the state of another kind of optimizer, or for other parameters
+    """
+    copies: dict[th.Tensor, th.Tensor] = {
+        p: th.zeros_like(p, requires_grad=True) for group in policy.optimizer.param_groups for p in group["params"]
+    }
+    trial = rebuild_optimizer(policy, copies)
+    try:
+        trial.load_state_dict(copy.deepcopy(state))
+        for parameter in copies.values():
+            parameter.grad = th.zeros_like(parameter)
+        trial.step()
+    except Exception as error:
+        raise ValueError(
+            f"The state of policy.optimizer does not fit this policy's {type(trial).__name__} "
+            f"({type(error).__name__}: {error}): load it into a model with the optimizer that it was saved with, or "
+            "leave it out (exact_match=False)."
+        ) from error

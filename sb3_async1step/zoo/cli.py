@@ -8,7 +8,10 @@ The commands are the Zoo's own, with all of their options.
 """
 
 import argparse
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import NoReturn
 
@@ -64,6 +67,16 @@ def take_ale_option(arguments: list[str]) -> list[str]:
     return others
 
 
+@contextmanager
+def terminated_as_by_ctrl_c() -> Iterator[None]:
+    """Inside the ``with`` block, SIGTERM (which preempted jobs get) does what Ctrl-C does: the Zoo saves the model."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run(command: str) -> None:
     """
     Run a command of the Zoo, with the options in ``sys.argv``.
@@ -72,7 +85,8 @@ def run(command: str) -> None:
     """
     if command == "train":
         sys.argv[1:] = take_ale_option(sys.argv[1:])
-        rl_zoo3.train.train()
+        with terminated_as_by_ctrl_c():
+            rl_zoo3.train.train()
     elif command == "enjoy":
         rl_zoo3.enjoy.enjoy()
     elif command in PLOTS:

@@ -1,0 +1,49 @@
+"""Callbacks for the algorithms of this package."""
+
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+#: Outputs of SB3's logger that can't show a histogram
+TEXT_OUTPUTS = ("stdout", "log", "json", "csv")
+
+
+class HistogramCallback(BaseCallback):
+    """
+    Writes histograms to TensorBoard: of the weights, of the gradient of the last update, and of the values of the
+    current observations (all Q-values, or A3C's state values).
+
+    :param freq: environment steps, over all lanes, between two sets of histograms; they are written with the next log
+    :param verbose: see :class:`BaseCallback <stable_baselines3.common.callbacks.BaseCallback>`
+    """
+
+    def __init__(self, freq: int = 10_000, verbose: int = 0) -> None:
+        super().__init__(verbose)
+        self.freq = freq
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps // self.freq > (self.num_timesteps - self.training_env.num_envs) // self.freq:
+            self._record_parameters()
+            self._record_values()
+        return True
+
+    def _record_parameters(self) -> None:
+        # Copies, since workers go on before the next log
+        for name, parameter in self.model.policy.named_parameters():
+            self._record(f"weights/{name}", parameter.detach().clone())
+            if parameter.grad is not None:
+                self._record(f"gradients/{name}", parameter.grad.clone())
+
+    def _record_values(self) -> None:
+        policy: Any = self.model.policy
+        observations, _ = policy.obs_to_tensor(self.locals["new_obs"])
+        with th.no_grad():
+            if isinstance(policy, ActorCriticPolicy):
+                self._record("values", policy.predict_values(observations))
+            else:
+                self._record("q_values", policy.q_net(observations))
+
+    def _record(self, name: str, values: th.Tensor) -> None:
+        self.logger.record(f"histograms/{name}", values, exclude=TEXT_OUTPUTS)

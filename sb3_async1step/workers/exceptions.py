@@ -1,0 +1,29 @@
+"""Exceptions of envs on their way to the caller of ``learn()``."""
+
+from contextlib import suppress
+
+# In what libraries say of objects that belong to one thread: SQLite, event loops, signals, Tk, OpenGL
+THREAD_WORDS = ("thread", "event loop", "context")
+
+
+def add_note(exception: BaseException, note: str) -> None:
+    """
+    :param exception: an exception; one that refuses notes, as that of a frozen dataclass does, goes without
+    :param note: what its traceback shall say, too
+    """
+    with suppress(Exception):
+        exception.add_note(note)
+
+
+def advise_on_threads(exception: BaseException) -> None:
+    """
+    Say what to do about an env that is bound to the thread that made it.
+
+    :param exception: raised on the thread of a worker
+    """
+    if any(word in str(exception).lower() for word in THREAD_WORDS):
+        add_note(
+            exception,
+            "It was raised on the thread of a worker. If the env is bound to the thread that made it, use n_workers=1, "
+            "or SubprocVecEnv, which gives each env a process.",
+        )

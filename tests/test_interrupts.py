@@ -1,0 +1,106 @@
+"""A KeyboardInterrupt wherever it can come: the model predicts, saves and learns on, and the env is free."""
+
+import copy
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+
+from sb3_async1step import AsyncOneStepQ
+from tests.helpers import actor_learners
+
+PACKAGE = "sb3_async1step"
+N_THREADS = th.get_num_threads()
+
+
+class Interrupter:
+    """
+    Raises a ``KeyboardInterrupt`` at an event of this thread in the code of this package.
+
+    :param n_events: number of events before it, None to count only
+    :param every_bytecode: whether each bytecode is an event; otherwise each line
+    """
+
+    def __init__(self, n_events: int | None, every_bytecode: bool) -> None:
+        self.n_left = n_events
+        self.n_seen = 0
+        self.event = "opcode" if every_bytecode else "line"
+
+    def __enter__(self) -> "Interrupter":
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        sys.settrace(None)
+
+    def _trace(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if not frame.f_globals.get("__name__", "").startswith(PACKAGE):
+            return None
+        frame.f_trace_opcodes = self.event == "opcode"
+        if event == self.event:
+            self.n_seen += 1
+            if self.n_left is not None and self.n_seen > self.n_left:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self._trace
+
+
+def learn_on(model: AsyncOneStepQ) -> None:
+    """Check that the model learns on, and what the interrupted call may have left behind."""
+    assert model.env is not None
+    n_steps_before = model.num_timesteps
+    model.learn(4, reset_num_timesteps=False)
+    assert model.num_timesteps == n_steps_before + 4
+    assert actor_learners() == []
+    assert th.get_num_threads() == N_THREADS
+    assert th.is_grad_enabled()
+    # Nobody guards it
+    model.env.reset()
+    model.env.step([0, 0])
+
+
+def make_calls(model: AsyncOneStepQ, path: Path) -> dict[str, Callable[[], Any]]:
+    """
+    :param model: a model
+    :param path: a file
+    :return: what is interrupted
+    """
+    observations = np.zeros((2, 4), np.float32)
+    parameters = copy.deepcopy(model.get_parameters())
+    callbacks = [CheckpointCallback(1, str(path.parent)), EvalCallback(make_vec_env("CartPole-v1"), eval_freq=1)]
+    return {
+        "predict": lambda: model.predict(observations),
+        "save": lambda: model.save(path),
+        "set_parameters": lambda: model.set_parameters(parameters),
+        "learn": lambda: model.learn(4, reset_num_timesteps=False),
+        "learn_with_callbacks": lambda: model.learn(4, callbacks, reset_num_timesteps=False),
+    }
+
+
+@pytest.mark.parametrize("name", ["predict", "save", "set_parameters", "learn", "learn_with_callbacks"])
+@pytest.mark.parametrize("n_workers", [1, 2])
+@pytest.mark.parametrize(
+    ("every_bytecode", "n_interrupts"),
+    [(False, 30), pytest.param(True, None, marks=pytest.mark.slow)],
+    ids=["some_lines", "every_bytecode"],
+)
+def test_model_learns_on(tmp_path, name, n_workers, every_bytecode, n_interrupts):
+    env = make_vec_env("CartPole-v1", n_envs=2, seed=0)
+    model = AsyncOneStepQ("MlpPolicy", env, n_workers=n_workers, seed=0, policy_kwargs={"net_arch": [4]})
+    call = make_calls(model, tmp_path / "model.zip")[name]
+    call()
+    with Interrupter(None, every_bytecode) as counter:
+        call()
+    stride = 1 if n_interrupts is None else max(counter.n_seen // n_interrupts, 1)
+    for n_events in range(0, counter.n_seen, stride):
+        with suppress(KeyboardInterrupt), Interrupter(n_events, every_bytecode):
+            call()
+        learn_on(model)

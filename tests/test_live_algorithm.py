@@ -1,0 +1,431 @@
+"""What a callback, another thread or a forked process does with a model that learns."""
+
+import io
+import json
+import os
+import threading
+import time
+import traceback
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+
+from sb3_async1step import A3C, AsyncOneStepQ, HistogramCallback
+from tests.helpers import DEADLINE, meanwhile, wait_until
+
+SMALL = {"net_arch": [4]}
+with_workers = pytest.mark.parametrize("n_workers", [1, 2])
+
+
+class Do(BaseCallback):
+    """
+    :param function: called with the callback at each step from ``first_step`` on
+    """
+
+    def __init__(self, function: Any, first_step: int = 0) -> None:
+        super().__init__()
+        self.function = function
+        self.first_step = first_step
+        self.results: list[Any] = []
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps >= self.first_step:
+            self.results.append(self.function(self))
+        return True
+
+
+def once(function: Any) -> Any:
+    """
+    :param function: to be called the first time only
+    """
+    calls: list[Any] = []
+    return lambda callback: calls or calls.append(function(callback))
+
+
+def make_model(algorithm: Any, n_workers: int, n_envs: int = 2, **kwargs: Any) -> Any:
+    env = make_vec_env("CartPole-v1", n_envs=n_envs, seed=0)
+    return algorithm("MlpPolicy", env, n_workers=n_workers, seed=0, policy_kwargs=SMALL, **kwargs)
+
+
+# ---------------------------------------------------------------------- settings
+
+
+VALUES = {
+    "gamma": 0.5,
+    "update_interval": 3,
+    "max_grad_norm": 0.25,
+    "target_update_interval": 7,
+    "tau": 0.5,
+    "loss": "huber",
+    "q_lambda": 0.5,
+    "gae_lambda": 0.5,
+    "ent_coef": 0.5,
+    "vf_coef": 0.25,
+    "normalize_advantage": True,
+    "sde_sample_freq": 3,
+    "exploration_initial_eps": 0.75,
+    "exploration_fraction": 0.75,
+    "exploration_final_eps": 0.25,
+    "exploration_final_probs": (1.0,),
+}
+
+
+@with_workers
+def test_workers_follow_each_setting(algorithm, n_workers):
+    model = make_model(algorithm, n_workers)
+    assert algorithm._followed <= VALUES.keys()
+    names = [name for name in VALUES if name in algorithm._followed]
+
+    def change(callback: Any) -> None:
+        for name in names:
+            setattr(model, name, VALUES[name])
+
+    def read(callback: Any) -> None:
+        for worker in model._pool.workers:
+            for name in names:
+                if not name.startswith("exploration"):
+                    assert getattr(worker.settings, name) == VALUES[name]
+            if "exploration_final_eps" in names:
+                # At the half, with 0.75 of the training to go from 0.75 to 0.25
+                epsilon = worker.behaviour.exploration(0.5)
+                np.testing.assert_allclose(epsilon, 0.75 - 0.5 * 0.5 / 0.75)
+
+    model.learn(8, callback=Do(once(change)))
+    assert {name: getattr(model, name) for name in names} == {name: VALUES[name] for name in names}
+    model.learn(8, callback=[Do(once(change)), Do(read)])
+
+
+@with_workers
+def test_learning_rate_is_followed(algorithm, n_workers):
+    model = make_model(algorithm, n_workers, learning_rate=1e-3)
+    callback = Do(once(lambda _: setattr(model, "learning_rate", 0.5)))
+    model.learn(20, callback=callback)
+    assert model.policy.optimizer.param_groups[0]["lr"] == 0.5
+
+
+@with_workers
+def test_update_interval_is_followed(n_workers):
+    model = make_model(AsyncOneStepQ, n_workers, n_envs=2 * n_workers, backend="serial", update_interval=1)
+    model.learn(40 * n_workers, callback=Do(lambda _: setattr(model, "update_interval", 4)))
+    # The first vector step was over before the callback
+    assert model._n_updates == n_workers * (1 + 19 // 4)
+
+
+@with_workers
+def test_impossible_values_are_refused(algorithm, n_workers):
+    model = make_model(algorithm, n_workers)
+
+    def change(callback: Any) -> None:
+        with pytest.raises(ValueError, match="max_grad_norm"):
+            model.max_grad_norm = -1.0
+
+    norm = model.max_grad_norm
+    model.learn(8, callback=Do(once(change)))
+    assert model.max_grad_norm == norm
+    model.max_grad_norm = -1.0
+    with pytest.raises(ValueError, match="max_grad_norm"):
+        model.learn(8)
+
+
+@with_workers
+def test_what_workers_are_made_with_is_fixed(algorithm, n_workers):
+    model = make_model(algorithm, n_workers)
+
+    def change(callback: Any) -> None:
+        for name in sorted(algorithm._fixed_while_learning):
+            with pytest.raises(AttributeError, match=f"{name} can't be changed while learn"):
+                setattr(model, name, None)
+        with pytest.raises(RuntimeError, match="set another one"):
+            model.set_env(model.get_env())
+        with pytest.raises(RuntimeError, match="before or after"):
+            model.set_random_seed(1)
+
+    model.learn(8, callback=Do(once(change)))
+    model.n_workers = 1
+    model.learn(8)
+
+
+# ---------------------------------------------------------------------- networks
+
+
+@with_workers
+def test_frozen_weights_stay(algorithm, n_workers):
+    model = make_model(algorithm, n_workers)
+    weight = next(model.policy.parameters())
+    values = []
+
+    def freeze(callback: Any) -> None:
+        weight.requires_grad_(len(values) >= 4)
+        values.append(weight.detach().clone())
+
+    # Segments that have begun end with the gradients that they began with
+    model.learn(200, callback=Do(freeze, first_step=20))
+    index = model.update_interval + 4
+    assert not th.equal(values[-1], values[index])
+    weight.requires_grad_(False)
+    before = weight.detach().clone()
+    model.learn(40, reset_num_timesteps=False)
+    assert th.equal(weight, before)
+
+
+@with_workers
+def test_gradients_are_those_of_the_last_update(algorithm, n_workers):
+    model = make_model(algorithm, n_workers, max_grad_norm=0.125)
+    network = model.policy if algorithm is A3C else model.q_net
+
+    def norm(callback: Any) -> float:
+        with model._gate.closed():
+            return float(th.cat([p.grad.flatten() for p in network.parameters()]).norm())
+
+    callback = Do(norm, first_step=40)
+    model.learn(60, callback=callback)
+    assert callback.results
+    assert all(0 < value < 0.126 for value in callback.results)
+
+
+@with_workers
+def test_grad_norm_and_q_mean_are_logged(algorithm, n_workers, tmp_path):
+    model = make_model(algorithm, n_workers)
+    model.set_logger(configure(str(tmp_path), ["json"]))
+    model.learn(400, log_interval=1)
+    keys = {key for line in (tmp_path / "progress.json").read_text().splitlines() for key in json.loads(line)}
+    assert "train/grad_norm" in keys
+    assert ("train/q_mean" in keys) == (algorithm is not A3C)
+
+
+def test_replaced_modules_are_warned_of():
+    model = make_model(AsyncOneStepQ, 2)
+
+    def replace(callback: Any) -> None:
+        model.policy.q_net.q_net = th.nn.Sequential(th.nn.Linear(4, 2))
+
+    with pytest.warns(UserWarning, match="replaced modules of the policy"):
+        model.learn(8, callback=Do(once(replace)))
+
+
+class CountingExtractor(BaseFeaturesExtractor):
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space, 4)
+        self.register_buffer("n_in_buffer", th.zeros(()))
+        self.n_observations = 0
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        self.n_in_buffer += len(observations)
+        self.n_observations += len(observations)
+        return observations
+
+
+def test_state_in_plain_attributes_is_warned_of():
+    env = make_vec_env("CartPole-v1", n_envs=2)
+    model = AsyncOneStepQ("MlpPolicy", env, policy_kwargs={"features_extractor_class": CountingExtractor})
+    with pytest.warns(UserWarning, match=r"features_extractor\.n_observations during.*register_buffer"):
+        model.learn(8)
+    assert model.q_net.features_extractor.n_in_buffer > 0
+
+
+# ---------------------------------------------------------------------- what callbacks read
+
+
+@with_workers
+def test_observations_and_reset_infos_are_current(algorithm, n_workers):
+    model = make_model(algorithm, n_workers, backend="serial")
+    for env in model.get_env().envs:
+        env.unwrapped.reset = with_info(env.unwrapped.reset)
+    seen = []
+
+    def look(callback: Any) -> None:
+        np.testing.assert_array_equal(model._last_obs, callback.locals["new_obs"])
+        for lane in np.flatnonzero(callback.locals["dones"]):
+            seen.append(callback.training_env.reset_infos[lane]["n_resets"])
+
+    model.learn(400, callback=Do(look))
+    n_resets = [env.unwrapped.reset.n_resets for env in model.get_env().envs]
+    # The first reset was before the training
+    assert len(seen) == sum(n_resets) - 2
+    assert max(seen) == max(n_resets)
+
+
+def with_info(reset: Any) -> Any:
+    def call(**kwargs: Any) -> tuple[Any, dict]:
+        call.n_resets += 1
+        return reset(**kwargs)[0], {"n_resets": call.n_resets}
+
+    call.n_resets = 0
+    return call
+
+
+def test_histograms(algorithm, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = make_model(algorithm, 1, tensorboard_log=str(tmp_path))
+    model.learn(600, callback=HistogramCallback(freq=50), log_interval=1)
+    accumulator = EventAccumulator(str(next(tmp_path.iterdir())))
+    accumulator.Reload()
+    names = set(accumulator.Tags()["histograms"])
+    weights = {name for name, _ in model.policy.named_parameters()}
+    assert {name.removeprefix("histograms/weights/") for name in names if "/weights/" in name} == weights
+    learning = {name for name in weights if "target" not in name}
+    assert {name.removeprefix("histograms/gradients/") for name in names if "/gradients/" in name} == learning
+    assert ("histograms/values" if algorithm is A3C else "histograms/q_values") in names
+
+
+# ---------------------------------------------------------------------- the training env
+
+
+@with_workers
+def test_nobody_else_steps_the_training_env(algorithm, n_workers):
+    model = make_model(algorithm, n_workers)
+
+    def step(callback: Any) -> None:
+        for use in (callback.training_env.reset, lambda: callback.training_env.step([0, 0])):
+            with pytest.raises(RuntimeError, match="nobody else may step or reset it"):
+                use()
+
+    model.learn(8, callback=Do(step))
+    with pytest.raises(RuntimeError, match="EvalCallback"):
+        model.learn(8, callback=EvalCallback(model.get_env(), eval_freq=1, n_eval_episodes=1))
+    model.get_env().reset()
+    model.learn(8)
+
+
+# ---------------------------------------------------------------------- other threads and processes
+
+
+def test_one_of_two_threads_learns(algorithm):
+    for _ in range(5):
+        model = make_model(algorithm, 2)
+        barrier = threading.Barrier(2)
+        outcomes: list[str] = []
+        threads = [threading.Thread(target=learn_at, args=(barrier, model, outcomes)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DEADLINE)
+        assert [outcome[:12] for outcome in outcomes] == ["This model's", "learned"]
+
+
+def learn_at(barrier: threading.Barrier, model: Any, outcomes: list[str]) -> None:
+    """Learn until the other thread has been refused."""
+    barrier.wait()
+    try:
+        model.learn(10**9, callback=Until(outcomes))
+        outcomes.append("learned")
+    except RuntimeError as error:
+        outcomes.append(str(error))
+
+
+class Until(BaseCallback):
+    """
+    :param outcomes: learn until there is one
+    """
+
+    def __init__(self, outcomes: list[str]) -> None:
+        super().__init__()
+        self.outcomes = outcomes
+
+    def _on_step(self) -> bool:
+        return not self.outcomes
+
+
+@pytest.mark.parametrize("n_threads", [1, 4])
+@with_workers
+def test_training_goes_on_beside_threads_that_look_without_a_break(n_workers, n_threads):
+    """And they look while it goes on: both sides get their turns."""
+    model = make_model(AsyncOneStepQ, n_workers)
+    n_looks = [0] * n_threads
+    has_ended = threading.Event()
+
+    def look(i: int) -> None:
+        while not has_ended.is_set():
+            if i == 0:
+                model.save(io.BytesIO())
+            model.predict(np.zeros(4, np.float32))
+            n_looks[i] += 1
+
+    threads = [threading.Thread(target=look, args=(i,)) for i in range(n_threads)]
+    for thread in threads:
+        thread.start()
+    try:
+        wait_until(lambda: min(n_looks) > 0)
+        before = list(n_looks)
+        # Ends when everybody has looked ten times more
+        enough = Do(lambda callback: None)
+        enough._on_step = lambda: min(np.subtract(n_looks, before)) < 10  # type: ignore[method-assign]
+        model.learn(10**9, callback=enough)
+        n_steps = model.num_timesteps
+        model.learn(200)
+    finally:
+        has_ended.set()
+        for thread in threads:
+            thread.join(DEADLINE)
+    assert n_steps > 0
+    assert model.num_timesteps == 200
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.parametrize("in_callback", [True, False], ids=["in a callback", "in another thread"])
+@with_workers
+def test_forked_process_uses_the_model(algorithm, n_workers, in_callback):
+    model = make_model(algorithm, n_workers)
+    env = make_vec_env("CartPole-v1")
+
+    def use() -> None:
+        model.predict(np.zeros(4, np.float32))
+        model.save(io.BytesIO())
+        model.get_parameters()
+        assert model.get_env().get_attr("spec")[0].id == "CartPole-v1"
+        evaluate_policy(model, env, n_eval_episodes=1)
+        model.get_env().reset()
+        model.learn(4)
+
+    statuses = []
+
+    def fork(callback: Any = None) -> None:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                use()
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        statuses.append(wait_for_child(child))
+
+    if in_callback:
+        model.learn(12, callback=Do(once(fork)))
+        assert model.num_timesteps == 12
+    else:
+
+        def fork_meanwhile() -> None:
+            wait_until(lambda: model._pool is not None and model.num_timesteps > 0)
+            fork()
+
+        with meanwhile(fork_meanwhile):
+            model.learn(10**9, callback=Until(statuses))
+    assert statuses == [0]
+
+
+def wait_for_child(child: int) -> int:
+    """
+    :param child: a child process
+    :return: its exit code; -1 if it had to be killed
+    """
+    deadline = time.monotonic() + DEADLINE
+    while time.monotonic() < deadline:
+        if (ended := os.waitpid(child, os.WNOHANG))[0]:
+            return os.waitstatus_to_exitcode(ended[1])
+        time.sleep(0.01)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    return -1

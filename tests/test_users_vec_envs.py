@@ -1,0 +1,103 @@
+"""A VecEnv of the user's own: what SB3's DQN converts is converted, and anything else gets an error that says what."""
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnvWrapper
+
+from tests.envs import make_env
+from tests.helpers import are_equal, weights_of
+
+
+class Changed(VecEnvWrapper):
+    """
+    A VecEnv that returns something else.
+
+    :param venv: the VecEnv
+    :param change: takes what ``step_wait()`` returns, and returns the same
+    :param change_obs: takes what ``reset()`` returns
+    """
+
+    def __init__(self, venv, change, change_obs=lambda obs: obs):
+        super().__init__(venv)
+        self.change, self.change_obs = change, change_obs
+
+    def reset(self):
+        return self.change_obs(self.venv.reset())
+
+    def step_wait(self):
+        return self.change(*self.venv.step_wait())
+
+
+CONVERTED = {
+    "lists": (lambda obs, r, d, i: (obs.tolist(), r.tolist(), d.tolist(), tuple(i)), lambda obs: obs.tolist()),
+    "tensors": (lambda obs, r, d, i: (*map(th.as_tensor, (obs, r, d)), i), th.as_tensor),
+    "numbers": (lambda obs, r, d, i: (obs, r.astype(np.float64), d.astype(float), i), lambda obs: obs),
+}
+
+
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_what_is_converted(algorithm, kind):
+    seen = []
+
+    def look(locals_, globals_):
+        seen.append([type(locals_[name]) for name in ("new_obs", "rewards", "dones", "infos")])
+        return True
+
+    results = []
+    for change in (CONVERTED[kind], CONVERTED["numbers"]):
+        env = Changed(make_env(3), *change)
+        model = algorithm("MlpPolicy", env, n_workers=1, update_interval=2, seed=0)
+        results.append(weights_of(model.learn(120, callback=look)))
+    assert are_equal(*results)
+    assert seen == [[np.ndarray, np.ndarray, np.ndarray, list]] * 80
+
+
+def without_key(key):
+    def change(obs, rewards, dones, infos):
+        return obs, rewards, dones, [{name: value for name, value in info.items() if name != key} for info in infos]
+
+    return change
+
+
+REFUSED = {
+    r'The info of env lane \d says "TimeLimit.truncated", but its "terminal_observation" is missing': without_key(
+        "terminal_observation"
+    ),
+    r"The env returned rewards of shape \(2,\) for 3 lane": lambda obs, r, d, i: (obs, r[:2], d, i),
+    r"The env returned dones of shape \(\) for 3 lane": lambda obs, r, d, i: (obs, r, False, i),
+    r"The observations of 3 lane\(s\) had the shape \(3, 4\), now \(3, 1\)": lambda obs, *rest: (obs[:, :1], *rest),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_no_one_can_convert(algorithm, message):
+    env = Changed(make_env(3), REFUSED[message])
+    with pytest.raises(ValueError, match=message) as caught:
+        algorithm("MlpPolicy", env, n_workers=1).learn(200)
+    assert caught.value.__notes__ == ["Raised in the worker of env lanes 0 to 2."]
+
+
+def test_no_terminal_observation_is_needed_after_a_termination(algorithm):
+    env = Changed(make_env(2, max_steps=10**6, p_terminate=0.2), without_key("terminal_observation"))
+    assert algorithm("MlpPolicy", env, n_workers=1).learn(100).num_timesteps == 100
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Tuple([spaces.Discrete(3), spaces.Box(-1, 1, (2,))]),
+        spaces.Text(5),
+        spaces.Sequence(spaces.Discrete(2)),
+        spaces.Graph(spaces.Box(-1, 1, (2,)), None),
+        spaces.Dict({"a": spaces.Box(-1, 1, (2,)), "b": spaces.Text(3)}),
+    ],
+    ids=lambda space: type(space).__name__,
+)
+def test_observation_spaces_that_are_not_supported(algorithm, space):
+    env = make_env(1)
+    env.observation_space = space
+    policy = "MultiInputPolicy" if isinstance(space, spaces.Dict) else "MlpPolicy"
+    with pytest.raises(AssertionError, match=r"only supports .*MultiBinary.* as observation spaces but .* was"):
+        algorithm(policy, env)
