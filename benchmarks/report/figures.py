@@ -14,7 +14,7 @@ from benchmarks.report.results import ATARI, NAMES, PAPER_SPEEDUPS, THRESHOLDS, 
 from sb3_async1step.registry import ALGORITHMS
 
 # Matplotlib's, in the order of the registry; DQN is grey
-COLOURS = {algo: f"C{i}" for i, algo in enumerate(ALGORITHMS)} | {"dqn": "C7"}
+COLOURS = {algo: f"C{i}" for i, algo in enumerate(ALGORITHMS)} | {"dqn": "C7", "a2c": "C8"}
 ZOO_LINES = {"DQN": "--", "A2C": "-.", "PPO": ":"}
 
 

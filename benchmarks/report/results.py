@@ -11,7 +11,13 @@ from benchmarks.learning import RESULTS, Run
 from sb3_async1step.registry import ALGORITHMS
 
 # Mean return that counts as having learned the task, by the name of the folder of results
-THRESHOLDS = {"CartPole-v1": 475.0, "Acrobot-v1": -90.0, "MountainCar-v0": -120.0, "LunarLander-v3": 180.0}
+THRESHOLDS = {
+    "CartPole-v1": 475.0,
+    "Acrobot-v1": -90.0,
+    "MountainCar-v0": -120.0,
+    "LunarLander-v3": 180.0,
+    "Pendulum-v1": -180.0,
+}
 # The same of the constructors' defaults
 DEFAULTS_THRESHOLDS = {
     "CartPole-v1": 475.0,
@@ -33,7 +39,7 @@ ZOO_SCORES = {
 }
 MINATAR = ("Breakout", "Asterix", "Freeway", "SpaceInvaders", "Seaquest")
 # Names of the algorithms by their ids in the Zoo: ours, and the one that they are compared with
-NAMES = {algo: algorithm.name for algo, algorithm in ALGORITHMS.items()} | {"dqn": "DQN"}
+NAMES = {algo: algorithm.name for algo, algorithm in ALGORITHMS.items()} | {"dqn": "DQN", "a2c": "A2C"}
 # Table 2 of the paper: speed-up by several actor-learners, each on a core of its own, over a single one
 PAPER_SPEEDUPS = {
     "async_one_step_q": (1.0, 3.0, 6.3, 13.3, 24.1),

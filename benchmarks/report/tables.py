@@ -31,6 +31,7 @@ from benchmarks.report.results import (
     read_seed,
     seconds_to,
 )
+from sb3_async1step.registry import ALGORITHMS
 
 
 def classic_control_table(runs: Runs) -> list[str]:
@@ -128,7 +129,7 @@ def race_table(runs: Runs, throughput: dict[str, Any]) -> list[str]:
     dqn_speed = median_speeds(throughput["contenders"])["DQN, 1 env"]
     lines = [f"| training | seed | minutes to {goal:g} | DQN's agent steps by then | its best mean return |"]
     lines += ["|---|---|---|---|---|"]
-    ours = [(name, run) for algo, name in NAMES.items() if algo != "dqn" for run in groups.get(algo, [])]
+    ours = [(name, run) for algo, name in NAMES.items() if algo in ALGORITHMS for run in groups.get(algo, [])]
     for name, run in ours:
         _, seconds = first_to_reach(run, goal)
         if not np.isfinite(seconds):
