@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
-from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
@@ -38,14 +38,16 @@ def make_envs() -> dict[str, Callable[[], VecEnv]]:
     :return: functions that make a VecEnv of each kind
     """
 
-    def make(vec_env_class: Any, env_id: str = "CartPole-v1", **kwargs: Any) -> VecEnv:
-        return make_vec_env(env_id, n_envs=N_LANES, vec_env_cls=vec_env_class, vec_env_kwargs=kwargs)
+    ale: Any = AleVecEnv
+
+    def make(vec_env_class: Any, **kwargs: Any) -> VecEnv:
+        return make_vec_env("CartPole-v1", n_envs=N_LANES, vec_env_cls=vec_env_class, vec_env_kwargs=kwargs)
 
     return {
         "DummyVecEnv": lambda: make(DummyVecEnv),
         "SubprocVecEnv, fork": lambda: make(SubprocVecEnv, start_method="fork"),
         "SubprocVecEnv, forkserver": lambda: make(SubprocVecEnv, start_method="forkserver"),
-        "AleVecEnv": lambda: make(AleVecEnv, "PongNoFrameskip-v4"),
+        "AleVecEnv": lambda: make_atari_env("PongNoFrameskip-v4", n_envs=N_LANES, vec_env_cls=ale),
     }
 
 
