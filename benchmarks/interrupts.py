@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
+from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
@@ -83,13 +83,6 @@ def make_calls(model: AsyncOneStepQ, folder: str) -> dict[str, Callable[[], Any]
     return calls
 
 
-class Count(BaseCallback):
-    """Counts its calls."""
-
-    def _on_step(self) -> bool:
-        return True
-
-
 def check(model: AsyncOneStepQ, n_torch_threads: int) -> None:
     """
     :param model: was interrupted
@@ -97,7 +90,7 @@ def check(model: AsyncOneStepQ, n_torch_threads: int) -> None:
     :raises AssertionError: if it does not learn on
     """
     n_steps = model.num_timesteps
-    model.learn(2 * N_LANES, callback=Count(), reset_num_timesteps=False)
+    model.learn(2 * N_LANES, reset_num_timesteps=False)
     assert model.num_timesteps == n_steps + 2 * N_LANES
     assert th.get_num_threads() == n_torch_threads
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("actor-learner")]

@@ -402,12 +402,12 @@ def test_overlapping_trainings_restore_torchs_threads(algorithm):
 
 def test_many_lanes_opened_and_closed():
     process = psutil.Process()
-    n_threads, memory = threading.active_count(), []
+    threads, memory = set(threading.enumerate()), []
     for _ in range(5):
         env = make_env(128)
         AsyncOneStepQ("MlpPolicy", env, n_workers=128).learn(128)
         env.close()
-        assert threading.active_count() == n_threads
+        wait_until(lambda: set(threading.enumerate()) <= threads)
         memory.append(process.memory_info().rss)
     # One network has half a megabyte
     assert memory[-1] - memory[1] < 50e6

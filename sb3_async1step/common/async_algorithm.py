@@ -45,7 +45,7 @@ from sb3_async1step.sb3_internals import close_progress_bars
 from sb3_async1step.vec_envs.guard import ProcessWatcher, guard_vec_env, unguard_vec_env
 from sb3_async1step.vec_envs.observations import Observations, take_rows, to_arrays
 from sb3_async1step.vec_envs.split import group_lanes, rejoin_vec_env, split_vec_env
-from sb3_async1step.workers.actor_learner import ActorLearner, Settings, WorkerRecipe
+from sb3_async1step.workers.actor_learner import ActorLearner, WorkerRecipe
 from sb3_async1step.workers.gate import Call
 from sb3_async1step.workers.pool import WorkerPool
 from sb3_async1step.workers.serial_pool import SerialWorkerPool
@@ -181,9 +181,6 @@ class AsyncAlgorithm(LiveAlgorithm):
         return self.policy_class(self.observation_space, self.action_space, self.lr_schedule, **self.policy_kwargs)
 
     def _check_parameters(self) -> None:
-        """
-        :raises ValueError: if a parameter is out of range
-        """
         check_whole(update_interval=self.update_interval)
         check_unit_interval(gamma=self.gamma)
         check_positive(max_grad_norm=self.max_grad_norm)
@@ -198,13 +195,6 @@ class AsyncAlgorithm(LiveAlgorithm):
                 f"The algorithm only supports {SUPPORTED_OBSERVATION_SPACES}, or a Dict of them, as observation spaces "
                 f"but {space} was provided"
             )
-
-    @abstractmethod
-    def _make_settings(self, num_envs: int) -> Settings:
-        """
-        :param num_envs: number of env lanes
-        :return: what the workers need to know
-        """
 
     @abstractmethod
     def _share_parameters(self) -> SharedParameters:

@@ -42,12 +42,23 @@ class LiveAlgorithm(BaseAlgorithm):
 
     # Attributes that workers follow while learn() runs, and those that they were made with
     _followed: ClassVar[frozenset[str]] = frozenset({"gamma", "update_interval", "max_grad_norm"})
-    # fmt: off
     _fixed_while_learning: ClassVar[frozenset[str]] = frozenset(
-        ("action_space", "backend", "device", "env", "lock_updates", "n_envs", "n_workers", "observation_space",
-         "policy", "policy_class", "policy_kwargs", "seed", "use_sde")
+        {
+            "action_space",
+            "backend",
+            "device",
+            "env",
+            "lock_updates",
+            "n_envs",
+            "n_workers",
+            "observation_space",
+            "policy",
+            "policy_class",
+            "policy_kwargs",
+            "seed",
+            "use_sde",
+        }
     )
-    # fmt: on
     # What is never saved nor copied
     _runtime_attributes: ClassVar[tuple[str, ...]] = (
         "_pool",
@@ -169,7 +180,8 @@ class LiveAlgorithm(BaseAlgorithm):
         """
         file: Any = io.BytesIO() if isinstance(path, (str, pathlib.Path)) else path
         with self._gate.closed():
-            self._before_saving()
+            if self._is_learning():
+                self._remember_workers()
             # Files of different algorithms hold the same attributes
             self._saved_by = type(self).__name__
             super().save(file, exclude, include)
@@ -241,7 +253,9 @@ class LiveAlgorithm(BaseAlgorithm):
             params = {**params, "policy.optimizer": state}
         with self._gate.closed():
             super().set_parameters(params, exact_match, device)
-            self._after_setting_parameters()
+            for worker in [] if self._pool is None else self._pool.workers:
+                # Loading replaced the optimizer's statistics
+                worker.local.renew_optimizer()
 
     def get_vec_normalize_env(self) -> VecNormalize | None:
         """
@@ -274,15 +288,6 @@ class LiveAlgorithm(BaseAlgorithm):
         super().set_env(env, force_reset)
 
     # ------------------------------------------------------------------ files and copies
-
-    def _before_saving(self) -> None:
-        if self._is_learning():
-            self._remember_workers()
-
-    def _after_setting_parameters(self) -> None:
-        for worker in [] if self._pool is None else self._pool.workers:
-            # Loading replaced the optimizer's statistics
-            worker.local.renew_optimizer()
 
     def _remember_workers(self) -> None:
         """Keep what the next ``learn()`` needs to go on where the workers are."""

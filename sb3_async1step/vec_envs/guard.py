@@ -140,15 +140,15 @@ class ProcessWatcher:
         Watch no longer, and throw away what the processes still answer to an interrupted step or reset. If this is
         interrupted, it can be called again.
         """
-        # Not just closed: a process that was forked meanwhile holds this end of the pipe, too
-        self._writer.send(None)
         try:
+            # Not just closed: a process that was forked meanwhile holds this end of the pipe, too
+            self._writer.send(None)
             while self._is_watching and self._thread.is_alive():
                 time.sleep(0.001)
         except KeyboardInterrupt:
             # It was pressed again while an env did not answer
-            assert isinstance(self._env, SubprocVecEnv)
-            end_processes(self._env)
+            if isinstance(self._env, SubprocVecEnv):
+                end_processes(self._env)
             raise
 
 
@@ -170,7 +170,7 @@ def end_processes(env: SubprocVecEnv) -> None:
     env.closed = True
 
 
-class Call:
+class RemoteCall:
     """
     A call that the process makes that unpickles it.
 
@@ -192,7 +192,7 @@ def on_ctrl_c(handler: Any, argument: Any) -> Any:
     :param argument: of a request to a process
     :return: the same argument for that process
     """
-    return Call(operator.getitem, [Call(signal.signal, signal.SIGINT, handler), argument], 1)
+    return RemoteCall(operator.getitem, [RemoteCall(signal.signal, signal.SIGINT, handler), argument], 1)
 
 
 def ignore_ctrl_c(env: SubprocVecEnv) -> None:

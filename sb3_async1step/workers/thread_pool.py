@@ -38,12 +38,15 @@ class ThreadWorkerPool(WorkerPool):
         # Threads that have begun to run their worker, and those that have ended
         self._begun: list[Thread] = []
         self._ended: list[Thread] = []
+        self._threads: list[Thread] = []
 
     def batches(self) -> Iterator[Transitions]:
         for i, worker in enumerate(self.workers):
             # In a copy of the caller's context (np.errstate, decimal's precision), as asyncio.to_thread() does it
             run = copy_context().run
-            Thread(target=run, args=(self._run, worker), name=f"actor-learner-{i}", daemon=True).start()
+            thread = Thread(target=run, args=(self._run, worker), name=f"actor-learner-{i}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
         while True:
             self._gate.wait_for(self._has_news)
             if self._exceptions:
@@ -69,8 +72,9 @@ class ThreadWorkerPool(WorkerPool):
         # A thread that has not begun yet will not take a step any more
         self._gate.wait_for(lambda: len(self._ended) == len(self._begun))
         # join() is not enough: when interrupted, it takes a thread for ended that is not
-        for thread in self._ended:
-            thread.join()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
 
     def _has_news(self) -> bool:
         is_full = self._n_reported - self._n_taken >= self.num_envs
