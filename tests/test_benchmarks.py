@@ -168,7 +168,7 @@ def test_report_of_the_results_there_are(tmp_path, monkeypatch):
 
 
 def test_all_algorithms_have_a_name_and_a_colour():
-    assert list(NAMES) == list(COLOURS) == [*ALGORITHMS, "dqn"]
+    assert list(NAMES) == list(COLOURS) == [*ALGORITHMS, "dqn", "a2c"]
     assert len(set(NAMES.values())) == len(set(COLOURS.values())) == len(NAMES)
 
 
