@@ -1,7 +1,12 @@
 """A KeyboardInterrupt wherever it can come: the model predicts, saves and learns on, and the env is free."""
 
 import copy
+import io
+import os
+import signal
 import sys
+import threading
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -104,3 +109,36 @@ def test_model_learns_on(tmp_path, name, n_workers, every_bytecode, n_interrupts
         with suppress(KeyboardInterrupt), Interrupter(n_events, every_bytecode):
             call()
         learn_on(model)
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+@pytest.mark.parametrize("is_learning", [False, True])
+def test_while_torch_writes(tmp_path, monkeypatch, as_file, is_learning):
+    """An exception inside of ``torch.save()`` would end the process, or become a RuntimeError about positions."""
+    model = AsyncOneStepQ("MlpPolicy", make_vec_env("CartPole-v1", n_envs=2, seed=0), n_workers=2, seed=0)
+    path = tmp_path / "model.zip"
+    model.save(path)
+    before = path.read_bytes()
+    write = zipfile._ZipWriteFile.write
+    signals = iter([signal.SIGINT])
+    written = threading.Event()
+
+    def write_and_interrupt(*args: Any) -> int:
+        for number in signals:
+            os.kill(os.getpid(), number)
+        n_bytes = write(*args)
+        written.set()
+        return n_bytes
+
+    monkeypatch.setattr(zipfile._ZipWriteFile, "write", write_and_interrupt)
+    target = io.BytesIO() if as_file else path
+    with pytest.raises(KeyboardInterrupt):
+        if is_learning:
+            model.learn(100, lambda *_: model.save(target))
+        else:
+            model.save(target)
+    assert written.wait(60)
+    assert target.getvalue() == b"" if as_file else path.read_bytes() == before
+    learn_on(model)
+    model.save(path)
+    AsyncOneStepQ.load(path)

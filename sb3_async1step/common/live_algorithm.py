@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.save_util import load_from_zip_file
+from stable_baselines3.common.save_util import load_from_zip_file, open_path
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecNormalize
@@ -24,7 +24,7 @@ from sb3_async1step.common.model_file import (
     write_atomically,
 )
 from sb3_async1step.workers.actor_learner import Settings, WorkerState
-from sb3_async1step.workers.gate import Gate
+from sb3_async1step.workers.gate import Gate, run_uninterrupted
 from sb3_async1step.workers.pool import WorkerPool
 from sb3_async1step.workers.shared_parameters import check_optimizer_state
 
@@ -178,20 +178,27 @@ class LiveAlgorithm(BaseAlgorithm):
         :param exclude: names of attributes not to save
         :param include: names of attributes to save that would not be saved by default
         """
-        file: Any = io.BytesIO() if isinstance(path, (str, pathlib.Path)) else path
+        if not isinstance(path, (str, pathlib.Path)):
+            # SB3's errors for what it can't write to
+            open_path(path, "w")
+        file = io.BytesIO()
+        save: Any = super().save
         with self._gate.closed():
             if self._is_learning():
                 self._remember_workers()
             # Files of different algorithms hold the same attributes
             self._saved_by = type(self).__name__
-            super().save(file, exclude, include)
+            # An exception while torch.save() writes into SB3's archive ends the process
+            run_uninterrupted(lambda: save(file, exclude, include))
         # Workers need not wait for the disk
-        if isinstance(path, (str, pathlib.Path)):
-            path = pathlib.Path(path)
-            if path.suffix == "":
-                # SB3's
-                path = path.with_name(f"{path.name}.zip")
-            write_atomically(path, file.getvalue())
+        if not isinstance(path, (str, pathlib.Path)):
+            path.write(file.getbuffer())
+            return
+        path = pathlib.Path(path)
+        if path.suffix == "":
+            # SB3's
+            path = path.with_name(f"{path.name}.zip")
+        write_atomically(path, file.getbuffer())
 
     @classmethod
     def load(
