@@ -1,4 +1,4 @@
-"""Command lines on this process: a fresh Python takes seconds to import PyTorch and the Zoo."""
+"""Programs on this process: a fresh Python takes seconds to import PyTorch and the Zoo."""
 
 import io
 import os
@@ -45,3 +45,14 @@ def call_zoo(words: list[str], folder: Path) -> tuple[int, str]:
     # What --vec-env ale replaces for the rest of the process
     with patch.object(zoo.AsyncExperimentManager, "default_vec_env_cls", None), patch.dict(os.environ):
         return call_main(zoo.main, words, folder)
+
+
+def run_code(code: str, folder: Path) -> tuple[int, str]:
+    """
+    Run a program as ``python -c`` would.
+
+    :param code: the program
+    :param folder: the working directory
+    :return: exit code, and what was printed
+    """
+    return call_main(lambda: exec(compile(code, "<example>", "exec"), {"__name__": "__main__"}), ["-c"], folder)

@@ -100,7 +100,7 @@ def algorithm_2(network, target, threads, *, total, t_max, i_target, lr, fractio
     [(1, 1, 1.0), (3, 3, 1.0), (4, 2, 1.0), (5, 2, 0.7), (4, 1, 0.0), (1, 1, 0.7)],
 )
 def test_serial_mode_equals_algorithm_2(n_lanes, n_workers, q_lambda):
-    total, t_max, i_target, lr, fraction = 1200 * n_lanes, 5, 37, 2e-2, 0.5
+    total, t_max, i_target, lr, fraction = 1200 * n_lanes // n_workers, 5, 37, 2e-2, 0.5
     model = AsyncNStepQ(
         "MlpPolicy",
         make_env(n_lanes),

@@ -128,7 +128,7 @@ def algorithm_3(net, threads, *, total, t_max, lr, gae_lambda, alpha=0.99, rms_e
     ],
 )
 def test_serial_mode_equals_algorithm_3(env_class, n_lanes, n_workers, gae_lambda):
-    total, t_max, lr = 1000 * n_lanes, 5, 1e-2
+    total, t_max, lr = 1000 * n_lanes // n_workers, 5, 1e-2
     model = A3C(
         "MlpPolicy",
         make_env(n_lanes, env_class),

@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from sb3_async1step import MinAtarCNN, NipsCNN, SharedRMSprop
 from sb3_async1step.common.parallelism import count_multiplications
 from tests.envs import RandomWalkEnv, make_env
+from tests.test_contract import SampleEnv, box, image
 
 
 def make_images(n_envs):
@@ -201,6 +202,27 @@ def test_the_papers_hyperparameters(value_based):
     assert kinds_of(model.q_net) == ["Conv2d", "ReLU", "Conv2d", "ReLU", "Flatten", "Linear", "ReLU", "Linear"]
     assert (model.update_interval, model.target_update_interval, model.loss) == (5, 10_000, "mse")
     assert [model.lr_schedule(progress) for progress in (1.0, 0.5, 0.0)] == [7e-4, 3.5e-4, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("policy", "space", "expected"),
+    [
+        ("MlpPolicy", box(3), 1e-3),
+        ("CnnPolicy", image(36, 36, 1), 1e-4),
+        ("MultiInputPolicy", spaces.Dict({"speed": box(3)}), 1e-3),
+        ("MultiInputPolicy", spaces.Dict({"speed": box(3), "pixels": image(36, 36, 1)}), 1e-4),
+    ],
+)
+def test_images_are_learned_at_a_lower_rate(value_based, policy, space, expected, tmp_path):
+    env = make_vec_env(lambda: SampleEnv(space, 5), n_envs=2)
+    model = value_based(policy, env, policy_kwargs={"net_arch": [8]})
+    assert [model.lr_schedule(progress) for progress in (1.0, 0.5, 0.0)] == [expected, expected / 2, 0.0]
+    assert model.policy.optimizer.param_groups[0]["lr"] == expected
+    model.learn(6).save(tmp_path / "model")
+    for loaded in (value_based.load(tmp_path / "model", env=env), value_based.load(tmp_path / "model")):
+        assert loaded.lr_schedule(1.0) == expected
+    given = value_based(policy, env, learning_rate=0.25, policy_kwargs={"net_arch": [8]})
+    assert given.lr_schedule(0.5) == 0.25
 
 
 def test_the_learning_rate_is_annealed_to_zero(value_based):

@@ -5,21 +5,21 @@ tables are right.
 
 import importlib
 import inspect
-import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
+import matplotlib
 import pytest
 import yaml
 from stable_baselines3.common.utils import LinearSchedule  # noqa: F401 (the parameters' tables name it)
 
+from benchmarks import learning
 from benchmarks.report import PAGES, insert_table, make_tables
 from sb3_async1step import __version__
 from sb3_async1step.registry import ALGORITHMS
-from tests.command_line import call_main, call_zoo
+from tests.command_line import call_main, call_zoo, run_code
 from tests.helpers import DEADLINE
 
 ROOT = Path(__file__).parent.parent
@@ -83,6 +83,7 @@ def shorten(words):
 def test_commands(path, tmp_path, monkeypatch):
     # For the processes that they start
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(learning, "N_FINAL_EPISODES", 5)
     for words in read_commands(path):
         code, output = call(words, tmp_path)
         assert code == 0, f"{shlex.join(words)}\n{output}"
@@ -106,12 +107,9 @@ def call(words, folder):
 def test_python_example(code, tmp_path):
     short, n_calls = re.subn(r"learn\(([\d_]+)", lambda call: f"learn({min(int(call[1]), 2000)}", code)
     assert n_calls > 0
-    result = subprocess.run(
-        [sys.executable, "-c", short],
-        cwd=tmp_path, env={**os.environ, "MPLBACKEND": "agg"},
-        capture_output=True, text=True, timeout=DEADLINE, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    matplotlib.use("agg")
+    exit_code, output = run_code(short, tmp_path)
+    assert exit_code == 0, output
     # Files that the page says are there
     for name in re.findall(r'savefig\("(.*?)"\)', code):
         assert (tmp_path / name).stat().st_size > 0

@@ -417,7 +417,7 @@ def test_wrong_commands(arguments, problem, tmp_path):
 
 
 def test_help(tmp_path):
-    help_page = run_program(PROGRAM, "--help", cwd=tmp_path)
+    help_page = run("--help", cwd=tmp_path)
     assert all(algo in help_page for algo in ALGORITHMS)
     assert "--optimize-hyperparameters" in run("train --help", cwd=tmp_path)
     # A script of the Zoo's knows our algorithms

@@ -95,7 +95,8 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
         values = values.flatten()
 
         # A = R - V(s; theta'_v), through which no gradient flows
-        advantages = self.compute_advantages(rollout, values.detach().reshape(rollout.rewards.shape)).flatten()
+        constant_values = values.detach().cpu().numpy().reshape(rollout.rewards.shape)
+        advantages = self.to_device(self.compute_advantages(rollout, constant_values)).flatten()
         returns = advantages + values.detach()
         # A single advantage has no standard deviation
         if self.settings.normalize_advantage and len(advantages) > 1:
@@ -117,40 +118,39 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
             metrics["train/explained_variance"] = explained
         return loss, metrics
 
-    @th.no_grad()
-    def compute_advantages(self, rollout: Rollout, values: th.Tensor) -> th.Tensor:
+    def compute_advantages(self, rollout: Rollout, values: np.ndarray) -> np.ndarray:
         """
         :param rollout: transitions, time by lane
         :param values: V(s; theta'_v), shape ``(n_steps, n_lanes)``
         :return: advantages, shape ``(n_steps, n_lanes)``
         """
-        rewards = self.to_device(rollout.rewards)
-        continues = self.to_device(~rollout.terminated).float()
-        same_episode = self.to_device(~(rollout.terminated | rollout.truncated)).float()
-        next_values = self.compute_next_values(rollout, values)
-        gamma, gae_lambda = self.settings.gamma, self.settings.gae_lambda
+        continues = (~rollout.terminated).astype(np.float32)
+        same_episode = continues * ~rollout.truncated
+        # Python's numbers, which leave arrays in float32
+        gamma, gae_lambda = float(self.settings.gamma), float(self.settings.gae_lambda)
 
         # With lambda = 1, this is R - V(s_i), with R <- r_i + gamma * R
-        td_errors = rewards + gamma * continues * next_values - values
-        advantages = th.empty_like(td_errors)
-        following = th.zeros_like(td_errors[0])
+        td_errors = rollout.rewards + gamma * continues * self.compute_next_values(rollout, values) - values
+        advantages = np.empty_like(td_errors)
+        following = np.zeros_like(td_errors[0])
         for i in reversed(range(len(rollout))):
             following = advantages[i] = td_errors[i] + gamma * gae_lambda * same_episode[i] * following
         return advantages
 
-    def compute_next_values(self, rollout: Rollout, values: th.Tensor) -> th.Tensor:
+    def compute_next_values(self, rollout: Rollout, values: np.ndarray) -> np.ndarray:
         """
         :param rollout: transitions, time by lane
         :param values: V(s; theta'_v), shape ``(n_steps, n_lanes)``
         :return: V(s'; theta'_v), shape ``(n_steps, n_lanes)``
         """
-        next_values = th.empty_like(values)
+        next_values = np.empty_like(values)
         next_values[:-1] = values[1:]
         # The rollout does not go on from the last states, nor from those in which an episode was cut off
         ends = rollout.truncated.copy()
         ends[-1] = True
         observations = take_rows(rollout.next_observations, ends)
-        next_values[self.to_device(ends)] = self.acting_policy.predict_values(self.to_tensor(observations)).flatten()
+        with th.no_grad():
+            next_values[ends] = self.acting_policy.predict_values(self.to_tensor(observations)).flatten().cpu().numpy()
         return next_values
 
     def _draw_noise(self) -> None:

@@ -8,7 +8,7 @@ from stable_baselines3.dqn.policies import DQNPolicy
 from sb3_async1step.async_n_step_q.actor_learner import NStepQActorLearner, NStepQSettings
 from sb3_async1step.common.async_algorithm import Backend
 from sb3_async1step.common.parameter_checks import check_unit_interval
-from sb3_async1step.value_based.algorithm import DEFAULT_LEARNING_RATE, ValueBasedAlgorithm
+from sb3_async1step.value_based.algorithm import ValueBasedAlgorithm
 from sb3_async1step.workers.actor_learner import ActorLearner
 
 
@@ -22,7 +22,7 @@ class AsyncNStepQ(ValueBasedAlgorithm):
         ``DQNPolicy``
     :param env: the environment to learn from (if registered in Gym, can be str)
     :param learning_rate: learning rate, or a function of the progress remaining (from 1 to 0); by default annealed
-        linearly to zero
+        linearly to zero from 1e-3, from 1e-4 if there are images among the observations
     :param gamma: discount factor
     :param n_envs: number of env lanes to make if ``env`` is an id, by default 16, as many as the paper had
         actor-learners, without a ``render_mode``. An env object has its own number
@@ -66,7 +66,7 @@ class AsyncNStepQ(ValueBasedAlgorithm):
         self,
         policy: str | type[DQNPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = DEFAULT_LEARNING_RATE,
+        learning_rate: float | Schedule | None = None,
         gamma: float = 0.99,
         n_envs: int | None = None,
         n_workers: int | Literal["auto"] = "auto",

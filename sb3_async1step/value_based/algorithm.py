@@ -7,6 +7,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
@@ -30,6 +31,13 @@ from sb3_async1step.value_based.target_network import SharedQNetworks
 
 #: Annealed to zero, as in the paper (section 8 of its supplement)
 DEFAULT_LEARNING_RATE = LinearSchedule(1e-3, 0.0, 1.0)
+#: The same for images, whose large networks learn nothing from the other one
+DEFAULT_LEARNING_RATE_FOR_IMAGES = LinearSchedule(1e-4, 0.0, 1.0)
+
+
+def _has_images(space: spaces.Space) -> bool:
+    parts = list(space.values()) if isinstance(space, spaces.Dict) else [space]
+    return any(isinstance(part, spaces.Box) and is_image_space(part) for part in parts)
 
 
 class ValueBasedAlgorithm(AsyncAlgorithm):
@@ -68,7 +76,7 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         self,
         policy: str | type[DQNPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = DEFAULT_LEARNING_RATE,
+        learning_rate: float | Schedule | None = None,
         gamma: float = 0.99,
         n_envs: int | None = None,
         n_workers: int | Literal["auto"] = "auto",
@@ -95,7 +103,7 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         super().__init__(
             policy,
             env,
-            learning_rate,
+            DEFAULT_LEARNING_RATE if learning_rate is None else learning_rate,
             gamma=gamma,
             n_envs=n_envs,
             n_workers=n_workers,
@@ -121,6 +129,9 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         self.loss = loss
         # Mean epsilon of the lanes
         self.exploration_rate = 0.0
+        # load() gives no env, and sets what the file says
+        if learning_rate is None and env is not None and _has_images(self.observation_space):
+            self.learning_rate = DEFAULT_LEARNING_RATE_FOR_IMAGES
         if _init_setup_model:
             self._setup_model()
 

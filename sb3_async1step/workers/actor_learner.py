@@ -290,7 +290,8 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
             return
         rollout = self.rollout.take()
         # BatchNorm cannot normalize a single transition
-        self.local.learning_network.set_training_mode(rollout.rewards.size > 1)
+        if self.local.learning_network.training != (rollout.rewards.size > 1):
+            self.local.learning_network.set_training_mode(rollout.rewards.size > 1)
         loss, metrics = self.compute_loss(rollout)
         self.local.share_buffers()
         # Mean over the lanes, sum over the time steps
@@ -307,7 +308,7 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
 
     def _clip_gradient(self) -> float:
         """Return the norm before."""
-        norm = th.nn.utils.clip_grad_norm_(self.local.learning_network.parameters(), self.settings.max_grad_norm)
+        norm = th.nn.utils.clip_grad_norm_(self.local.parameters, self.settings.max_grad_norm)
         if not th.isfinite(norm):
             raise ValueError(
                 f"The gradient's norm is {norm.item()}: the training diverges. The update was not applied. "

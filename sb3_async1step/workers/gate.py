@@ -34,7 +34,7 @@ def run_uninterrupted(function: Callable[[], None]) -> None:
         _acting_for[threading.get_ident()] = caller
         try:
             function()
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             errors.append(error)
         finally:
             del _acting_for[threading.get_ident()]

@@ -91,6 +91,9 @@ class LocalParameters:
         self.acting_network = view_network(self.learning_network)
         self.acting_network.set_training_mode(False)
         self.thread_specific = thread_specific
+        # Walking through the modules at each update would take as long as the backward pass of a small network
+        self.parameters = list(self.learning_network.parameters())
+        self._viewed = list(self._view.parameters())
         self._n_updates_when_pulled = 0
         self.renew_optimizer()
 
@@ -100,7 +103,7 @@ class LocalParameters:
 
     def pull(self) -> None:
         """Read the shared parameters, theta' <- theta, and which of them are frozen."""
-        for mine, shared in zip(self.learning_network.parameters(), self._shared.parameters, strict=True):
+        for mine, shared in zip(self.parameters, self._shared.parameters, strict=True):
             mine.requires_grad_(shared.requires_grad)
             if self.thread_specific:
                 mine.data.copy_(shared.data)
@@ -112,16 +115,18 @@ class LocalParameters:
 
         :return: number of updates that others applied between the last pull and this one
         """
-        gradients = [parameter.grad for parameter in self.learning_network.parameters()]
-        for view, gradient in zip(self._view.parameters(), gradients, strict=True):
+        gradients = [parameter.grad for parameter in self.parameters]
+        for view, gradient in zip(self._viewed, gradients, strict=True):
             view.grad = gradient
         n_updates_before = self._shared.push(self._optimizer, gradients)
-        for mine, view in zip(self.learning_network.parameters(), self._view.parameters(), strict=True):
+        for mine, view in zip(self.parameters, self._viewed, strict=True):
             mine.grad = view.grad = None
         return n_updates_before - self._n_updates_when_pulled
 
     def share_buffers(self) -> None:
         """Share those buffers (of BatchNorm) that a forward pass replaced instead of changing them in place."""
+        if not self._shared.buffers:
+            return
         for mine, shared in zip(self.learning_network.buffers(), self._shared.buffers, strict=True):
             if mine.data_ptr() != shared.data_ptr():
                 shared.copy_(mine)
@@ -146,27 +151,27 @@ class LocalParameters:
         """
         :return: a copy of the gradient accumulated since the last push, None for a parameter without one
         """
-        return [None if p.grad is None else p.grad.clone() for p in self.learning_network.parameters()]
+        return [None if p.grad is None else p.grad.clone() for p in self.parameters]
 
     def set_gradients(self, gradients: list[th.Tensor | None]) -> None:
         """
         :param gradients: what :meth:`get_gradients` returned
         """
-        for parameter, gradient in zip(self.learning_network.parameters(), gradients, strict=True):
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.clone()
 
     def get_values(self) -> list[th.Tensor] | None:
         """
         :return: a copy of theta', None if there is none
         """
-        return [p.detach().clone() for p in self.learning_network.parameters()] if self.thread_specific else None
+        return [p.detach().clone() for p in self.parameters] if self.thread_specific else None
 
     def set_values(self, values: list[th.Tensor] | None) -> None:
         """
         :param values: what :meth:`get_values` returned
         """
         if self.thread_specific and values is not None:
-            for parameter, value in zip(self.learning_network.parameters(), values, strict=True):
+            for parameter, value in zip(self.parameters, values, strict=True):
                 parameter.data.copy_(value)
 
 
