@@ -2,7 +2,6 @@
 
 import sys
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -14,17 +13,9 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
-from torch import nn
 
 from sb3_async1step.common.heap import keep_freed_memory
-from sb3_async1step.common.lanes import (
-    check_n_workers,
-    count_workers,
-    make_lanes,
-    warn_of_a_single_lane,
-    warn_of_frames_skipped_twice,
-    warn_the_caller,
-)
+from sb3_async1step.common.lanes import check_n_workers, count_workers, make_lanes, warn_of_a_single_lane
 from sb3_async1step.common.live_algorithm import LiveAlgorithm
 from sb3_async1step.common.parallelism import (
     SMALL_NETWORK,
@@ -36,11 +27,13 @@ from sb3_async1step.common.parameter_checks import (
     check,
     check_bool,
     check_choice,
+    check_observation_space,
     check_positive,
     check_unit_interval,
     check_whole,
 )
 from sb3_async1step.common.update_log import UpdateLog
+from sb3_async1step.common.warn import warn_of_frames_skipped_twice, warn_of_what_is_not_followed
 from sb3_async1step.sb3_internals import close_progress_bars
 from sb3_async1step.vec_envs.guard import ProcessWatcher, guard_vec_env, unguard_vec_env
 from sb3_async1step.vec_envs.observations import Observations, take_rows, to_arrays
@@ -56,8 +49,6 @@ from sb3_async1step.workers.transitions import Transitions
 SelfAsyncAlgorithm = TypeVar("SelfAsyncAlgorithm", bound="AsyncAlgorithm")
 
 Backend = Literal["threads", "serial"]
-#: Those that SB3's buffers support, each alone or in a ``Dict``
-SUPPORTED_OBSERVATION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 WORKER_POOLS: dict[str, type[WorkerPool]] = {"threads": ThreadWorkerPool, "serial": SerialWorkerPool}
 
 
@@ -159,7 +150,7 @@ class AsyncAlgorithm(LiveAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_parameters()
-        self._check_observation_space()
+        check_observation_space(self.observation_space)
         self._setup_lr_schedule()
         # Call the parent's version: ours would discard the loaded workers' random generators
         super().set_random_seed(self.seed)
@@ -186,15 +177,6 @@ class AsyncAlgorithm(LiveAlgorithm):
         check_positive(max_grad_norm=self.max_grad_norm)
         check_choice("backend", self.backend, WORKER_POOLS)
         check_bool(lock_updates=self.lock_updates)
-
-    def _check_observation_space(self) -> None:
-        space = self.observation_space
-        for part in space.spaces.values() if isinstance(space, spaces.Dict) else [space]:
-            # In the words of SB3's constructor
-            assert isinstance(part, SUPPORTED_OBSERVATION_SPACES), (
-                f"The algorithm only supports {SUPPORTED_OBSERVATION_SPACES}, or a Dict of them, as observation spaces "
-                f"but {space} was provided"
-            )
 
     @abstractmethod
     def _share_parameters(self) -> SharedParameters:
@@ -326,7 +308,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         with th.enable_grad():
             self._follow(self._pool, callback, log_interval)
         self._pool.stop()
-        self._warn_of_what_is_not_followed(workers, modules)
+        warn_of_what_is_not_followed(self.policy, modules, workers)
         self._remember_workers()
         if n_workers > 1:
             rejoin_vec_env(env, parts, groups)
@@ -385,21 +367,6 @@ class AsyncAlgorithm(LiveAlgorithm):
         for worker, state in zip(workers, self._worker_states or [], strict=False):
             worker.set_state(state)
         return workers
-
-    def _warn_of_what_is_not_followed(self, workers: Sequence[ActorLearner], modules: list[nn.Module]) -> None:
-        """``modules`` are those that the policy had when the workers were made."""
-        if modules != list(self.policy.modules()):
-            warn_the_caller(
-                "A callback has replaced modules of the policy. The workers went on with those from before, and what "
-                "they learned is not in the new ones: replace modules between two calls of learn()."
-            )
-        names = {name: None for worker in workers for name in worker.local.list_unshared_state()}
-        if names:
-            warn_the_caller(
-                f"The network has changed {', '.join(names)} during its forward passes. These are plain attributes, "
-                "which the workers' copies of a module don't share, so the changes are lost: register them as buffers "
-                "(Module.register_buffer), and change them in place."
-            )
 
     def _network_is_small(self) -> bool:
         observation: Any = create_empty_array(self.observation_space, n=1, fn=np.zeros)

@@ -1,17 +1,15 @@
 """The lanes of a model: making them, and choosing how many workers share them."""
 
 import functools
-import inspect
-import warnings
 
 import gymnasium as gym
-from stable_baselines3.common.atari_wrappers import MaxAndSkipEnv
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_async1step.common.parallelism import count_usable_cores
 from sb3_async1step.common.parameter_checks import check, is_whole
+from sb3_async1step.common.warn import warn_the_caller
 from sb3_async1step.vec_envs.split import find_unsplittable
 
 #: As many lanes as the paper had actor-learners (section 5.1)
@@ -55,23 +53,6 @@ def warn_of_a_single_lane(env: VecEnv, algorithm: str) -> None:
             "time: without a replay buffer, this is slow and seldom learns well. Give it the env's id (then it makes "
             f"{DEFAULT_N_ENVS} lanes), or a VecEnv of several: "
             f"stable_baselines3.common.env_util.make_vec_env(..., n_envs={DEFAULT_N_ENVS})."
-        )
-
-
-def warn_of_frames_skipped_twice(env: VecEnv) -> None:
-    """
-    :param env: the training env
-    """
-    if not any(env.env_is_wrapped(MaxAndSkipEnv)):
-        return
-    spec = env.get_attr("spec")[0]
-    frame_skip = spec.kwargs.get("frameskip", 1) if spec is not None else 1
-    if frame_skip != 1:
-        warn_the_caller(
-            f"{spec.id} skips frames itself (frameskip={frame_skip}), and so does its wrapper (AtariWrapper or "
-            "MaxAndSkipEnv) for each of these: the agent sees one frame of 16, if both skip as usual. Take an env that "
-            f"skips none: {spec.id} with frameskip=1 (make_atari_env(..., env_kwargs=dict(frameskip=1))), or the id "
-            "that ends in NoFrameskip-v4."
         )
 
 
@@ -120,15 +101,3 @@ def count_workers(n_workers: int | str, env: VecEnv, network_is_small: bool) -> 
         "See sb3_async1step.split_vec_env for how to register a VecEnv class."
     )
     return 1
-
-
-def warn_the_caller(message: str) -> None:
-    """
-    Warn of the line outside of this package that called it: the one with the model's ``learn()``.
-
-    :param message: the warning
-    """
-    frame, stacklevel = inspect.currentframe(), 1
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("sb3_async1step."):
-        frame, stacklevel = frame.f_back, stacklevel + 1
-    warnings.warn(message, stacklevel=stacklevel)

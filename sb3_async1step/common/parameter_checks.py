@@ -5,6 +5,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
+
+#: Observation spaces that SB3's buffers support, each alone or in a ``Dict``
+SUPPORTED_OBSERVATION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
 def check(name: str, value: object, is_valid: bool | np.bool_, allowed: str) -> None:
@@ -112,3 +116,16 @@ def is_whole(value: object) -> bool:
     :return: whether it is a whole number, which ``True`` is not
     """
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_observation_space(space: spaces.Space) -> None:
+    """
+    :param space: an observation space
+    :raises AssertionError: if SB3's buffers do not support it
+    """
+    for part in space.spaces.values() if isinstance(space, spaces.Dict) else [space]:
+        # In the words of SB3's constructor
+        assert isinstance(part, SUPPORTED_OBSERVATION_SPACES), (
+            f"The algorithm only supports {SUPPORTED_OBSERVATION_SPACES}, or a Dict of them, as observation spaces "
+            f"but {space} was provided"
+        )

@@ -1,165 +1,20 @@
 """Atari games in ale_py's C++ engine, which emulates several games at the same time, unlike threads of Python."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from ale_py.env import AtariEnv
 from ale_py.vector_env import AtariVectorEnv
-from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker
-from stable_baselines3.common.atari_wrappers import (
-    AtariWrapper,
-    ClipRewardEnv,
-    EpisodicLifeEnv,
-    FireResetEnv,
-    MaxAndSkipEnv,
-    NoopResetEnv,
-    StickyActionEnv,
-    WarpFrame,
-)
-from stable_baselines3.common.monitor import Monitor, ResultsWriter
+from stable_baselines3.common.monitor import ResultsWriter
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
-from sb3_async1step.sb3_internals import read_frame_skip, read_options
+from sb3_async1step.vec_envs.atari_settings import AtariSettings, find_results_writer, list_reproduced, read_settings
 from sb3_async1step.vec_envs.split import split_vec_env, take_lanes
 
 NOOP, FIRE, SECOND_ACTION_AFTER_RESET = 0, 1, 2
-# Values of AtariEnv's options with which the engine can reproduce it
-NEEDED_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "mode": (None,),
-    "difficulty": (None,),
-    "continuous": (False,),
-    "render_mode": (None, "rgb_array"),
-}
-# Wrappers that change nothing that the learner sees
-TRANSPARENT = (AtariWrapper, PassiveEnvChecker, OrderEnforcing)
-REPRODUCED = (
-    ClipRewardEnv,
-    EpisodicLifeEnv,
-    FireResetEnv,
-    MaxAndSkipEnv,
-    Monitor,
-    NoopResetEnv,
-    StickyActionEnv,
-    WarpFrame,
-)
-
-
-@dataclass(frozen=True)
-class AtariSettings:
-    """
-    Settings that :class:`AleVecEnv` reads from an Atari env and its wrappers.
-
-    :param game: name of the ROM
-    :param frame_skip: number of frames for which an action is repeated
-    :param pools_frames: whether an observation is the maximum of the last two frames
-    :param screen_size: height and width of an observation, in pixels
-    :param noop_max: maximum number of no-ops, of one frame each, after a reset
-    :param fires_after_reset: whether the actions 1 and 2 are taken after a reset
-    :param ends_on_life_loss: whether the learner's episode ends with each life
-    :param clips_rewards: whether rewards are replaced by their signs
-    :param repeat_action_probability: probability, for each frame, of repeating the previous action (sticky actions)
-    :param max_frames: number of frames after which an episode is truncated
-    :param full_action_space: whether all 18 actions are allowed
-    """
-
-    game: str
-    frame_skip: int
-    pools_frames: bool
-    screen_size: int
-    noop_max: int
-    fires_after_reset: bool
-    ends_on_life_loss: bool
-    clips_rewards: bool
-    repeat_action_probability: float
-    max_frames: int
-    full_action_space: bool
-
-
-def list_wrappers(env: gym.Env) -> Iterable[gym.Wrapper]:
-    """
-    :param env: an env with its wrappers
-    :return: the wrappers, from the outermost to the innermost
-    """
-    while isinstance(env, gym.Wrapper):
-        yield env
-        env = env.env
-
-
-def read_settings(env: gym.Env) -> AtariSettings:
-    """
-    :param env: an Atari env with its wrappers
-    :return: the settings that the engine has to reproduce
-    :raises ValueError: if the engine cannot reproduce them; the message says what and why
-    """
-    base = env.unwrapped
-    if not isinstance(base, AtariEnv):
-        _refuse(f"{base} is not an Atari env of ale_py")
-    wrappers: dict[type, Any] = {type(wrapper): wrapper for wrapper in list_wrappers(env)}
-    unknown = [kind.__name__ for kind in wrappers if kind not in (*TRANSPARENT, *REPRODUCED)]
-    if unknown:
-        _refuse(f"it does not know the wrapper {unknown[0]}")
-    if WarpFrame not in wrappers:
-        _refuse("its observations are small grey images: wrap the env in AtariWrapper")
-    warp = wrappers[WarpFrame]
-    if warp.width != warp.height:
-        _refuse(f"its observations are square, not {warp.width}x{warp.height}")
-    options = read_options(base)
-    for name, allowed in NEEDED_OPTIONS.items():
-        if options[name] not in allowed:
-            _refuse(f"it has no {name}={options[name]!r}")
-    if options["frameskip"] != 1:
-        _refuse(
-            f"frames are skipped by the env (frameskip={options['frameskip']}): take the id ending in NoFrameskip-v4"
-        )
-    sticky = getattr(wrappers.get(StickyActionEnv), "action_repeat_probability", 0.0)
-    if sticky and options["repeat_action_probability"]:
-        _refuse("actions are repeated at random by the env and by a wrapper, too")
-    return AtariSettings(
-        game=options["game"],
-        frame_skip=read_frame_skip(wrappers[MaxAndSkipEnv]) if MaxAndSkipEnv in wrappers else 1,
-        pools_frames=MaxAndSkipEnv in wrappers,
-        screen_size=warp.width,
-        noop_max=wrappers[NoopResetEnv].noop_max if NoopResetEnv in wrappers else 0,
-        fires_after_reset=FireResetEnv in wrappers,
-        ends_on_life_loss=EpisodicLifeEnv in wrappers,
-        clips_rewards=ClipRewardEnv in wrappers,
-        repeat_action_probability=sticky or options["repeat_action_probability"],
-        max_frames=options["max_num_frames_per_episode"] or base.ale.getInt("max_num_frames_per_episode"),
-        full_action_space=options["full_action_space"],
-    )
-
-
-def list_reproduced(settings: AtariSettings) -> list[type[gym.Wrapper]]:
-    """
-    :param settings: settings of an env
-    :return: the wrappers whose work is done for this env
-    """
-    optional = {
-        NoopResetEnv: settings.noop_max > 0,
-        MaxAndSkipEnv: settings.pools_frames,
-        EpisodicLifeEnv: settings.ends_on_life_loss,
-        FireResetEnv: settings.fires_after_reset,
-        ClipRewardEnv: settings.clips_rewards,
-    }
-    return [Monitor, AtariWrapper, WarpFrame, *(wrapper for wrapper, is_on in optional.items() if is_on)]
-
-
-def find_results_writer(env: gym.Env) -> ResultsWriter | None:
-    """
-    :param env: an env with its wrappers
-    :return: the writer of its monitor file, None if it has no such file
-    """
-    writers = [wrapper.results_writer for wrapper in list_wrappers(env) if isinstance(wrapper, Monitor)]
-    return writers[0] if writers else None
-
-
-def _refuse(reason: str) -> NoReturn:
-    raise ValueError(f"AleVecEnv can't replace this env: {reason}. DummyVecEnv and SubprocVecEnv can run it as it is.")
 
 
 def make_engine(settings: AtariSettings) -> AtariVectorEnv:

@@ -1,0 +1,61 @@
+"""Warnings that say what to do instead."""
+
+import inspect
+import warnings
+from collections.abc import Sequence
+
+from stable_baselines3.common.atari_wrappers import MaxAndSkipEnv
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.vec_env import VecEnv
+from torch import nn
+
+from sb3_async1step.workers.actor_learner import ActorLearner
+
+
+def warn_of_frames_skipped_twice(env: VecEnv) -> None:
+    """
+    :param env: the training env
+    """
+    if not any(env.env_is_wrapped(MaxAndSkipEnv)):
+        return
+    spec = env.get_attr("spec")[0]
+    frame_skip = spec.kwargs.get("frameskip", 1) if spec is not None else 1
+    if frame_skip != 1:
+        warn_the_caller(
+            f"{spec.id} skips frames itself (frameskip={frame_skip}), and so does its wrapper (AtariWrapper or "
+            "MaxAndSkipEnv) for each of these: the agent sees one frame of 16, if both skip as usual. Take an env that "
+            f"skips none: {spec.id} with frameskip=1 (make_atari_env(..., env_kwargs=dict(frameskip=1))), or the id "
+            "that ends in NoFrameskip-v4."
+        )
+
+
+def warn_of_what_is_not_followed(policy: BasePolicy, modules: list[nn.Module], workers: Sequence[ActorLearner]) -> None:
+    """
+    :param policy: the policy after a training
+    :param modules: those that it had when the workers were made
+    :param workers: the workers
+    """
+    if modules != list(policy.modules()):
+        warn_the_caller(
+            "A callback has replaced modules of the policy. The workers went on with those from before, and what "
+            "they learned is not in the new ones: replace modules between two calls of learn()."
+        )
+    names = {name: None for worker in workers for name in worker.local.list_unshared_state()}
+    if names:
+        warn_the_caller(
+            f"The network has changed {', '.join(names)} during its forward passes. These are plain attributes, "
+            "which the workers' copies of a module don't share, so the changes are lost: register them as buffers "
+            "(Module.register_buffer), and change them in place."
+        )
+
+
+def warn_the_caller(message: str) -> None:
+    """
+    Warn of the line outside of this package that called it: the one with the model's ``learn()``.
+
+    :param message: the warning
+    """
+    frame, stacklevel = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("sb3_async1step."):
+        frame, stacklevel = frame.f_back, stacklevel + 1
+    warnings.warn(message, stacklevel=stacklevel)
