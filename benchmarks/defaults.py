@@ -63,7 +63,7 @@ TASKS = {
     "Acrobot-v1": Task(300_000),
     "LunarLander-v3": Task(500_000),
     "MinAtar/Breakout-v0": Task(1_000_000, policy="CnnPolicy", policy_kwargs={"features_extractor_class": MinAtarCNN}),
-    PONG: Task(1_200_000, n_dqn_steps=300_000, policy="CnnPolicy", n_final_episodes=20),
+    PONG: Task(2_000_000, n_dqn_steps=300_000, policy="CnnPolicy", n_final_episodes=20),
 }
 
 

@@ -135,7 +135,7 @@ def test_serial_mode_equals_algorithm_1(sarsa, n_lanes, n_workers):
     from sb3_async1step.value_based.exploration import allot_final_epsilons
     from sb3_async1step.vec_envs.split import group_lanes
 
-    final_eps = allot_final_epsilons((0.1, 0.01, 0.5), (0.4, 0.3, 0.3), n_lanes)
+    final_eps = allot_final_epsilons((0.1, 0.01, 0.5), (0.45, 0.45, 0.1), n_lanes)
     envs = [RandomWalkEnv() for _ in range(n_lanes)]
     for i, env in enumerate(envs):
         env.s, _ = env.reset(seed=SEED + i)

@@ -120,7 +120,7 @@ def test_serial_mode_equals_algorithm_2(n_lanes, n_workers, q_lambda):
     model.learn(total)
 
     seeds = np.random.SeedSequence(SEED).spawn(n_workers)
-    final_eps = allot_final_epsilons((0.1, 0.01, 0.5), (0.4, 0.3, 0.3), n_lanes)
+    final_eps = allot_final_epsilons((0.1, 0.01, 0.5), (0.45, 0.45, 0.1), n_lanes)
     envs = [RandomWalkEnv() for _ in range(n_lanes)]
     for i, env in enumerate(envs):
         env.s, _ = env.reset(seed=SEED + i)

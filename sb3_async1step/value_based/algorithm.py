@@ -86,7 +86,7 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         exploration_fraction: float = 0.1,
         exploration_initial_eps: float = 1.0,
         exploration_final_eps: float | Sequence[float] = (0.1, 0.01, 0.5),
-        exploration_final_probs: Sequence[float] = (0.4, 0.3, 0.3),
+        exploration_final_probs: Sequence[float] = (0.45, 0.45, 0.1),
         eval_eps: float = 0.01,
         max_grad_norm: float = 10.0,
         loss: Literal["mse", "huber"] = "mse",
