@@ -18,6 +18,7 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecMonitor, VecNormalize
 
 from sb3_async1step import AsyncOneStepQ, split_vec_env
+from sb3_async1step.vec_envs.guard import ProcessWatcher
 from tests.envs import RaisingEnv, RandomWalkEnv, make_env
 from tests.helpers import (
     DEADLINE,
@@ -351,6 +352,30 @@ def test_learning_on_after_a_broken_message(algorithm, monkeypatch, n_taken):
         # In its reset
         model.learn(100)
     assert model.learn(30).num_timesteps == 30
+    env.close()
+
+
+@needs_posix
+@pytest.mark.parametrize("n_workers", [1, 2])
+@pytest.mark.parametrize("before_its_message", [False, True])
+def test_ctrl_c_at_the_very_end(n_workers, before_its_message, monkeypatch):
+    """The processes answer, so they need not be ended."""
+    env = SubprocVecEnv([RandomWalkEnv] * 2)
+    processes = processes_of(env)
+    model = AsyncOneStepQ("MlpPolicy", env, n_workers=n_workers)
+    stop = ProcessWatcher._stop
+
+    def interrupted_stop(watcher, patience):
+        monkeypatch.undo()
+        if not before_its_message:
+            stop(watcher, 0.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ProcessWatcher, "_stop", interrupted_stop)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(30)
+    assert model.learn(30).num_timesteps == 30
+    assert processes_of(env) == processes and all(process.is_running() for process in processes)
     env.close()
 
 

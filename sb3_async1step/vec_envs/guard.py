@@ -1,5 +1,6 @@
 """Keep a VecEnv whole while workers step its parts, and say what happened when one of its processes died."""
 
+import math
 import operator
 import os
 import signal
@@ -22,6 +23,8 @@ QUERIES = ("env_is_wrapped", "env_method", "get_attr", "get_images", "set_attr")
 STEPS = ("reset", "step_async")
 # What to do with a VecEnv whose processes have ended
 MAKE_ANEW = "make the env anew and give it to the model by set_env()"
+#: Seconds that processes have to answer when the wait for them is interrupted
+PATIENCE = 2.0
 
 
 class GuardedMethod(partial):
@@ -141,15 +144,23 @@ class ProcessWatcher:
         interrupted, it can be called again.
         """
         try:
-            # Not just closed: a process that was forked meanwhile holds this end of the pipe, too
-            self._writer.send(None)
-            while self._is_watching and self._thread.is_alive():
-                time.sleep(0.001)
+            self._stop(math.inf)
         except KeyboardInterrupt:
-            # It was pressed again while an env did not answer
-            if isinstance(self._env, SubprocVecEnv):
-                end_processes(self._env)
+            # The first one, which came only now; or it was pressed again while an env does not answer
+            try:
+                self._stop(PATIENCE)
+            finally:
+                if self._is_watching and isinstance(self._env, SubprocVecEnv):
+                    end_processes(self._env)
             raise
+
+    def _stop(self, patience: float) -> None:
+        """Wait for the end of the watch, but not longer than ``patience`` seconds."""
+        # Not just closed: a process that was forked meanwhile holds this end of the pipe, too
+        self._writer.send(None)
+        deadline = time.monotonic() + patience
+        while self._is_watching and self._thread.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.001)
 
 
 def describe_exit(exitcode: int | None) -> str:
