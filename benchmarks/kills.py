@@ -12,6 +12,7 @@ import multiprocessing
 import random
 import tempfile
 import time
+from contextlib import suppress
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -71,17 +72,20 @@ def kill_trainings(vec_env: str, n_kills: int, interval: float, rng: random.Rand
         has_started = context.Event()
         process = context.Process(target=train, args=(vec_env, folder, interval, has_started))
         process.start()
-        has_started.wait(timeout=PATIENCE)
+        if not has_started.wait(timeout=PATIENCE):
+            failures.append(f"training {i} has not saved within {PATIENCE} s")
         time.sleep(rng.uniform(0.0, 4 * interval))
-        assert process.pid is not None
-        children = psutil.Process(process.pid).children(recursive=True) if process.is_alive() else []
+        children = []
+        with suppress(psutil.NoSuchProcess):
+            children = psutil.Process(process.pid).children(recursive=True)
         if not process.is_alive():
             failures.append(f"training {i} ended by itself with {process.exitcode}")
         process.kill()
         process.join()
         if vec_env == FORK:
             for child in children:
-                child.kill()
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
         _, left = psutil.wait_procs(children, timeout=PATIENCE)
         failures += [f"{child} was left by kill {i}" for child in left]
         n_unfinished += len(list(folder.glob(".*")))

@@ -55,4 +55,5 @@ def run_code(code: str, folder: Path) -> tuple[int, str]:
     :param folder: the working directory
     :return: exit code, and what was printed
     """
-    return call_main(lambda: exec(compile(code, "<example>", "exec"), {"__name__": "__main__"}), ["-c"], folder)
+    with patch.dict(os.environ):
+        return call_main(lambda: exec(compile(code, "<example>", "exec"), {"__name__": "__main__"}), ["-c"], folder)

@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 import yaml
 from stable_baselines3.common.utils import LinearSchedule  # noqa: F401 (the parameters' tables name it)
@@ -109,6 +110,7 @@ def test_python_example(code, tmp_path):
     assert n_calls > 0
     matplotlib.use("agg")
     exit_code, output = run_code(short, tmp_path)
+    plt.close("all")
     assert exit_code == 0, output
     # Files that the page says are there
     for name in re.findall(r'savefig\("(.*?)"\)', code):

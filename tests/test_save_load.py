@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import A2C, DQN
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_async1step import A3C, AsyncNStepQ, AsyncOneStepQ, AsyncOneStepSarsa
-from sb3_async1step.common import model_file
+from sb3_async1step.common import live_algorithm, model_file
 from sb3_async1step.value_based.algorithm import ValueBasedAlgorithm
 from tests.envs import BoxWalkEnv, RandomWalkEnv, make_env
 from tests.helpers import are_equal, meanwhile, trained_parameters, wait_until, weights_of
@@ -293,15 +292,16 @@ def test_training_waits_for_a_save_that_began_before(algorithm, n_workers, tmp_p
     before = weights_of(model)
     saving, learned, saved = threading.Event(), threading.Event(), []
 
-    def slow_write(*args, **kwargs):
+    def slow_pack(*args):
         saving.set()
         wait_until(lambda: learned.is_set() or all_workers_wait())
         saved.append(are_equal(weights_of(model), before))
+        return memoryview(b"")
 
     def all_workers_wait():
         return model._pool is not None and len(model._pool._waiting_since) == n_workers
 
-    monkeypatch.setattr(BaseAlgorithm, "save", slow_write)
+    monkeypatch.setattr(live_algorithm, "pack_model", slow_pack)
     with meanwhile(lambda: model.save(tmp_path / "model")):
         wait_until(saving.is_set)
         model.learn(100)

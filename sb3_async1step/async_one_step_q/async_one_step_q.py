@@ -15,7 +15,7 @@ class AsyncOneStepQ(ValueBasedAlgorithm):
         ``DQNPolicy``
     :param env: the environment to learn from (if registered in Gym, can be str)
     :param learning_rate: learning rate, or a function of the progress remaining (from 1 to 0); by default annealed
-        linearly to zero from 1e-3, from 1e-4 if there are images among the observations
+        linearly to zero from 1e-3, or from 1e-4 if there are images (uint8, 0 to 255) among the observations
     :param gamma: discount factor
     :param n_envs: number of env lanes to make if ``env`` is an id, by default 16, as many as the paper had
         actor-learners, without a ``render_mode``. An env object has its own number

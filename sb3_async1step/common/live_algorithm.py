@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.save_util import load_from_zip_file, open_path
+from stable_baselines3.common.save_util import load_from_zip_file, open_path, recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 from stable_baselines3.common.utils import check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecNormalize
@@ -19,12 +19,13 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_async1step.common.model_file import (
     check_saved_model,
     explain_errors,
+    pack_model,
     read_attributes,
     renamed_modules,
     write_atomically,
 )
 from sb3_async1step.workers.actor_learner import Settings, WorkerState
-from sb3_async1step.workers.gate import Gate, run_uninterrupted
+from sb3_async1step.workers.gate import Gate
 from sb3_async1step.workers.pool import WorkerPool
 from sb3_async1step.workers.shared_parameters import check_optimizer_state
 
@@ -181,24 +182,33 @@ class LiveAlgorithm(BaseAlgorithm):
         if not isinstance(path, (str, pathlib.Path)):
             # SB3's errors for what it can't write to
             open_path(path, "w")
-        file = io.BytesIO()
-        save: Any = super().save
         with self._gate.closed():
             if self._is_learning():
                 self._remember_workers()
             # Files of different algorithms hold the same attributes
             self._saved_by = type(self).__name__
-            # An exception while torch.save() writes into SB3's archive ends the process
-            run_uninterrupted(lambda: save(file, exclude, include))
+            content = pack_model(*self._get_saved_parts(exclude, include))
         # Workers need not wait for the disk
         if not isinstance(path, (str, pathlib.Path)):
-            path.write(file.getbuffer())
+            path.write(content)
             return
         path = pathlib.Path(path)
         if path.suffix == "":
             # SB3's
             path = path.with_name(f"{path.name}.zip")
-        write_atomically(path, file.getbuffer())
+        write_atomically(path, content)
+
+    def _get_saved_parts(
+        self, exclude: Iterable[str] | None, include: Iterable[str] | None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The attributes to save, and by its name in the file what torch saves, as in SB3's ``save()``."""
+        state_dicts, variables = self._get_torch_save_params()
+        excluded = {*(exclude or ()), *self._excluded_save_params()} - {*(include or ())}
+        # What torch saves, pickle need not save
+        excluded |= {name.split(".")[0] for name in (*state_dicts, *variables)}
+        attributes = {name: value for name, value in self.__dict__.items() if name not in excluded}
+        others = {name: recursive_getattr(self, name) for name in variables}
+        return attributes, {"pytorch_variables": others, **self.get_parameters()}
 
     @classmethod
     def load(

@@ -1,6 +1,7 @@
 """Files of saved models: they are written completely or not at all, and checked before they are loaded."""
 
 import errno
+import functools
 import io
 import json
 import os
@@ -15,7 +16,10 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any, BinaryIO
 
-from stable_baselines3.common.save_util import open_path
+import stable_baselines3 as sb3
+import torch as th
+from stable_baselines3.common.save_util import data_to_json, open_path
+from stable_baselines3.common.utils import get_system_info
 
 try:
     import fcntl
@@ -37,6 +41,36 @@ NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 #: Times by which unpacking may enlarge a file. SB3 does not compress, weights hardly shrink, a zip bomb grows a
 #: thousandfold
 MAX_EXPANSION = 100
+
+
+def pack_model(attributes: dict[str, Any], torch_parts: dict[str, Any]) -> memoryview:
+    """
+    Do what SB3's ``save_to_zip_file()`` does, but so that it can be interrupted. There, torch writes into the archive:
+    its C++ code calls methods of Python, and a ``KeyboardInterrupt`` in one of these ends the process.
+
+    :param attributes: a model's attributes
+    :param torch_parts: by their names in the file, what torch saves
+    :return: content of the model's file
+    """
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, mode="w") as archive:
+        archive.writestr("data", data_to_json(attributes))
+        for name, part in torch_parts.items():
+            # No bytecode is run while torch writes into it, so nothing is raised
+            buffer = io.BytesIO()
+            th.save(part, buffer)
+            archive.writestr(f"{name}.pth", buffer.getbuffer())
+        archive.writestr("_stable_baselines3_version", sb3.__version__)
+        archive.writestr("system_info.txt", describe_system())
+    return file.getbuffer()
+
+
+@functools.cache
+def describe_system() -> str:
+    """
+    :return: what SB3 tells about the system. It looks for packages that may be missing, which takes a while
+    """
+    return get_system_info(print_info=False)[1]
 
 
 def write_atomically(path: pathlib.Path, content: bytes | memoryview) -> None:

@@ -29,15 +29,20 @@ from sb3_async1step.value_based.exploration import ExplorationSchedule, allot_fi
 from sb3_async1step.value_based.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_async1step.value_based.target_network import SharedQNetworks
 
-#: Annealed to zero, as in the paper (section 8 of its supplement)
-DEFAULT_LEARNING_RATE = LinearSchedule(1e-3, 0.0, 1.0)
-#: The same for images, whose large networks learn nothing from the other one
-DEFAULT_LEARNING_RATE_FOR_IMAGES = LinearSchedule(1e-4, 0.0, 1.0)
+# Annealed to zero, as in the paper (section 8 of its supplement)
+LEARNING_RATE = LinearSchedule(1e-3, 0.0, 1.0)
+LEARNING_RATE_OF_IMAGES = LinearSchedule(1e-4, 0.0, 1.0)
 
 
-def _has_images(space: spaces.Space) -> bool:
-    parts = list(space.values()) if isinstance(space, spaces.Dict) else [space]
-    return any(isinstance(part, spaces.Box) and is_image_space(part) for part in parts)
+def default_learning_rate(observation_space: spaces.Space) -> Schedule:
+    """
+    :param observation_space: observation space
+    :return: the learning rate of a user who names none: lower if the networks are as large as images need them
+    """
+    is_dict = isinstance(observation_space, spaces.Dict)
+    parts = observation_space.values() if is_dict else [observation_space]  # type: ignore[attr-defined]
+    has_images = any(isinstance(part, spaces.Box) and is_image_space(part) for part in parts)
+    return LEARNING_RATE_OF_IMAGES if has_images else LEARNING_RATE
 
 
 class ValueBasedAlgorithm(AsyncAlgorithm):
@@ -103,7 +108,7 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         super().__init__(
             policy,
             env,
-            DEFAULT_LEARNING_RATE if learning_rate is None else learning_rate,
+            learning_rate,  # type: ignore[arg-type] # None until the model is set up
             gamma=gamma,
             n_envs=n_envs,
             n_workers=n_workers,
@@ -129,9 +134,6 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         self.loss = loss
         # Mean epsilon of the lanes
         self.exploration_rate = 0.0
-        # load() gives no env, and sets what the file says
-        if learning_rate is None and env is not None and _has_images(self.observation_space):
-            self.learning_rate = DEFAULT_LEARNING_RATE_FOR_IMAGES
         if _init_setup_model:
             self._setup_model()
 
@@ -165,6 +167,8 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         self._exploration: ExplorationSchedule | None = None
 
     def _setup_model(self) -> None:
+        if self.learning_rate is None:
+            self.learning_rate = default_learning_rate(self.observation_space)
         # Arrays, Series and tensors would be read by whichever version of NumPy or pandas loads the file
         self.exploration_final_eps = to_list(self.exploration_final_eps)
         self.exploration_final_probs = to_list(self.exploration_final_probs)

@@ -150,7 +150,7 @@ class ProcessWatcher:
             try:
                 self._stop(PATIENCE)
             finally:
-                if self._is_watching and isinstance(self._env, SubprocVecEnv):
+                if self._is_watching and self._thread.is_alive() and isinstance(self._env, SubprocVecEnv):
                     end_processes(self._env)
             raise
 

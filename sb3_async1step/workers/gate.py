@@ -1,6 +1,5 @@
 """The gate between the threads that change a model or step its environments, and those that want it to stand still."""
 
-import _thread
 import math
 import os
 import sys
@@ -16,36 +15,6 @@ from weakref import WeakSet
 PATIENCE = 0.05
 #: Seconds that a fork waits for workers to end their steps, at most: one of them may wait for the thread that forks
 PATIENCE_BEFORE_FORK = 5.0
-#: Threads that act for another one, which waits for them
-_acting_for: dict[int, int] = {}
-
-
-def run_uninterrupted(function: Callable[[], None]) -> None:
-    """
-    Run a function on a thread of its own, since signals interrupt the main thread alone. Whatever the calling thread
-    has closed is open to it. If the calling thread is interrupted, the function is carried out nevertheless.
-
-    :param function: what an interrupt would leave in disorder
-    :raises BaseException: what the function raises
-    """
-    caller, errors, ended = threading.get_ident(), [], threading.Lock()
-
-    def run() -> None:
-        _acting_for[threading.get_ident()] = caller
-        try:
-            function()
-        except BaseException as error:
-            errors.append(error)
-        finally:
-            del _acting_for[threading.get_ident()]
-            ended.release()
-
-    ended.acquire()
-    # The start of a threading.Thread can be interrupted itself
-    _thread.start_new_thread(run, ())
-    ended.acquire()
-    for error in errors:
-        raise error
 
 
 @dataclass(eq=False, slots=True)
@@ -103,9 +72,9 @@ class Calls:
 
     def is_by_this_thread(self) -> bool:
         """
-        :return: whether one of them was made by the calling thread, or by the one that it acts for, and has not ended
+        :return: whether one of them was made by the calling thread, and has not ended yet
         """
-        thread_id = _acting_for.get(threading.get_ident(), threading.get_ident())
+        thread_id = threading.get_ident()
         return any(call.thread_id == thread_id and call.is_running for call in self.list())
 
     def forget_ended(self) -> None:

@@ -1,7 +1,9 @@
 """A thread for each worker."""
 
+import _imp
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from contextvars import copy_context
 from threading import Lock, Thread, current_thread
 
@@ -41,6 +43,7 @@ class ThreadWorkerPool(WorkerPool):
         self._threads: list[Thread] = []
 
     def batches(self) -> Iterator[Transitions]:
+        release_import_lock()
         for i, worker in enumerate(self.workers):
             # In a copy of the caller's context (np.errstate, decimal's precision), as asyncio.to_thread() does it
             run = copy_context().run
@@ -123,3 +126,14 @@ class ThreadWorkerPool(WorkerPool):
             self._n_reported += len(transitions)
         if self._has_news():
             self._gate.notify()
+
+
+def release_import_lock() -> None:
+    """
+    Release the lock of Python's import system if the calling thread holds it. It does so inside of importlib alone,
+    and an import that was interrupted there (by Ctrl-C) leaves it locked: every other thread that imports something,
+    as PyTorch does when a worker takes its first step, would wait forever.
+    """
+    with suppress(RuntimeError):
+        while True:
+            _imp.release_lock()
