@@ -406,7 +406,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     is_partial = set(arguments.only) != set(COMPARISONS)
-    results = json.loads(arguments.results.read_text()) if is_partial else {}
+    results = json.loads(arguments.results.read_text()) if is_partial and arguments.results.exists() else {}
     results |= {
         "date": str(date.today()),
         "hardware": describe_hardware(),
