@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from sb3_async1step.vec_envs.observations import list_spaces
+
 #: Observation spaces that SB3's buffers support, each alone or in a ``Dict``
 SUPPORTED_OBSERVATION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
@@ -123,7 +125,7 @@ def check_observation_space(space: spaces.Space) -> None:
     :param space: an observation space
     :raises AssertionError: if SB3's buffers do not support it
     """
-    for part in space.spaces.values() if isinstance(space, spaces.Dict) else [space]:
+    for part in list_spaces(space):
         # In the words of SB3's constructor
         assert isinstance(part, SUPPORTED_OBSERVATION_SPACES), (
             f"The algorithm only supports {SUPPORTED_OBSERVATION_SPACES}, or a Dict of them, as observation spaces "

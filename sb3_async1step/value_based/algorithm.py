@@ -28,6 +28,7 @@ from sb3_async1step.value_based.actor_learner import LOSSES, ValueBasedSettings
 from sb3_async1step.value_based.exploration import ExplorationSchedule, allot_final_epsilons
 from sb3_async1step.value_based.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_async1step.value_based.target_network import SharedQNetworks
+from sb3_async1step.vec_envs.observations import list_spaces
 
 # Annealed to zero, as in the paper (section 8 of its supplement)
 LEARNING_RATE = LinearSchedule(1e-3, 0.0, 1.0)
@@ -39,9 +40,7 @@ def default_learning_rate(observation_space: spaces.Space) -> Schedule:
     :param observation_space: observation space
     :return: the learning rate of a user who names none: lower if the networks are as large as images need them
     """
-    is_dict = isinstance(observation_space, spaces.Dict)
-    parts = observation_space.values() if is_dict else [observation_space]  # type: ignore[attr-defined]
-    has_images = any(isinstance(part, spaces.Box) and is_image_space(part) for part in parts)
+    has_images = any(is_image_space(space) for space in list_spaces(observation_space))
     return LEARNING_RATE_OF_IMAGES if has_images else LEARNING_RATE
 
 

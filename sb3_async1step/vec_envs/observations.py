@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 
 Observations = np.ndarray | dict[str, np.ndarray]
 
@@ -30,6 +31,14 @@ def to_arrays(observations: Any) -> Observations:
     :return: the same as arrays; those that are arrays already are not copied
     """
     return map_arrays(np.asarray, observations)
+
+
+def list_spaces(space: spaces.Space) -> list[spaces.Space]:
+    """
+    :param space: an observation space
+    :return: the spaces of its observations' arrays, one or several
+    """
+    return list(space.spaces.values()) if isinstance(space, spaces.Dict) else [space]
 
 
 def list_arrays(observations: Observations) -> list[np.ndarray]:

@@ -290,8 +290,9 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
             return
         rollout = self.rollout.take()
         # BatchNorm cannot normalize a single transition
-        if self.local.learning_network.training != (rollout.rewards.size > 1):
-            self.local.learning_network.set_training_mode(rollout.rewards.size > 1)
+        mode = rollout.rewards.size > 1
+        if self.local.learning_network.training != mode:
+            self.local.learning_network.set_training_mode(mode)
         loss, metrics = self.compute_loss(rollout)
         self.local.share_buffers()
         # Mean over the lanes, sum over the time steps
