@@ -2,6 +2,7 @@
 
 import io
 import os
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from sb3_async1step import zoo
+from tests.helpers import DEADLINE
 
 
 def call_main(main: Callable[[], None], words: list[str], folder: Path) -> tuple[int, str]:
@@ -57,3 +59,18 @@ def run_code(code: str, folder: Path) -> tuple[int, str]:
     """
     with patch.dict(os.environ):
         return call_main(lambda: exec(compile(code, "<example>", "exec"), {"__name__": "__main__"}), ["-c"], folder)
+
+
+def run_code_afresh(code: str, folder: Path) -> tuple[int, str]:
+    """
+    Run a program by ``python -c``, on a process on which nothing has registered any env.
+
+    :param code: the program
+    :param folder: the working directory
+    :return: exit code, and what was printed
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env={**os.environ, "MPLBACKEND": "agg"},
+        capture_output=True, text=True, timeout=DEADLINE, check=False,
+    )  # fmt: skip
+    return result.returncode, result.stdout + result.stderr

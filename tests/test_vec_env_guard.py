@@ -18,6 +18,7 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecMonitor, VecNormalize
 
 from sb3_async1step import AsyncOneStepQ, split_vec_env
+from sb3_async1step.vec_envs import guard
 from sb3_async1step.vec_envs.guard import ProcessWatcher
 from tests.envs import RaisingEnv, RandomWalkEnv, make_env
 from tests.helpers import (
@@ -366,12 +367,14 @@ def test_ctrl_c_at_the_very_end(n_workers, before_its_message, monkeypatch):
     stop = ProcessWatcher._stop
 
     def interrupted_stop(watcher, patience):
-        monkeypatch.undo()
+        monkeypatch.setattr(ProcessWatcher, "_stop", stop)
         if not before_its_message:
             stop(watcher, 0.0)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ProcessWatcher, "_stop", interrupted_stop)
+    # A busy machine may need long for an answer
+    monkeypatch.setattr(guard, "PATIENCE", DEADLINE)
     with pytest.raises(KeyboardInterrupt):
         model.learn(30)
     assert model.learn(30).num_timesteps == 30
