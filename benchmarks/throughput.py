@@ -407,17 +407,18 @@ def main() -> None:
 
     is_partial = set(arguments.only) != set(COMPARISONS)
     results = json.loads(arguments.results.read_text()) if is_partial and arguments.results.exists() else {}
-    results |= {
-        "date": str(date.today()),
-        "hardware": describe_hardware(),
-        "torch": th.__version__,
-        "repeats": arguments.repeats,
-        "seconds": arguments.seconds,
-    }
+    conditions = results.setdefault("conditions", {})
     floors: list[dict[str, float]] = []
     for name in arguments.only:
         take_part = (lambda: floors.append(measure_floor())) if name == "contenders" else (lambda: None)
         results[name] = compare(name, arguments.repeats, arguments.seconds, take_part)
+        conditions[name] = {
+            "date": str(date.today()),
+            "hardware": describe_hardware(),
+            "torch": th.__version__,
+            "repeats": arguments.repeats,
+            "seconds": arguments.seconds,
+        }
     if floors:
         results["floor"] = {part: statistics.median(floor[part] for floor in floors) for part in floors[0]}
     for name, table in make_speed_tables(results).items():

@@ -18,7 +18,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
-from sb3_async1step import A3C, AsyncOneStepQ, HistogramCallback
+from sb3_async1step import A3C, AsyncNStepQ, AsyncOneStepQ, HistogramCallback
 from tests.helpers import DEADLINE, meanwhile, wait_until
 
 SMALL = {"net_arch": [4]}
@@ -228,6 +228,25 @@ def test_state_in_plain_attributes_is_warned_of():
     model = AsyncOneStepQ("MlpPolicy", env, policy_kwargs={"features_extractor_class": CountingExtractor})
     with pytest.warns(UserWarning, match=r"features_extractor\.n_observations during.*register_buffer"):
         model.learn(8)
+    assert model.q_net.features_extractor.n_in_buffer > 0
+
+
+class LateExtractor(CountingExtractor):
+    """Registers another buffer in its first forward pass in training mode."""
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        if self.training and not hasattr(self, "late"):
+            self.register_buffer("late", observations.mean(dim=0))
+        self.n_in_buffer += len(observations)
+        return observations
+
+
+@pytest.mark.parametrize("algorithm", [AsyncOneStepQ, AsyncNStepQ])
+def test_buffers_registered_during_training_are_warned_of(algorithm):
+    env = make_vec_env("CartPole-v1", n_envs=2)
+    model = algorithm("MlpPolicy", env, policy_kwargs={"features_extractor_class": LateExtractor})
+    with pytest.warns(UserWarning, match=r"changed features_extractor\.late during.*register_buffer"):
+        model.learn(20)
     assert model.q_net.features_extractor.n_in_buffer > 0
 
 

@@ -43,9 +43,9 @@ def warn_of_what_is_not_followed(policy: BasePolicy, modules: list[nn.Module], w
     names = {name: None for worker in workers for name in worker.local.list_unshared_state()}
     if names:
         warn_the_caller(
-            f"The network has changed {', '.join(names)} during its forward passes. These are plain attributes, "
-            "which the workers' copies of a module don't share, so the changes are lost: register them as buffers "
-            "(Module.register_buffer), and change them in place."
+            f"The network has changed {', '.join(names)} during its forward passes. The workers' copies of a module "
+            "share neither plain attributes nor buffers that are registered during training, so the changes are lost: "
+            "register them as buffers in the module's constructor (Module.register_buffer), and change them in place."
         )
 
 

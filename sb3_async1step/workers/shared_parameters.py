@@ -32,7 +32,7 @@ class SharedParameters:
         # Of the modules that the network has now: workers can't follow if somebody replaces them
         self.modules = list(network.modules())
         self.parameters = list(network.parameters())
-        self.buffers = list(network.buffers())
+        self.buffers = dict(network.named_buffers())
         # Adam divides the mean of the gradients by the root of their mean square. Without a lock, another worker may
         # have added to the mean already, but not yet to the mean square: where that is still zero, the step is immense
         self.lock_updates = lock_updates or not getattr(policy.optimizer, "is_lock_free", False)
@@ -127,25 +127,26 @@ class LocalParameters:
         """Share those buffers (of BatchNorm) that a forward pass replaced instead of changing them in place."""
         if not self._shared.buffers:
             return
-        for mine, shared in zip(self.learning_network.buffers(), self._shared.buffers, strict=True):
+        buffers = dict(self.learning_network.named_buffers())
+        for name, shared in self._shared.buffers.items():
+            mine = buffers[name]
             if mine.data_ptr() != shared.data_ptr():
                 shared.copy_(mine)
                 mine.data = shared.data
 
     def list_unshared_state(self) -> list[str]:
         """
-        :return: names of numbers and arrays that the worker's modules have changed, but keep as plain attributes, which
-            are not shared
+        :return: names of what the worker's modules have changed, but don't share: numbers and arrays that they keep as
+            plain attributes, and buffers that they have registered since the worker was made
         """
-        modules = zip(self.learning_network.named_modules(), self._shared.modules, strict=True)
-        return [
+        attributes = [
             f"{name}.{key}"
-            for (name, mine), shared in modules
+            for (name, mine), shared in zip(self.learning_network.named_modules(), self._shared.modules, strict=True)
             for key, value in vars(mine).items()
-            if isinstance(value, (int, float, np.ndarray, th.Tensor))
-            and key not in ("training", "call_super_init")
-            and not np.array_equal(value, vars(shared).get(key, value))
+            if has_changed(key, vars(shared).get(key, value), value)
         ]
+        buffers = [name for name, _ in self.learning_network.named_buffers() if name not in self._shared.buffers]
+        return attributes + buffers
 
     def get_gradients(self) -> list[th.Tensor | None]:
         """
@@ -173,6 +174,22 @@ class LocalParameters:
         if self.thread_specific and values is not None:
             for parameter, value in zip(self.parameters, values, strict=True):
                 parameter.data.copy_(value)
+
+
+def has_changed(name: str, before: Any, after: Any) -> bool:
+    """
+    :param name: an attribute of a module
+    :param before: its value before the training
+    :param after: its value now
+    :return: whether it is a number or an array that a forward pass has changed
+    """
+    if not isinstance(after, (int, float, np.ndarray, th.Tensor)) or name in ("training", "call_super_init"):
+        return False
+    # Computed from parameters in each forward pass, as the weight of weight_norm is
+    if getattr(after, "grad_fn", None) is not None:
+        return False
+    before, after = (value.detach().cpu() if isinstance(value, th.Tensor) else value for value in (before, after))
+    return not np.array_equal(before, after)
 
 
 def copy_network(network: AnyNetwork) -> AnyNetwork:
