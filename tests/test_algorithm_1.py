@@ -10,6 +10,7 @@ from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa, SharedRMSprop
 from tests.envs import RandomWalkEnv, make_env
 
 GAMMA = 0.9
+FINAL_EPS, FINAL_PROBS = (0.1, 0.01, 0.5), (0.4, 0.3, 0.3)
 SEED = 7
 
 
@@ -122,6 +123,8 @@ def test_serial_mode_equals_algorithm_1(sarsa, n_lanes, n_workers):
         update_interval=i_update,
         target_update_interval=i_target,
         exploration_fraction=fraction,
+        exploration_final_eps=FINAL_EPS,
+        exploration_final_probs=FINAL_PROBS,
         max_grad_norm=1e6,
         backend="serial",
         policy_kwargs={"net_arch": [16], "optimizer_class": SharedRMSprop},
@@ -135,7 +138,7 @@ def test_serial_mode_equals_algorithm_1(sarsa, n_lanes, n_workers):
     from sb3_async1step.value_based.exploration import allot_final_epsilons
     from sb3_async1step.vec_envs.split import group_lanes
 
-    final_eps = allot_final_epsilons((0.1, 0.01, 0.5), (0.45, 0.45, 0.1), n_lanes)
+    final_eps = allot_final_epsilons(FINAL_EPS, FINAL_PROBS, n_lanes)
     envs = [RandomWalkEnv() for _ in range(n_lanes)]
     for i, env in enumerate(envs):
         env.s, _ = env.reset(seed=SEED + i)

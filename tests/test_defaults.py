@@ -1,5 +1,6 @@
 """What one line of code gives: lanes, workers, networks and hyperparameters that the user does not name."""
 
+import inspect
 import warnings
 
 import gymnasium as gym
@@ -13,7 +14,7 @@ from stable_baselines3.common.envs import FakeImageEnv, IdentityEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_async1step import MinAtarCNN, NipsCNN, SharedRMSprop
+from sb3_async1step import AsyncNStepQ, AsyncOneStepQ, AsyncOneStepSarsa, MinAtarCNN, NipsCNN, SharedRMSprop
 from sb3_async1step.common.parallelism import count_multiplications
 from tests.envs import RandomWalkEnv, make_env
 from tests.test_contract import SampleEnv, box, image
@@ -21,6 +22,18 @@ from tests.test_contract import SampleEnv, box, image
 
 def make_images(n_envs):
     return make_vec_env(lambda: FakeImageEnv(screen_height=84, screen_width=84, n_channels=4), n_envs=n_envs)
+
+
+def defaults_of(algorithm):
+    return {name: parameter.default for name, parameter in inspect.signature(algorithm).parameters.items()}
+
+
+def test_what_differs_between_the_value_based_algorithms():
+    q, sarsa, n_step = (defaults_of(algorithm) for algorithm in (AsyncOneStepQ, AsyncOneStepSarsa, AsyncNStepQ))
+    # Sarsa learns the values of the policy that explores
+    epsilons = {"exploration_final_eps": (0.1, 0.01, 0.3), "exploration_final_probs": (0.4, 0.3, 0.3)}
+    assert sarsa == q | epsilons
+    assert n_step == q | {"update_interval": 5, "q_lambda": 1.0}
 
 
 # ---------------------------------------------------------------------- lanes

@@ -129,7 +129,7 @@ def test_tables_are_those_of_the_results():
 # The tables of docs/guide/parameters.md that describe an algorithm; the later ones override the earlier ones
 PARAMETER_TABLES = {
     "async_one_step_q": ("All algorithms", "Value-based algorithms"),
-    "async_one_step_sarsa": ("All algorithms", "Value-based algorithms"),
+    "async_one_step_sarsa": ("All algorithms", "Value-based algorithms", "AsyncOneStepSarsa"),
     "async_n_step_q": ("All algorithms", "Value-based algorithms", "AsyncNStepQ"),
     "a3c": ("All algorithms", "A3C"),
 }

@@ -1,6 +1,12 @@
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch as th
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.dqn.policies import DQNPolicy
 
 from sb3_async1step.async_one_step_sarsa.actor_learner import OneStepSarsaActorLearner
+from sb3_async1step.common.async_algorithm import Backend
 from sb3_async1step.value_based.algorithm import ValueBasedAlgorithm
 from sb3_async1step.workers.actor_learner import ActorLearner
 
@@ -29,7 +35,8 @@ class AsyncOneStepSarsa(ValueBasedAlgorithm):
     :param tau: soft update coefficient of the target network, 1 for a copy
     :param exploration_fraction: fraction of the training over which epsilon is annealed
     :param exploration_initial_eps: initial epsilon
-    :param exploration_final_eps: final epsilon of all lanes, or the values that the lanes get
+    :param exploration_final_eps: final epsilon of all lanes, or the values that the lanes get. The values learned are
+        those of a policy that explores, so that no lane acts at random half of the time by default, as in the paper
     :param exploration_final_probs: proportion of lanes for each final epsilon
     :param eval_eps: epsilon of ``predict(deterministic=False)``
     :param max_grad_norm: norm to which gradients are clipped
@@ -51,3 +58,59 @@ class AsyncOneStepSarsa(ValueBasedAlgorithm):
     """
 
     actor_learner_class: ClassVar[type[ActorLearner]] = OneStepSarsaActorLearner
+
+    def __init__(
+        self,
+        policy: str | type[DQNPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule | None = None,
+        gamma: float = 0.99,
+        n_envs: int | None = None,
+        n_workers: int | Literal["auto"] = "auto",
+        update_interval: int = 1,
+        target_update_interval: int = 500,
+        tau: float = 1.0,
+        exploration_fraction: float = 0.1,
+        exploration_initial_eps: float = 1.0,
+        exploration_final_eps: float | Sequence[float] = (0.1, 0.01, 0.3),
+        exploration_final_probs: Sequence[float] = (0.4, 0.3, 0.3),
+        eval_eps: float = 0.01,
+        max_grad_norm: float = 10.0,
+        loss: Literal["mse", "huber"] = "mse",
+        lock_updates: bool = False,
+        backend: Backend = "threads",
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            gamma=gamma,
+            n_envs=n_envs,
+            n_workers=n_workers,
+            update_interval=update_interval,
+            target_update_interval=target_update_interval,
+            tau=tau,
+            exploration_fraction=exploration_fraction,
+            exploration_initial_eps=exploration_initial_eps,
+            exploration_final_eps=exploration_final_eps,
+            exploration_final_probs=exploration_final_probs,
+            eval_eps=eval_eps,
+            max_grad_norm=max_grad_norm,
+            loss=loss,
+            lock_updates=lock_updates,
+            backend=backend,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=_init_setup_model,
+        )
