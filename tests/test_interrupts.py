@@ -6,6 +6,7 @@ import importlib
 import io
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,6 +23,8 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from benchmarks.interrupts import interrupt, raise_keyboard_interrupt
 from sb3_async1step import AsyncOneStepQ
+from sb3_async1step.workers import gate
+from sb3_async1step.workers.gate import Call
 from tests.helpers import actor_learners, wait_until
 
 PACKAGE = "sb3_async1step"
@@ -152,3 +155,45 @@ def test_an_interrupted_import(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="not holding the import lock"):
         _imp.release_lock()
     assert sys.modules.pop("imported_by_workers")
+
+
+def test_a_call_runs_until_it_ends():
+    calls, may_end = [], threading.Event()
+
+    def function(fails):
+        calls.append(Call(sys._getframe()))
+        assert calls[-1].is_running
+        may_end.wait()
+        if fails:
+            raise KeyError
+
+    threads = [threading.Thread(target=function, args=(False,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(calls) == 2)
+    assert [call.is_running for call in calls] == [True, True]
+    may_end.set()
+    for thread in threads:
+        thread.join()
+    # The traceback keeps the frame, but not the call
+    with pytest.raises(KeyError) as raised:
+        function(True)
+    assert raised.traceback[-1].frame.raw is calls[-1].frame
+    assert [call.is_running for call in calls] == [False, False, False]
+
+
+def test_a_generator_that_forks_goes_on():
+    model = AsyncOneStepQ("MlpPolicy", make_vec_env("CartPole-v1", n_envs=2))
+
+    def fork():
+        # What Python calls before and after os.fork(); the second may be missing
+        gate._close_gates()
+        yield 1
+        yield 2
+
+    numbers = fork()
+    assert next(numbers) == 1
+    model._gate._forget_interrupted_calls()
+    assert list(numbers) == [2]
+    gate._open_gates()
+    model.learn(10)

@@ -1,5 +1,6 @@
 """The gate between the threads that change a model or step its environments, and those that want it to stand still."""
 
+import inspect
 import math
 import os
 import sys
@@ -23,7 +24,7 @@ class Call:
     A call of a function, which may end without a trace: a ``KeyboardInterrupt`` can be raised between any two bytecodes
     of the main thread, in a ``finally`` clause, too, and a fork copies the calling thread only.
 
-    :param frame: frame of the call
+    :param frame: frame of the call, not of a generator
     """
 
     frame: FrameType
@@ -33,10 +34,15 @@ class Call:
     @property
     def is_running(self) -> bool:
         """Whether it has not ended yet."""
-        frame = sys._current_frames().get(self.thread_id) if self.process_id == os.getpid() else None
-        while frame is not None and frame is not self.frame:
-            frame = frame.f_back
-        return frame is not None
+        if self.process_id != os.getpid():
+            return False
+        # Python clears a frame only if its call has ended. To look for it on the stack of another thread, which runs on
+        # meanwhile, is not safe: frame.f_back may be freed memory (CPython 3.11)
+        try:
+            self.frame.clear()
+        except RuntimeError:
+            return True
+        return False
 
 
 class Calls:
@@ -287,7 +293,11 @@ _closed_for_fork: dict[int, list[tuple[Gate, Call]]] = {}
 
 
 def _close_gates() -> None:
-    call = Call(sys._getframe(1))
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_flags & inspect.CO_GENERATOR:
+        frame = frame.f_back
+    assert frame is not None
+    call = Call(frame)
     closed = _closed_for_fork[threading.get_ident()] = [(gate, call) for gate in list(_gates)]
     for gate, call in closed:
         gate.close(call, PATIENCE_BEFORE_FORK)
