@@ -196,22 +196,33 @@ def copy_network(network: AnyNetwork) -> AnyNetwork:
     """
     :param network: a network, or a policy with an optimizer
     :return: a copy with values of its own, but with the same buffers (statistics of BatchNorm), and no optimizer
+    :raises TypeError: see :func:`copy_modules`
+    """
+    duplicate = copy_modules(network)
+    for my_buffer, shared_buffer in zip(duplicate.buffers(), network.buffers(), strict=True):
+        my_buffer.data = shared_buffer.data
+    return duplicate
+
+
+def copy_modules(network: AnyNetwork) -> AnyNetwork:
+    """
+    :param network: a network, or a policy with optimizers
+    :return: a copy that shares no parameters and no buffers with it, without gradients and optimizers
     :raises TypeError: if a module keeps something that can't be copied in a list, or deeper; names the module
     """
     memo: dict[int, Any] = {}
-    if hasattr(network, "optimizer"):
-        memo[id(network.optimizer)] = None
-    if hasattr(network, "action_dist"):
-        # It keeps what it was last called with, tensors that can't be copied deeply
-        memo[id(network.action_dist)] = copy.copy(network.action_dist)
+    for module in network.modules():
+        if hasattr(module, "optimizer"):
+            memo[id(module.optimizer)] = None
+        if hasattr(module, "action_dist"):
+            # It keeps what it was last called with, tensors that can't be copied deeply
+            memo[id(module.action_dist)] = copy.copy(module.action_dist)
     try:
         duplicate = copy.deepcopy(network, memo.copy())
     except Exception:
         duplicate = copy.deepcopy(network, memo | find_uncopyable(network, memo))
     for mine in duplicate.parameters():
         mine.grad = None
-    for my_buffer, shared_buffer in zip(duplicate.buffers(), network.buffers(), strict=True):
-        my_buffer.data = shared_buffer.data
     return duplicate
 
 
@@ -236,7 +247,7 @@ def find_uncopyable(network: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
             except Exception as exception:
                 if isinstance(value, (dict, list, set, tuple, nn.Module)):
                     raise TypeError(
-                        f"Workers need copies of the network, but '{attribute}' of its module '{name}' "
+                        f"Other threads need copies of the network, but '{attribute}' of its module '{name}' "
                         f"({type(module).__name__}) can't be copied: {exception}. Keep what can't be copied in an "
                         f"attribute of its own, which the copies share, or define {type(module).__name__}.__deepcopy__."
                     ) from exception
