@@ -102,3 +102,14 @@ def test_a_copied_optimizer_takes_the_same_steps(algorithm):
                 parameter.grad = parameter.detach().clone()
         one.policy.optimizer.step()
     assert are_equal(weights_of(model), weights_of(twin))
+
+
+def test_a_shallow_copy(algorithm):
+    """It shares the policy and the env, but not the workers: its users wait for nobody."""
+    copies = CopyAt(copy.copy, at_call=10)
+    model = algorithm("MlpPolicy", make_env(2), n_workers=2, policy_kwargs={"net_arch": [8]})
+    model.learn(100, callback=copies)
+    twin = copies.copy
+    assert twin.policy is model.policy and twin.get_env() is model.get_env()
+    assert twin.num_timesteps == copies.n_timesteps
+    assert twin._pool is None and twin._gate is not model._gate

@@ -65,6 +65,7 @@ class LiveAlgorithm(BaseAlgorithm):
         "_pool",
         "_shared",
         "_process_watcher",
+        "_callback",
         "_lanes_may_be_anywhere",
         "_update_log",
     )
@@ -326,6 +327,15 @@ class LiveAlgorithm(BaseAlgorithm):
             # The workers go on before the state has been written
             state["_last_obs"] = state["_worker_states"] = None
             return copy.deepcopy(state)
+
+    def __copy__(self: SelfLiveAlgorithm) -> SelfLiveAlgorithm:
+        """
+        A second model with the same policy and env, but without workers. It waits for nobody, so give it another policy
+        if this one may learn.
+        """
+        twin = type(self).__new__(type(self))
+        twin.__setstate__({**self.__dict__, "_gate": Gate()})
+        return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
