@@ -15,15 +15,17 @@ def add_note(exception: BaseException, note: str) -> None:
         exception.add_note(note)
 
 
-def advise_on_threads(exception: BaseException) -> None:
+def advise_on_threads(exception: BaseException, thread: str = "a worker", instead: str = "n_workers=1") -> None:
     """
     Say what to do about an env that is bound to the thread that made it.
 
-    :param exception: raised on the thread of a worker
+    :param exception: raised on another thread than the one that called ``learn()``
+    :param thread: whose thread that is
+    :param instead: what to use to have the env stepped on the calling thread
     """
     if any(word in str(exception).lower() for word in THREAD_WORDS):
         add_note(
             exception,
-            "It was raised on the thread of a worker. If the env is bound to the thread that made it, use n_workers=1, "
+            f"It was raised on the thread of {thread}. If the env is bound to the thread that made it, use {instead}, "
             "or SubprocVecEnv, which gives each env a process.",
         )
