@@ -7,6 +7,7 @@ from sb3_async1step.async_n_step_q import AsyncNStepQ
 from sb3_async1step.async_one_step_q import AsyncOneStepQ
 from sb3_async1step.async_one_step_sarsa import AsyncOneStepSarsa
 from sb3_async1step.callbacks import HistogramCallback
+from sb3_async1step.common.background_eval import BackgroundEvalCallback
 from sb3_async1step.common.optimizers import SharedRMSprop
 from sb3_async1step.common.torch_layers import MinAtarCNN, NipsCNN
 from sb3_async1step.vec_envs.split import rejoin_vec_env, split_vec_env
@@ -18,6 +19,7 @@ __all__ = [
     "AsyncNStepQ",
     "AsyncOneStepQ",
     "AsyncOneStepSarsa",
+    "BackgroundEvalCallback",
     "HistogramCallback",
     "MinAtarCNN",
     "NipsCNN",

@@ -12,7 +12,7 @@ from typing import Any
 
 from stable_baselines3.common.atari_wrappers import MaxAndSkipEnv
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback, ProgressBarCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
@@ -52,6 +52,16 @@ def close_progress_bars(callback: BaseCallback) -> None:
             close_progress_bars(child)
     elif isinstance(callback, ProgressBarCallback) and hasattr(callback, "pbar"):
         callback.on_training_end()
+
+
+def evaluate_now(callback: EvalCallback) -> None:
+    """
+    Do what SB3's callback does at a step at which an evaluation is due. Of its model, it uses ``predict()``,
+    ``save()``, ``get_vec_normalize_env()`` and ``logger``.
+
+    :param callback: the callback; its number of calls says that an evaluation is due
+    """
+    EvalCallback._on_step(callback)
 
 
 def dump_logs_by_episodes(algorithm: BaseAlgorithm) -> None:

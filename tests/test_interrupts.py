@@ -22,7 +22,7 @@ from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 
 from benchmarks.interrupts import interrupt, raise_keyboard_interrupt
-from sb3_async1step import AsyncOneStepQ
+from sb3_async1step import AsyncOneStepQ, BackgroundEvalCallback
 from sb3_async1step.workers import gate
 from sb3_async1step.workers.gate import Call
 from tests.helpers import actor_learners, wait_until
@@ -85,7 +85,11 @@ def make_calls(model: AsyncOneStepQ, path: Path) -> dict[str, Callable[[], Any]]
     """
     observations = np.zeros((2, 4), np.float32)
     parameters = copy.deepcopy(model.get_parameters())
-    callbacks = [CheckpointCallback(1, str(path.parent)), EvalCallback(make_vec_env("CartPole-v1"), eval_freq=1)]
+    callbacks = [
+        CheckpointCallback(1, str(path.parent)),
+        EvalCallback(make_vec_env("CartPole-v1"), eval_freq=1),
+        BackgroundEvalCallback(make_vec_env("CartPole-v1"), eval_freq=1, best_model_save_path=str(path.parent)),
+    ]
     return {
         "predict": lambda: model.predict(observations),
         "save": lambda: model.save(path),

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import io
 import json
+import re
 import sys
 import tempfile
 import textwrap
@@ -32,7 +33,7 @@ from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3 import A2C
 from stable_baselines3.common import atari_wrappers
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import ProgressBarCallback
+from stable_baselines3.common.callbacks import EvalCallback, ProgressBarCallback
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -109,14 +110,16 @@ def zoo_manager() -> set[str]:
     return changed | ({"_preprocess_schedules"} if [schedule(1.0), schedule(0.5)] != [0.5, 0.25] else set())
 
 
+def list_attributes(method: Callable, instance: str) -> set[str]:
+    """The attributes of an object that a method's code names, by the code for the object."""
+    (function,) = ast.parse(textwrap.dedent(inspect.getsource(method))).body
+    attributes = [node for node in ast.walk(function) if isinstance(node, ast.Attribute)]
+    return {node.attr for node in attributes if ast.unparse(node.value) == instance}
+
+
 def zoo_learn() -> set[str]:
     """The attributes of the model that the manager's ``learn()`` uses: ``ContinuedTraining`` stands in for it."""
-    (function,) = ast.parse(textwrap.dedent(inspect.getsource(ExperimentManager.learn))).body
-    used = {
-        node.attr
-        for node in ast.walk(function)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "model"
-    }
+    used = list_attributes(ExperimentManager.learn, "model")
     # The policy is that of ARS
     return used ^ {"learn", "env", "policy"}
 
@@ -204,6 +207,16 @@ def off_policy_logs() -> set[str]:
     model._setup_learn(1, None)
     OffPolicyAlgorithm.dump_logs(model)
     return set()
+
+
+def eval_callback() -> set[str]:
+    """What it uses of the model, for which a snapshot stands in, and what it changes of its own."""
+    step = vars(EvalCallback)["_on_step"]
+    changed = list_attributes(step, "self.model") ^ {"get_vec_normalize_env", "save"}
+    (call,) = re.findall(r"evaluate_policy\((.*?)\)", inspect.getsource(step), re.DOTALL)
+    changed |= {"evaluate_policy"} if call.split(",")[0].strip() != "self.model" else set()
+    assigned = set(re.findall(r"self\.(\w+) = ", inspect.getsource(step)))
+    return changed | assigned ^ {"_is_success_buffer", "best_mean_reward", "last_mean_reward"}
 
 
 def progress_bar() -> set[str]:
@@ -392,6 +405,7 @@ RELIED_ON: list[tuple[str, str, Callable[[], Iterable[str]]]] = [
     ("stable_baselines3", "BaseAlgorithm", base_algorithm),
     ("stable_baselines3", "attributes in a saved model", saved_model),
     ("stable_baselines3", "OffPolicyAlgorithm.dump_logs", off_policy_logs),
+    ("stable_baselines3", "EvalCallback", eval_callback),
     ("stable_baselines3", "ProgressBarCallback", progress_bar),
     ("stable_baselines3", "LinearSchedule with arrays", linear_schedule),
     ("stable_baselines3", "DQNPolicy and QNetwork", dqn_policy),
@@ -470,6 +484,7 @@ def rename_loop_variable(monkeypatch):
         (rename(rl_zoo3.train, "ExperimentManager"), zoo_globals, "ExperimentManager"),
         (replace_text, zoo_errors, "No model found"),
         (rename(BaseAlgorithm, "_excluded_save_params"), base_algorithm, "_excluded_save_params"),
+        (rename(EvalCallback, "_on_step"), eval_callback, "_on_step"),
         (rename(DQNPolicy, "_get_constructor_parameters"), dqn_policy, "AssertionError"),
         (rename_loop_variable, dummy_vec_env, "env_idx"),
         (rename_in_instances(SubprocVecEnv, "waiting"), subproc_vec_env, "waiting"),

@@ -14,6 +14,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_async1step.common.background_eval import stop_evaluations
 from sb3_async1step.common.heap import keep_freed_memory
 from sb3_async1step.common.lanes import check_n_workers, count_workers, make_lanes, warn_of_a_single_lane
 from sb3_async1step.common.live_algorithm import LiveAlgorithm
@@ -144,6 +145,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         # What the workers share, while learn() runs
         self._shared: SharedParameters | None = None
         self._process_watcher: ProcessWatcher | None = None
+        self._callback: BaseCallback | None = None
         # Whether learn() has begun to step them, and not yet said where they stopped
         self._lanes_may_be_anywhere = False
         self._update_log = UpdateLog()
@@ -266,6 +268,7 @@ class AsyncAlgorithm(LiveAlgorithm):
             total_timesteps, callback = self._setup_learn(
                 total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
             )
+            self._callback = callback
             network_is_small = self._network_is_small()
             n_workers = count_workers(self.n_workers, self.env, network_is_small)
             self._update_schedules()
@@ -322,11 +325,13 @@ class AsyncAlgorithm(LiveAlgorithm):
             unguard_vec_env(self.env)
         if self._process_watcher is not None:
             self._process_watcher.end()
+        if self._callback is not None:
+            stop_evaluations(self._callback)
         restore_intra_op_threads(call)
         if self._lanes_may_be_anywhere:
             # The next learn() has to reset the env
             self._last_obs = self._worker_states = None
-        self._pool = self._shared = self._process_watcher = None
+        self._pool = self._shared = self._process_watcher = self._callback = None
         self._gate.end_learning(call)
 
     def _follow(self, pool: WorkerPool, callback: BaseCallback, log_interval: int | None) -> None:
