@@ -12,7 +12,7 @@ from stable_baselines3.common.envs import IdentityEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_async1step import A3C, AsyncOneStepQ, AsyncOneStepSarsa
+from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa
 from sb3_async1step.registry import ALGORITHMS
 
 
@@ -20,11 +20,12 @@ from sb3_async1step.registry import ALGORITHMS
 def test_identity(algorithm, backend):
     """SB3's own test of learning."""
     env = DummyVecEnv([lambda: IdentityEnv(dim=4) for _ in range(4)])
-    learning_rate = 0.002 if algorithm is A3C else 0.01
+    for i, lane in enumerate(env.envs):
+        # From which it draws its states; the model's seed is that of the first lane's only
+        lane.action_space.seed(i)
     model = algorithm(
-        "MlpPolicy", env, seed=0, n_workers=4, backend=backend, learning_rate=learning_rate, gamma=0.5,
-        update_interval=5,
-    )  # fmt: skip
+        "MlpPolicy", env, seed=0, n_workers=4, backend=backend, learning_rate=0.003, gamma=0.5, update_interval=5
+    )
     model.learn(3_000)
     assert evaluate_policy(model, env, n_eval_episodes=20, warn=False)[0] > 90
 
