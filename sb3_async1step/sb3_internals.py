@@ -8,14 +8,17 @@ import runpy
 import subprocess
 from collections.abc import Sequence
 from importlib import import_module
+from multiprocessing.connection import Connection
 from typing import Any
 
+from stable_baselines3.common import monitor
 from stable_baselines3.common.atari_wrappers import MaxAndSkipEnv
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback, ProgressBarCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import CloudpickleWrapper, DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env.subproc_vec_env import _worker
 
 # ---------------------------------------------------------------------- stable_baselines3
 
@@ -39,6 +42,25 @@ def find_lane_of_exception(exception: BaseException) -> int | None:
             return traceback.tb_frame.f_locals.get("env_idx")
         traceback = traceback.tb_next
     return None
+
+
+def answer_requests(remote: Connection, parent_remote: Connection, env_fn: CloudpickleWrapper) -> None:
+    """
+    Make an env, and answer the requests of a ``SubprocVecEnv`` until it is closed, as a process of its own does.
+
+    :param remote: this process's end of the pipe
+    :param parent_remote: the other end, which is closed here
+    :param env_fn: function that makes the env
+    :raises Exception: the first exception of the env; the end of the pipe is still open then
+    """
+    _worker(remote, parent_remote, env_fn)
+
+
+def replace_results_writer(writer_class: type[monitor.ResultsWriter]) -> None:
+    """
+    :param writer_class: class of the files that ``Monitor`` writes from now on, in this process
+    """
+    monitor.ResultsWriter = writer_class  # type: ignore[misc]
 
 
 def close_progress_bars(callback: BaseCallback) -> None:

@@ -16,6 +16,7 @@ import tempfile
 import textwrap
 import zipfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -31,14 +32,15 @@ from ale_py.vector_env import AtariVectorEnv
 from huggingface_sb3 import EnvironmentName
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3 import A2C
-from stable_baselines3.common import atari_wrappers
+from stable_baselines3.common import atari_wrappers, monitor
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import EvalCallback, ProgressBarCallback
 from stable_baselines3.common.envs import SimpleMultiObsEnv
-from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import (
+    CloudpickleWrapper,
     DummyVecEnv,
     SubprocVecEnv,
     VecCheckNan,
@@ -53,9 +55,11 @@ from sb3_async1step.sb3_internals import (
     REQUEST_ANSWERED_BY_FALSE,
     REQUEST_OF_AN_ATTRIBUTE,
     ZOO_USER_ERRORS,
+    answer_requests,
     preprocess_schedules,
     repair_push_to_hub,
     replace_python,
+    replace_results_writer,
 )
 from sb3_async1step.zoo.cli import SCRIPTS
 
@@ -104,7 +108,7 @@ def zoo_manager() -> set[str]:
         default_vec_env_cls = SubprocVecEnv
 
     manager = make_manager(Manager)
-    changed = missing(manager, "algo", "config", "continue_training", "learn")
+    changed = missing(manager, "algo", "config", "continue_training", "learn", "vec_env_kwargs")
     changed |= {"default_vec_env_cls"} if manager.vec_env_class is not SubprocVecEnv else set()
     schedule = preprocess_schedules({"learning_rate": "lin_0.5"})["learning_rate"]
     return changed | ({"_preprocess_schedules"} if [schedule(1.0), schedule(0.5)] != [0.5, 0.25] else set())
@@ -289,6 +293,73 @@ def subproc_vec_env() -> set[str]:
         env.close()
 
 
+def process_of_subproc_vec_env() -> set[str]:
+    """What it answers, and that its end of the pipe stays open when the env raises an exception."""
+    answers: dict[str, object] = {}
+
+    class Env(gym.Wrapper):
+        is_broken = False
+
+        def step(self, action):
+            if self.is_broken:
+                raise ZeroDivisionError
+            return super().step(action)
+
+    requests = [
+        ("reset", (3, {})), ("set_attr", ("is_broken", False)), ("step", 0), ("get_attr", "is_broken"),
+        ("set_attr", ("is_broken", True)), ("step", 0),
+    ]  # fmt: skip
+
+    class Remote:
+        def recv(self):
+            self.command, argument = requests.pop(0)
+            return self.command, argument
+
+        def send(self, answer):
+            answers[self.command] = answer
+
+        def close(self):
+            assert self is not remote
+
+    remote = Remote()
+    with suppress(ZeroDivisionError):
+        answer_requests(remote, Remote(), CloudpickleWrapper(lambda: Env(make_env())))
+        return {"an exception of the env"}
+    first_observation = make_env().reset(seed=3)[0]
+    observation, reward, done, info, _ = answers["step"]
+    return {
+        name
+        for name, is_same in {
+            "step": (observation.shape, reward, done) == ((4,), 1.0, False) and "TimeLimit.truncated" in info,
+            "reset": (answers["reset"][0] == first_observation).all() and answers["reset"][1] == {},
+            "set_attr": answers["set_attr"] is None,
+            "get_attr": answers["get_attr"] is False,
+        }.items()
+        if not is_same
+    }
+
+
+def results_writer() -> set[str]:
+    """``Monitor`` finds the class in its module, and writes a header unless a file goes on."""
+    made = []
+
+    class Writer(ResultsWriter):
+        def __init__(self, filename="", header=None, extra_keys=(), override_existing=True):
+            super().__init__(filename, header, extra_keys, override_existing)
+            made.append((sorted(header), override_existing, Path(self.file_handler.name).read_text().count("\n")))
+
+    original = monitor.ResultsWriter
+    try:
+        replace_results_writer(Writer)
+        with tempfile.TemporaryDirectory() as folder:
+            for name, overrides in (("a", True), ("b", False)):
+                Monitor(make_env(), f"{folder}/{name}", override_existing=overrides).close()
+    finally:
+        replace_results_writer(original)
+    header = ["env_id", "t_start"]
+    return set() if made == [(header, True, 2), (header, False, 0)] else {"ResultsWriter"}
+
+
 class BareWrapper(VecEnvWrapper):
     def reset(self):
         return self.venv.reset()
@@ -412,6 +483,8 @@ RELIED_ON: list[tuple[str, str, Callable[[], Iterable[str]]]] = [
     ("stable_baselines3", "VecEnv", vec_env),
     ("stable_baselines3", "variables of DummyVecEnv.step_wait", dummy_vec_env),
     ("stable_baselines3", "SubprocVecEnv", subproc_vec_env),
+    ("stable_baselines3", "subproc_vec_env._worker", process_of_subproc_vec_env),
+    ("stable_baselines3", "ResultsWriter of Monitor", results_writer),
     ("stable_baselines3", "VecNormalize", vec_normalize),
     ("stable_baselines3", "VecMonitor", vec_monitor),
     ("stable_baselines3", "VecCheckNan", vec_check_nan),
