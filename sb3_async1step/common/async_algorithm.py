@@ -37,6 +37,7 @@ from sb3_async1step.common.update_log import UpdateLog
 from sb3_async1step.common.warn import warn_of_frames_skipped_twice, warn_of_what_is_not_followed
 from sb3_async1step.sb3_internals import close_progress_bars
 from sb3_async1step.vec_envs.guard import ProcessWatcher, guard_vec_env, unguard_vec_env
+from sb3_async1step.vec_envs.healing_vec_env import HealingVecEnv
 from sb3_async1step.vec_envs.observations import Observations, take_rows, to_arrays
 from sb3_async1step.vec_envs.split import group_lanes, rejoin_vec_env, split_vec_env
 from sb3_async1step.workers.actor_learner import ActorLearner, WorkerRecipe
@@ -319,6 +320,8 @@ class AsyncAlgorithm(LiveAlgorithm):
 
     def _end_learning(self, call: Call) -> None:
         """Undo what the call of ``learn()`` has begun. If this is interrupted, it can be done again."""
+        if self._process_watcher is not None:
+            self._process_watcher.hurry()
         if self._pool is not None:
             self._pool.stop()
         if self.env is not None:
@@ -428,6 +431,9 @@ class AsyncAlgorithm(LiveAlgorithm):
             self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if self._pool is not None:
             self.logger.record("async/worker_idle_fraction", self._pool.take_idle_fraction())
+        base = None if self.env is None else self.env.unwrapped
+        if isinstance(base, HealingVecEnv):
+            self.logger.record("async/lane_restarts", base.n_restarts)
 
     @abstractmethod
     def dump_logs(self) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from sb3_async1step.sb3_internals import REQUEST_ANSWERED_BY_FALSE, REQUEST_OF_AN_ATTRIBUTE
+from sb3_async1step.vec_envs.healing_vec_env import HealingVecEnv
 
 # What callbacks may call on the training env. It would talk to envs (or to pipes) that workers use
 QUERIES = ("env_is_wrapped", "env_method", "get_attr", "get_images", "set_attr")
@@ -80,6 +81,8 @@ class ProcessWatcher:
     be used (nor closed in SB3's way) any more, and who waits for an answer might wait forever. A terminal's Ctrl-C
     interrupts all processes of its program; those of the VecEnv ignore it.
 
+    A ``HealingVecEnv`` does all this by itself, except that it has to be told when nobody waits for its lanes any more.
+
     :param env: the VecEnv; one of another class is left alone
     """
 
@@ -100,6 +103,8 @@ class ProcessWatcher:
             return
         if self._env.closed:
             raise RuntimeError(f"The env is closed, or one of its processes has ended: {MAKE_ANEW}.")
+        if isinstance(self._env, HealingVecEnv):
+            return
         self._is_watching = True
         self._thread.start()
         ignore_ctrl_c(self._env)
@@ -138,11 +143,19 @@ class ProcessWatcher:
                 f"{self._deaths[0]} If it raised an exception, its traceback was printed. To go on, {MAKE_ANEW}."
             ) from exception
 
+    def hurry(self) -> None:
+        """Lanes that hang shall not hold up the end of the training, if they can be replaced."""
+        if isinstance(self._env, HealingVecEnv):
+            self._env.hurry()
+
     def end(self) -> None:
         """
         Watch no longer, and throw away what the processes still answer to an interrupted step or reset. If this is
         interrupted, it can be called again.
         """
+        if isinstance(self._env, HealingVecEnv):
+            self._env.end_hurry()
+            return
         try:
             self._stop(math.inf)
         except KeyboardInterrupt:
