@@ -44,8 +44,9 @@ def call_zoo(words: list[str], folder: Path) -> tuple[int, str]:
     :param folder: the working directory
     :return: exit code, and what was printed
     """
-    # What --vec-env ale replaces for the rest of the process
-    with patch.object(zoo.AsyncExperimentManager, "default_vec_env_cls", None), patch.dict(os.environ):
+    # What --vec-env and --vec-env-kwargs replace for the rest of the process
+    defaults = {"default_vec_env_cls": None, "default_vec_env_kwargs": {}}
+    with patch.multiple(zoo.AsyncExperimentManager, **defaults), patch.dict(os.environ):
         return call_main(zoo.main, words, folder)
 
 

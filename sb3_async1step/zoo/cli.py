@@ -19,6 +19,7 @@ import rl_zoo3.enjoy
 import rl_zoo3.train
 from rl_zoo3 import ALGOS
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+from rl_zoo3.utils import StoreDict
 
 from sb3_async1step.registry import ALGORITHMS
 from sb3_async1step.sb3_internals import (
@@ -37,6 +38,13 @@ SCRIPTS = ("benchmark", "record_video", "record_training", "push_to_hub", "load_
 PLOTS = ("plot_train", "plot_from_file", "all_plots")
 COMMANDS = ("train", "enjoy", *SCRIPTS, *PLOTS)
 
+#: VecEnvs of this package for ``train --vec-env``: their modules and names. They are imported when they are asked for,
+#: since one needs ale_py
+VEC_ENVS = {
+    "ale": ("sb3_async1step.vec_envs.ale_vec_env", "AleVecEnv"),
+    "healing": ("sb3_async1step.vec_envs.healing_vec_env", "HealingVecEnv"),
+}
+
 # Messages of exceptions that the user's command line causes, and that are printed without a traceback
 USER_ERRORS = (*ZOO_USER_ERRORS, "AleVecEnv can't replace this env")
 
@@ -50,20 +58,24 @@ def register() -> None:
     replace_experiment_manager(AsyncExperimentManager)
 
 
-def take_ale_option(arguments: list[str]) -> list[str]:
+def take_vec_env_options(arguments: list[str]) -> list[str]:
     """
-    Use ``AleVecEnv`` if the command line of ``train`` has ``--vec-env ale``, which the Zoo's parser does not know.
+    Follow what the Zoo's parser does not know: ``--vec-env`` with one of ``VEC_ENVS``, and ``--vec-env-kwargs``.
 
-    :param arguments: arguments of the command line
+    :param arguments: arguments of the command line of ``train``
     :return: the arguments for the Zoo's parser
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--vec-env")
-    option, others = parser.parse_known_args(arguments)
-    if option.vec_env != "ale":
-        return arguments
-    # Imported here, since it needs ale_py
-    replace_vec_env_class(AsyncExperimentManager, import_module("sb3_async1step.vec_envs.ale_vec_env").AleVecEnv)
+    parser.add_argument("--vec-env-kwargs", nargs="+", action=StoreDict, default={})
+    options, others = parser.parse_known_args(arguments)
+    AsyncExperimentManager.default_vec_env_kwargs = options.vec_env_kwargs
+    if options.vec_env is None:
+        return others
+    if options.vec_env not in VEC_ENVS:
+        return [*others, "--vec-env", options.vec_env]
+    module, name = VEC_ENVS[options.vec_env]
+    replace_vec_env_class(AsyncExperimentManager, getattr(import_module(module), name))
     return others
 
 
@@ -84,7 +96,7 @@ def run(command: str) -> None:
     :param command: one of ``COMMANDS``
     """
     if command == "train":
-        sys.argv[1:] = take_ale_option(sys.argv[1:])
+        sys.argv[1:] = take_vec_env_options(sys.argv[1:])
         with terminated_as_by_ctrl_c():
             rl_zoo3.train.train()
     elif command == "enjoy":

@@ -2,7 +2,7 @@
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -61,10 +61,14 @@ class AsyncExperimentManager(ExperimentManager):
         algorithms get their file of tuned hyperparameters
     """
 
+    #: Keyword arguments of the VecEnv's class, beside the Zoo's
+    default_vec_env_kwargs: ClassVar[dict[str, Any]] = {}
+
     def __init__(self, args: Any, algo: str, *positional: Any, **kwargs: Any) -> None:
         if kwargs.get("config") is None and algo in ALGORITHMS:
             kwargs["config"] = hyperparams_path(algo)
         super().__init__(args, algo, *positional, **kwargs)
+        self.vec_env_kwargs = {**self.vec_env_kwargs, **self.default_vec_env_kwargs}
 
     def learn(self, model: BaseAlgorithm) -> None:
         """
