@@ -43,6 +43,8 @@ class HealingLane:
     def __init__(self, number: int, env_fn: Callable[[], gym.Env], settings: LaneSettings) -> None:
         self.number = number
         self.n_restarts = 0
+        #: Whether it has taken a step since the last restart
+        self.has_stepped = True
         self.process: LaneProcess | None = None
         self._env_fn = env_fn
         self._settings = settings
@@ -66,7 +68,6 @@ class HealingLane:
         # Why the process was replaced, if SubprocVecEnv has not been told yet
         self._restart_reason: str | None = None
         self._restart_times: list[float] = []
-        self._has_stepped = True
 
     # ------------------------------------------------------------------ requests and answers
 
@@ -129,7 +130,7 @@ class HealingLane:
     def _answer_step(self) -> tuple:
         if self._restart_reason is None:
             self._last_observation = self._answer[0]
-            self._has_stepped = True
+            self.has_stepped = True
             return self._answer
         info = {
             "lane_restart": self._restart_reason,
@@ -215,14 +216,14 @@ class HealingLane:
         """Raise an error instead if there were too many."""
         now = time.monotonic()
         # Restarts without a step between them count however long they took
-        if self._has_stepped:
+        if self.has_stepped:
             self._restart_times = [t for t in self._restart_times if now - t < self._settings.restart_window]
         if len(self._restart_times) >= self._settings.max_restarts:
             # Whoever uses the env again wants it to be tried again
             self._restart_times = []
             self._raise(failure)
         self._restart_times.append(now)
-        self._has_stepped = False
+        self.has_stepped = False
         self.n_restarts += 1
 
     def _raise(self, failure: LaneFailure) -> NoReturn:
