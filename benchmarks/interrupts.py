@@ -25,7 +25,7 @@ from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
-from sb3_async1step import AsyncOneStepQ
+from sb3_async1step import AsyncOneStepQ, HealingVecEnv
 from sb3_async1step.vec_envs.ale_vec_env import AleVecEnv
 
 FORK = "SubprocVecEnv, fork"
@@ -47,6 +47,7 @@ def make_envs() -> dict[str, Callable[[], VecEnv]]:
         "DummyVecEnv": lambda: make(DummyVecEnv),
         FORK: lambda: make(SubprocVecEnv, start_method="fork"),
         "SubprocVecEnv, forkserver": lambda: make(SubprocVecEnv, start_method="forkserver"),
+        "HealingVecEnv, fork": lambda: make(HealingVecEnv, start_method="fork", max_restarts=10**6),
         "AleVecEnv": lambda: make_atari_env("PongNoFrameskip-v4", n_envs=N_LANES, vec_env_cls=ale),
     }
 
