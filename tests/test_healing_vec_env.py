@@ -552,8 +552,8 @@ def test_an_env_that_can_not_be_made(make):
     with pytest.raises(ZeroDivisionError, match="the env is broken") as caught:
         make(env_class=AlwaysFaultyEnv, env_kwargs={"where": "init"})
     assert "in __init__" in str(caught.value.__cause__)
-    with pytest.raises(RuntimeError, match="Env lane 1: its process ended with exit code 3"):
-        make(leave, env_class=AlwaysFaultyEnv, env_kwargs={"where": "init"}, max_restarts=1)
+    with pytest.raises(RuntimeError, match=r"^Env lane 1: its process ended with exit code 3\. Its env was to be made"):
+        make(leave, env_class=AlwaysFaultyEnv, env_kwargs={"where": "init"})
 
 
 def test_making_the_env_again_takes_too_long(make, tmp_path):
@@ -677,6 +677,28 @@ def test_stacked_frames(make):
     assert_equal(obs[1], np.concatenate([np.zeros(8, np.float32), first]))
     assert_equal(infos[1]["terminal_observation"], np.concatenate([seen[-1][1, 4:], seen[-1][1, 8:]]))
     assert_equal(obs[0, :8], seen[-1][0, 4:])
+
+
+def test_observations_of_several_parts(tmp_path):
+    class Env(FaultyEnv):
+        observation_space = spaces.Dict({"all": FaultyEnv.observation_space, "one": spaces.Box(-1.0, 1.0, (1,))})
+
+        def reset(self, **kwargs):
+            obs, info = super().reset(**kwargs)
+            return {"all": obs, "one": obs[:1]}, info
+
+        def step(self, action):
+            obs, *rest = super().step(action)
+            return {"all": obs, "one": obs[:1]}, *rest
+
+    env = HealingVecEnv([lambda: Env(kill, tmp_path, at=2)], "fork", FOREVER, FOREVER)
+    env.seed(SEED)
+    env.reset()
+    last_observations = env.step(ACTIONS[:1])[0]
+    obs, _, _, infos = env.step(ACTIONS[:1])
+    expected, _ = RandomWalkEnv().reset(seed=restart_seed(lane=0))
+    assert_equal(obs, {"all": expected[None], "one": expected[None, :1]})
+    assert_equal(infos[0]["terminal_observation"], {key: values[0] for key, values in last_observations.items()})
 
 
 def test_normalized_and_monitored(make, tmp_path):

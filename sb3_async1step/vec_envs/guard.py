@@ -104,6 +104,8 @@ class ProcessWatcher:
         if self._env.closed:
             raise RuntimeError(f"The env is closed, or one of its processes has ended: {MAKE_ANEW}.")
         if isinstance(self._env, HealingVecEnv):
+            # An interrupted end may have left it so
+            self._env.end_hurry()
             return
         self._is_watching = True
         self._thread.start()

@@ -47,6 +47,8 @@ class HealingLane:
         self.has_stepped = True
         self.process: LaneProcess | None = None
         self._env_fn = env_fn
+        # Whether a process has ever made the env
+        self._was_made = False
         self._settings = settings
         self._is_closed = False
         self._close_by = 0.0
@@ -161,16 +163,18 @@ class HealingLane:
         try:
             while self._expected:
                 self._receive()
-            self._state = State.IDLE
         except LaneFailure as failure:
             self._state, self._failure = State.BROKEN, failure
-        return self._failure
+            return failure
+        self._state = State.IDLE
+        return None
 
     def _receive(self) -> None:
         assert self.process is not None
         self.process.wait()
         self._state = State.BROKEN
         self._answer = self.process.receive()
+        self._was_made = True
         if self._expected.pop(0) == "reset":
             self._first_answer = self._answer
         self._state = State.WAITING
@@ -178,11 +182,13 @@ class HealingLane:
     # ------------------------------------------------------------------ the process
 
     def start(self) -> None:
-        """Start a process for the env."""
-        self._state = State.BROKEN
-        self.process = LaneProcess(f"env-lane-{self.number}", self._env_fn, self.n_restarts > 0, self._settings)
-        self.process.start()
+        """Start the first process."""
+        self._start_process()
         self._state = State.IDLE
+
+    def _start_process(self) -> None:
+        self.process = LaneProcess(f"env-lane-{self.number}", self._env_fn, self._was_made, self._settings)
+        self.process.start()
 
     def _restart(self, failure: LaneFailure) -> None:
         """Start another process, and let it come to where the lane's next answer is expected."""
@@ -194,7 +200,7 @@ class HealingLane:
         warnings.warn(f"Env lane {self.number} was restarted: {failure.reason}.", stacklevel=2)
         requests = self._list_requests_after_restart()
         messages = [ForkingPickler.dumps(request) for request in requests]
-        self.start()
+        self._start_process()
         self._transmit([command for command, _ in requests], messages)
 
     def _list_requests_after_restart(self) -> list[Request]:
@@ -213,12 +219,12 @@ class HealingLane:
         return int(np.random.SeedSequence((self._seed, self.n_restarts)).generate_state(1)[0])
 
     def _count_restart(self, failure: LaneFailure) -> None:
-        """Raise an error instead if there were too many."""
+        """Raise an error instead if there were too many, or the env was not even made."""
         now = time.monotonic()
         # Restarts without a step between them count however long they took
         if self.has_stepped:
             self._restart_times = [t for t in self._restart_times if now - t < self._settings.restart_window]
-        if len(self._restart_times) >= self._settings.max_restarts:
+        if not self._was_made or len(self._restart_times) >= self._settings.max_restarts:
             # Whoever uses the env again wants it to be tried again
             self._restart_times = []
             self._raise(failure)
@@ -229,10 +235,12 @@ class HealingLane:
     def _raise(self, failure: LaneFailure) -> NoReturn:
         """Raise the exception of the env, or an error that says what happened."""
         settings = self._settings
-        restarts = (
-            f"It was restarted as often as max_restarts={settings.max_restarts} allows within "
-            f"restart_window={settings.restart_window:g} s"
-        )
+        restarts = "Its env was to be made for the first time"
+        if self._was_made:
+            restarts = (
+                f"It was restarted as often as max_restarts={settings.max_restarts} allows within "
+                f"restart_window={settings.restart_window:g} s"
+            )
         if failure.error is None:
             raise RuntimeError(
                 f"Env lane {self.number}: {failure.reason}. {restarts}. Repair the env (what its process printed may "

@@ -37,7 +37,7 @@ class HealingVecEnv(SubprocVecEnv):
     one again. An exception that they raise in the env is raised here, and ends the process, too.
 
     **Too many restarts** of a lane end the training with the env's own exception, or with a ``RuntimeError`` that says
-    what happened. So does an exception when the envs are made for the first time.
+    what happened. So does any failure when the envs are made for the first time.
 
     The processes ignore Ctrl-C. One that was interrupted in the middle of an answer may have to be replaced.
 
