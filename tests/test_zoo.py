@@ -119,7 +119,7 @@ def test_weights_of_a_continued_training(algo, tmp_path):
     assert all(th.equal(p, q) for p, q in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("vec_env", ["dummy", "subproc"])
+@pytest.mark.parametrize("vec_env", ["dummy", "subproc", "healing"])
 def test_a_preempted_training_is_saved(vec_env, tmp_path, monkeypatch):
     """SIGTERM ends it, and may end the env's processes, too."""
 
