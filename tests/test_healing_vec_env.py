@@ -31,6 +31,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMoni
 
 from sb3_async1step import A3C, AsyncOneStepQ, HealingVecEnv
 from sb3_async1step.vec_envs import healing_lane, lane_process
+from sb3_async1step.vec_envs.healing_lane import State
 from sb3_async1step.vec_envs.lane_process import LaneProcess, limit_blocking
 from sb3_async1step.vec_envs.monitor_file import ContinuedResultsWriter
 from sb3_async1step.vec_envs.split import group_lanes, rejoin_vec_env, split_vec_env
@@ -966,6 +967,8 @@ def test_ctrl_c_while_a_lane_hangs(make, tmp_path, workers):
 
     def interrupt():
         wait_until((tmp_path / "hangs").exists)
+        # An interrupt before that may tear a message, so that its lane has to be restarted
+        wait_until(lambda: [lane._state for lane in env.remotes[:2]] == [State.IDLE, State.WAITING])
         for pid in pids:
             os.kill(pid, signal.SIGINT)
         press_ctrl_c()
