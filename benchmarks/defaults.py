@@ -62,7 +62,7 @@ TASKS = {
     "CartPole-v1": Task(200_000),
     "Acrobot-v1": Task(300_000),
     "LunarLander-v3": Task(500_000),
-    "MinAtar/Breakout-v0": Task(1_000_000, policy="CnnPolicy", policy_kwargs={"features_extractor_class": MinAtarCNN}),
+    "MinAtar/Breakout-v0": Task(600_000, policy="CnnPolicy", policy_kwargs={"features_extractor_class": MinAtarCNN}),
     PONG: Task(2_000_000, n_dqn_steps=300_000, policy="CnnPolicy", n_final_episodes=20),
 }
 
