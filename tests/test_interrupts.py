@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from benchmarks.interrupts import interrupt, raise_keyboard_interrupt
 from sb3_async1step import AsyncOneStepQ, BackgroundEvalCallback
+from sb3_async1step.common.model_file import pack_model
 from sb3_async1step.workers import gate
 from sb3_async1step.workers.gate import Call
 from tests.helpers import actor_learners, wait_until
@@ -201,3 +203,16 @@ def test_a_generator_that_forks_goes_on():
     assert list(numbers) == [2]
     gate._open_gates()
     model.learn(10)
+
+
+def test_an_interrupt_in_the_middle_of_a_write(monkeypatch):
+    handles = []
+
+    def write_and_interrupt(archive, *args):
+        handles.append(archive.open("data", "w"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", write_and_interrupt)
+    # zipfile refuses to close an archive that is being written to, which would hide the interrupt
+    with pytest.raises(KeyboardInterrupt):
+        pack_model({}, {})

@@ -53,7 +53,8 @@ def pack_model(attributes: dict[str, Any], torch_parts: dict[str, Any]) -> memor
     :return: content of the model's file
     """
     file = io.BytesIO()
-    with zipfile.ZipFile(file, mode="w") as archive:
+    archive = zipfile.ZipFile(file, mode="w")
+    try:
         archive.writestr("data", data_to_json(attributes))
         for name, part in torch_parts.items():
             # No bytecode is run while torch writes into it, so nothing is raised
@@ -62,6 +63,11 @@ def pack_model(attributes: dict[str, Any], torch_parts: dict[str, Any]) -> memor
             archive.writestr(f"{name}.pth", buffer.getbuffer())
         archive.writestr("_stable_baselines3_version", sb3.__version__)
         archive.writestr("system_info.txt", describe_system())
+        archive.close()
+    except BaseException:
+        # If a write was interrupted, closing raises a ValueError in place of the interrupt. There is nothing to close
+        archive.fp = None
+        raise
     return file.getbuffer()
 
 
