@@ -14,7 +14,13 @@ from typing import Any
 from stable_baselines3.common import monitor
 from stable_baselines3.common.atari_wrappers import MaxAndSkipEnv
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback, ProgressBarCallback
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    CallbackList,
+    EvalCallback,
+    EventCallback,
+    ProgressBarCallback,
+)
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import CloudpickleWrapper, DummyVecEnv, VecEnv
@@ -69,11 +75,22 @@ def close_progress_bars(callback: BaseCallback) -> None:
 
     :param callback: the callback of the training
     """
+    for each in list_callbacks(callback):
+        if isinstance(each, ProgressBarCallback) and hasattr(each, "pbar"):
+            each.on_training_end()
+
+
+def list_callbacks(callback: BaseCallback) -> list[BaseCallback]:
+    """
+    :param callback: the callback of a training
+    :return: it, and those that it calls
+    """
+    children: list[BaseCallback] = []
     if isinstance(callback, CallbackList):
-        for child in callback.callbacks:
-            close_progress_bars(child)
-    elif isinstance(callback, ProgressBarCallback) and hasattr(callback, "pbar"):
-        callback.on_training_end()
+        children = callback.callbacks
+    elif isinstance(callback, EventCallback) and callback.callback is not None:
+        children = [callback.callback]
+    return [callback, *(each for child in children for each in list_callbacks(child))]
 
 
 def evaluate_now(callback: EvalCallback) -> None:

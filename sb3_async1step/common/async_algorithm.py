@@ -36,7 +36,7 @@ from sb3_async1step.common.parameter_checks import (
 from sb3_async1step.common.update_log import UpdateLog
 from sb3_async1step.common.warn import warn_of_frames_skipped_twice, warn_of_what_is_not_followed
 from sb3_async1step.sb3_internals import close_progress_bars
-from sb3_async1step.vec_envs.guard import ProcessWatcher, guard_vec_env, unguard_vec_env
+from sb3_async1step.vec_envs.guard import ProcessWatcher, guard_vec_env, make_process_watcher, unguard_vec_env
 from sb3_async1step.vec_envs.healing_vec_env import HealingVecEnv
 from sb3_async1step.vec_envs.observations import Observations, take_rows, to_arrays
 from sb3_async1step.vec_envs.split import group_lanes, rejoin_vec_env, split_vec_env
@@ -262,7 +262,7 @@ class AsyncAlgorithm(LiveAlgorithm):
             # The env is about to be reset
             self._worker_states = None
         self._lanes_may_be_anywhere = True
-        self._process_watcher = ProcessWatcher(self.env)
+        self._process_watcher = make_process_watcher(self.env)
         try:
             self._process_watcher.start()
             warn_of_frames_skipped_twice(self.env)

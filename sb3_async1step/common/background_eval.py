@@ -8,13 +8,13 @@ from threading import Thread, current_thread
 from typing import Any
 
 from gymnasium import Env
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback, EventCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, sync_envs_normalization
 
 from sb3_async1step.common.snapshot import Snapshot
-from sb3_async1step.sb3_internals import evaluate_now
-from sb3_async1step.workers.exceptions import add_note, advise_on_threads
+from sb3_async1step.sb3_internals import evaluate_now, list_callbacks
+from sb3_async1step.vec_envs.exceptions import add_note, advise_on_threads
 from sb3_async1step.workers.thread_pool import release_import_lock
 
 #: Seconds that a training which has failed waits for the present step of an evaluation
@@ -230,10 +230,6 @@ def stop_evaluations(callback: BaseCallback) -> None:
 
     :param callback: the callback of the training
     """
-    if isinstance(callback, BackgroundEvalCallback):
-        callback.stop(PATIENCE)
-    elif isinstance(callback, CallbackList):
-        for child in callback.callbacks:
-            stop_evaluations(child)
-    elif isinstance(callback, EventCallback) and callback.callback is not None:
-        stop_evaluations(callback.callback)
+    for each in list_callbacks(callback):
+        if isinstance(each, BackgroundEvalCallback):
+            each.stop(PATIENCE)

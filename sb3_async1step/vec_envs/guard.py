@@ -81,8 +81,6 @@ class ProcessWatcher:
     be used (nor closed in SB3's way) any more, and who waits for an answer might wait forever. A terminal's Ctrl-C
     interrupts all processes of its program; those of the VecEnv ignore it.
 
-    A ``HealingVecEnv`` does all this by itself, except that it has to be told when nobody waits for its lanes any more.
-
     :param env: the VecEnv; one of another class is left alone
     """
 
@@ -103,13 +101,12 @@ class ProcessWatcher:
             return
         if self._env.closed:
             raise RuntimeError(f"The env is closed, or one of its processes has ended: {MAKE_ANEW}.")
-        if isinstance(self._env, HealingVecEnv):
-            # An interrupted end may have left it so
-            self._env.end_hurry()
-            return
+        self._begin(self._env)
+
+    def _begin(self, env: SubprocVecEnv) -> None:
         self._is_watching = True
         self._thread.start()
-        ignore_ctrl_c(self._env)
+        ignore_ctrl_c(env)
 
     def _watch(self) -> None:
         assert isinstance(self._env, SubprocVecEnv)
@@ -147,17 +144,12 @@ class ProcessWatcher:
 
     def hurry(self) -> None:
         """Lanes that hang shall not hold up the end of the training, if they can be replaced."""
-        if isinstance(self._env, HealingVecEnv):
-            self._env.hurry()
 
     def end(self) -> None:
         """
         Watch no longer, and throw away what the processes still answer to an interrupted step or reset. If this is
         interrupted, it can be called again.
         """
-        if isinstance(self._env, HealingVecEnv):
-            self._env.end_hurry()
-            return
         try:
             self._stop(math.inf)
         except KeyboardInterrupt:
@@ -176,6 +168,37 @@ class ProcessWatcher:
         deadline = time.monotonic() + patience
         while self._is_watching and self._thread.is_alive() and time.monotonic() < deadline:
             time.sleep(0.001)
+
+
+class HealingWatcher(ProcessWatcher):
+    """
+    For a ``HealingVecEnv``, which looks after its processes by itself: it only has to be told when nobody waits for its
+    lanes any more.
+
+    :param env: the VecEnv
+    """
+
+    _env: HealingVecEnv
+
+    def _begin(self, env: SubprocVecEnv) -> None:
+        # An interrupted end may have left it so
+        self._env.end_hurry()
+
+    def hurry(self) -> None:
+        """Lanes that hang shall not hold up the end of the training."""
+        self._env.hurry()
+
+    def end(self) -> None:
+        """Lanes may take their time again."""
+        self._env.end_hurry()
+
+
+def make_process_watcher(env: VecEnv) -> ProcessWatcher:
+    """
+    :param env: the training env
+    :return: what watches its processes, if it has any
+    """
+    return HealingWatcher(env) if isinstance(env.unwrapped, HealingVecEnv) else ProcessWatcher(env)
 
 
 def describe_exit(exitcode: int | None) -> str:

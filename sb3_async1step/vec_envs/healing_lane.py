@@ -3,7 +3,6 @@
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from enum import Enum, auto
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NoReturn
@@ -11,6 +10,7 @@ from typing import Any, NoReturn
 import gymnasium as gym
 import numpy as np
 
+from sb3_async1step.vec_envs.exceptions import add_note
 from sb3_async1step.vec_envs.lane_process import PATIENCE, LaneFailure, LaneProcess, LaneSettings, RemoteTraceback
 
 #: A command for a process of a ``SubprocVecEnv``, and its argument
@@ -248,9 +248,7 @@ class HealingLane:
                 "(step_timeout, start_timeout), or allow more restarts."
             )
         exception = failure.error.restore()
-        # Not all exceptions take notes
-        with suppress(Exception):
-            exception.add_note(f"Raised in env lane {self.number}. {restarts}.")
+        add_note(exception, f"Raised in env lane {self.number}. {restarts}.")
         raise exception from RemoteTraceback(failure.error.traceback)
 
     def begin_closing(self) -> None:

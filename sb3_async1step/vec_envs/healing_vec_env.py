@@ -10,7 +10,8 @@ import gymnasium as gym
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
-from sb3_async1step.vec_envs.healing_lane import HealingLane, LaneSettings
+from sb3_async1step.vec_envs.healing_lane import HealingLane
+from sb3_async1step.vec_envs.lane_process import LaneSettings
 from sb3_async1step.vec_envs.split import split_vec_env, take_lanes
 
 #: Seconds that lanes still have to answer when a training has been interrupted

@@ -10,9 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 from sb3_async1step.sb3_internals import find_lane_of_exception
+from sb3_async1step.vec_envs.exceptions import add_note
 from sb3_async1step.vec_envs.observations import Observations, concatenate
 from sb3_async1step.workers.actor_learner import ActorLearner
-from sb3_async1step.workers.exceptions import add_note
 from sb3_async1step.workers.gate import Gate
 from sb3_async1step.workers.transitions import Transitions
 

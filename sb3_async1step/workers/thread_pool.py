@@ -7,8 +7,8 @@ from contextlib import suppress
 from contextvars import copy_context
 from threading import Lock, Thread, current_thread
 
+from sb3_async1step.vec_envs.exceptions import advise_on_threads
 from sb3_async1step.workers.actor_learner import ActorLearner
-from sb3_async1step.workers.exceptions import advise_on_threads
 from sb3_async1step.workers.gate import Gate
 from sb3_async1step.workers.pool import WorkerPool
 from sb3_async1step.workers.transitions import Transitions, join
