@@ -34,7 +34,7 @@ from sb3_async1step.common.snapshot import Snapshot
 from sb3_async1step.registry import ALGORITHMS
 from tests.command_line import call_zoo, run_code_afresh
 from tests.envs import BlockingEnv, BoxWalkEnv, RaisingEnv, RandomWalkEnv, make_env
-from tests.helpers import FOREVER, are_equal, functions_of, meanwhile, press_ctrl_c, wait_until, weights_of
+from tests.helpers import DEADLINE, FOREVER, are_equal, functions_of, meanwhile, press_ctrl_c, wait_until, weights_of
 
 #: By their names, all algorithms that the tests evaluate, and arguments with which they learn in few steps
 ARGUMENTS = {
@@ -63,6 +63,12 @@ def evaluations():
 def no_evaluation_left() -> Iterator[None]:
     yield
     wait_until(lambda: not evaluations())
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may need long for the present step of an evaluation."""
+    monkeypatch.setattr(background_eval, "PATIENCE", DEADLINE)
 
 
 class ScoreEnv(RandomWalkEnv):

