@@ -170,7 +170,7 @@ def test_segments_of_one_step_are_one_step_q_learning(q_lambda, n_lanes, optimiz
             seed=SEED,
             **parameters,
         )
-        weights.append(model.learn(400 * n_lanes).policy.state_dict())
+        weights.append(model.learn(200 * n_lanes).policy.state_dict())
     for name, value in weights[0].items():
         assert th.equal(value, weights[1][name]), name
 

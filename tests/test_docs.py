@@ -60,21 +60,21 @@ def read_commands(path):
 
 def shorten(words):
     """The same command with small budgets, and one seed."""
-    replaced = {"-n": "400", "--n-trials": "2", "--steps": "400", "--save-freq": "200"}
+    replaced = {"-n": "200", "--n-trials": "2", "--steps": "200", "--save-freq": "100"}
     words = [replaced.get(before, word) for before, word in zip(["", *words], words, strict=False)]
     words = shlex.split(re.sub(r"--seeds( \d+)+", "--seeds 1", shlex.join(words)))
     if words[:2] == ["sb3-async1step", "train"]:
         # No steps without these; the evaluations would take longer than the training
-        words += ["--eval-freq", "-1"] + ([] if "-n" in words else ["-n", "400"])
+        words += ["--eval-freq", "-1"] + ([] if "-n" in words else ["-n", "200"])
         # Each of Atari's 128 lanes takes 0.2 seconds to load its game
         words += ["-params", "n_envs:4"] if "--vec-env" in words else []
     if words[:2] == ["sb3-async1step", "enjoy"]:
         words += ["--no-render"] + ([] if "-n" in words else ["-n", "100"])
     if words[:3] == ["python", "-m", "benchmarks.learning"]:
         words += ["--results", "results", "--checkpoints", "2", "--episodes", "1"]
-        words += [] if "--steps" in words else ["--steps", "400"]
+        words += [] if "--steps" in words else ["--steps", "200"]
     if words[:3] == ["python", "-m", "benchmarks.defaults"]:
-        words += ["--results", "results", "--steps", "400"]
+        words += ["--results", "results", "--steps", "200"]
     return words
 
 

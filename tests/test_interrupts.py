@@ -105,7 +105,7 @@ def make_calls(model: AsyncOneStepQ, path: Path) -> dict[str, Callable[[], Any]]
 @pytest.mark.parametrize("n_workers", [1, 2])
 @pytest.mark.parametrize(
     ("every_bytecode", "n_interrupts"),
-    [(False, 30), pytest.param(True, None, marks=pytest.mark.slow)],
+    [(False, 20), pytest.param(True, None, marks=pytest.mark.slow)],
     ids=["some_lines", "every_bytecode"],
 )
 def test_model_learns_on(tmp_path, name, n_workers, every_bytecode, n_interrupts):

@@ -101,7 +101,7 @@ def make_env(configuration):
     return env
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(configurations())
 def test_any_configuration_trains(configuration):
     policy = {"image": "CnnPolicy", "dict": "MultiInputPolicy"}.get(configuration["space"], "MlpPolicy")
