@@ -176,7 +176,7 @@ def test_default_networks(value_based):
     cnn = value_based("CnnPolicy", make_images(2)).q_net
     assert isinstance(cnn.features_extractor, NipsCNN)
     assert kinds_of(cnn) == [
-        "LayerNorm", "Conv2d", "LayerNorm", "ReLU", "Conv2d", "LayerNorm", "ReLU", "Flatten",
+        "ImageLayerNorm", "Conv2d", "ImageLayerNorm", "ReLU", "Conv2d", "ImageLayerNorm", "ReLU", "Flatten",
         "Linear", "LayerNorm", "ReLU", "Linear",
     ]  # fmt: skip
     bare = value_based("CnnPolicy", make_images(2), policy_kwargs={"layer_norm": False}).q_net

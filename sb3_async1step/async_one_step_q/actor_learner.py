@@ -1,13 +1,52 @@
 """Algorithm 1 of the paper: one thread of asynchronous one-step Q-learning."""
 
+import numpy as np
 import torch as th
+from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_async1step.common.torch_layers import are_pure
 from sb3_async1step.value_based.one_step import OneStepActorLearner
+from sb3_async1step.value_based.policies import QNetwork
+from sb3_async1step.value_based.target_network import SharedQNetworks
+from sb3_async1step.vec_envs.observations import Observations
+from sb3_async1step.workers.actor_learner import WorkerRecipe
 from sb3_async1step.workers.rollout import Rollout
 
 
 class OneStepQActorLearner(OneStepActorLearner[Rollout]):
-    """A worker of :class:`~sb3_async1step.AsyncOneStepQ`."""
+    """
+    A worker of :class:`~sb3_async1step.AsyncOneStepQ`.
+
+    If there is an update after each step, the forward pass that chooses the actions is the one that the gradient needs.
+
+    :param recipe: see :class:`~sb3_async1step.workers.actor_learner.ActorLearner`
+    :param env: see there
+    :param observations: see there
+    :param shared: the online network and the target network
+    """
+
+    #: Of the current observations, with their graph; None if the gradient needs a forward pass of its own
+    _q_values: th.Tensor | None = None
+
+    def __init__(self, recipe: WorkerRecipe, env: VecEnv, observations: Observations, shared: SharedQNetworks) -> None:
+        super().__init__(recipe, env, observations, shared)
+        network, *layers = self.local.learning_network.modules()
+        self._network_is_pure = type(network) is QNetwork and are_pure(layers)
+
+    def choose_actions(self) -> np.ndarray:
+        if self.rollout.n_steps > 1 or not self._network_is_pure:
+            return super().choose_actions()
+        self.local.pull()
+        self._q_values = self.local.learning_network(self.to_tensor(self.observations))
+        return self.explore(self._q_values.detach())
+
+    def pull_for_gradient(self) -> None:
+        if self._q_values is None:
+            super().pull_for_gradient()
+
+    def compute_q_values(self, rollout: Rollout) -> th.Tensor:
+        q_values, self._q_values = self._q_values, None
+        return super().compute_q_values(rollout) if q_values is None else q_values
 
     def compute_next_values(self, rollout: Rollout) -> th.Tensor:
         # max_a' Q(s', a'; theta^-)

@@ -1,21 +1,40 @@
-"""Features extractors for images."""
+"""Features extractors for images, and what is known of modules."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
 from torch import nn
+from torch.nn import functional as F
 
 
-def create_cnn(image_shape: Sequence[int], convolutions: Sequence[nn.Conv2d], layer_norm: bool) -> nn.Sequential:
+class ImageLayerNorm(nn.LayerNorm):
+    """``LayerNorm`` of images whose channels come last in memory. PyTorch's would copy them into another order."""
+
+    def forward(self, images: th.Tensor) -> th.Tensor:
+        """
+        :param images: shape ``(n, n_channels, height, width)``
+        :return: the normalized images, in the same shape and order
+        """
+        if not images.is_contiguous(memory_format=th.channels_last):
+            return super().forward(images)
+        n_channels, height, width = self.normalized_shape
+        weight, bias = (None if p is None else p.permute(1, 2, 0).contiguous() for p in (self.weight, self.bias))
+        normalized = F.layer_norm(images.permute(0, 2, 3, 1), (height, width, n_channels), weight, bias, self.eps)
+        return normalized.permute(0, 3, 1, 2)
+
+
+def create_cnn(
+    image_shape: Sequence[int], convolutions: Sequence[nn.Conv2d], layer_norm: type[nn.LayerNorm] | None
+) -> nn.Sequential:
     """
     Stack convolutions, each with a ReLU, and flatten the result.
 
     :param image_shape: shape of an image, ``(n_channels, height, width)``
     :param convolutions: the convolutions
-    :param layer_norm: whether a ``LayerNorm`` stands before each ReLU
+    :param layer_norm: class of what stands before each ReLU, None for nothing
     :return: a module that turns images of shape ``(n, n_channels, height, width)`` into an array of shape ``(n, -1)``
     """
     cnn = nn.Sequential()
@@ -23,8 +42,8 @@ def create_cnn(image_shape: Sequence[int], convolutions: Sequence[nn.Conv2d], la
     for convolution in convolutions:
         image = convolution(image)
         cnn.append(convolution)
-        if layer_norm:
-            cnn.append(nn.LayerNorm(image.shape[1:]))
+        if layer_norm is not None:
+            cnn.append(layer_norm(image.shape[1:]))
         cnn.append(nn.ReLU())
     return cnn.append(nn.Flatten())
 
@@ -80,9 +99,9 @@ class NipsCNN(BaseFeaturesExtractor):
             nn.Conv2d(observation_space.shape[0], 16, kernel_size=8, stride=4),
             nn.Conv2d(16, 32, kernel_size=4, stride=2),
         )
-        self.cnn = create_cnn(observation_space.shape, convolutions, layer_norm)
+        self.cnn = create_cnn(observation_space.shape, convolutions, ImageLayerNorm if layer_norm else None)
         if layer_norm:
-            self.cnn.insert(0, nn.LayerNorm(observation_space.shape, elementwise_affine=False))
+            self.cnn.insert(0, ImageLayerNorm(observation_space.shape, elementwise_affine=False))
         self.linear = create_hidden_layer(count_outputs(self.cnn, observation_space.shape), features_dim, layer_norm)
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
@@ -106,7 +125,9 @@ class MinAtarCNN(BaseFeaturesExtractor):
         super().__init__(observation_space, features_dim)
         height, width, n_channels = observation_space.shape
         image_shape = (n_channels, height, width)
-        self.cnn = create_cnn(image_shape, [nn.Conv2d(n_channels, 16, kernel_size=3)], layer_norm)
+        # Copies of such small images cost less than what ImageLayerNorm adds
+        convolutions = [nn.Conv2d(n_channels, 16, kernel_size=3)]
+        self.cnn = create_cnn(image_shape, convolutions, nn.LayerNorm if layer_norm else None)
         self.linear = create_hidden_layer(count_outputs(self.cnn, image_shape), features_dim, layer_norm)
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
@@ -115,3 +136,27 @@ class MinAtarCNN(BaseFeaturesExtractor):
         :return: features, shape ``(n, features_dim)``
         """
         return self.linear(self.cnn(observations.permute(0, 3, 1, 2)))
+
+
+#: Their forward pass is the same in training and in evaluation mode, and leaves nothing behind in the module
+PURE_MODULES = frozenset(
+    (
+        *(nn.Sequential, nn.ModuleDict, nn.Identity, nn.Flatten),
+        *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, ImageLayerNorm),
+        *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid),
+        *(FlattenExtractor, CombinedExtractor, NatureCNN, NipsCNN, MinAtarCNN),
+    )
+)
+
+
+def are_pure(modules: Iterable[nn.Module]) -> bool:
+    """
+    :param modules: modules of a network
+    :return: whether their forward pass is known to be the same in training and in evaluation mode, and to leave nothing
+        behind in them. Unlike BatchNorm, Dropout, modules of a class of the user's own, and those with hooks
+    """
+    # Subclasses don't count: they may do anything
+    return all(
+        type(module) in PURE_MODULES and not module._forward_hooks and not module._forward_pre_hooks
+        for module in modules
+    )

@@ -83,6 +83,14 @@ class ValueBasedActorLearner(ActorLearner[AnySettings, AnyRollout]):
         """
         with th.no_grad():
             q_values = self.local.acting_network(self.to_tensor(observations))
+        return self.explore(q_values, lanes)
+
+    def explore(self, q_values: th.Tensor, lanes: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """
+        :param q_values: action values of some lanes, shape ``(n, n_actions)``
+        :param lanes: which of this worker's lanes these are, by default all
+        :return: indices of the behaviour policy's actions, shape ``(n,)``
+        """
         return self.behaviour.choose_actions(q_values.cpu().numpy(), self.shared.progress_remaining, lanes)
 
     def to_env_actions(self, actions: np.ndarray) -> np.ndarray:
@@ -92,9 +100,16 @@ class ValueBasedActorLearner(ActorLearner[AnySettings, AnyRollout]):
         with th.no_grad():
             targets = self.compute_targets(rollout).reshape(-1)
         actions = self.to_device(rollout.actions).reshape(-1, 1)
-        q_values = self.local.learning_network(self.to_batch(rollout.observations)).gather(dim=1, index=actions)
+        q_values = self.compute_q_values(rollout).gather(dim=1, index=actions)
         loss = LOSSES[self.settings.loss](q_values.squeeze(dim=1), targets)
         return loss, {"train/loss": loss.item(), "train/q_mean": q_values.mean().item()}
+
+    def compute_q_values(self, rollout: AnyRollout) -> th.Tensor:
+        """
+        :param rollout: transitions, time by lane
+        :return: ``Q(s, a; theta)`` for all actions a, with their graph, shape ``(n_steps * n_lanes, n_actions)``
+        """
+        return self.local.learning_network(self.to_batch(rollout.observations))
 
     def compute_target_q_values(self, observations: Observations) -> th.Tensor:
         """

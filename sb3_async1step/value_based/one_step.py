@@ -36,8 +36,12 @@ class OneStepActorLearner(ValueBasedActorLearner[ValueBasedSettings, AnyRollout]
     def accumulate_gradient(self) -> None:
         """Read the parameters for the gradient only when it is due, and compute it."""
         if not self._metrics:
-            self.local.pull()
+            self.pull_for_gradient()
         super().accumulate_gradient()
+
+    def pull_for_gradient(self) -> None:
+        """Read the parameters, unless they have been read already."""
+        self.local.pull()
 
     def before_target_sync(self) -> None:
         # The TD targets of the transitions so far are from the old target network: Algorithm 1 accumulates gradients

@@ -1,0 +1,63 @@
+"""Layers of the networks, and what is known of modules."""
+
+import gymnasium as gym
+import pytest
+import torch as th
+from stable_baselines3.common.torch_layers import NatureCNN
+from torch import nn
+
+from sb3_async1step import MinAtarCNN, NipsCNN
+from sb3_async1step.common.torch_layers import ImageLayerNorm, are_pure
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("memory_format", [th.channels_last, th.contiguous_format])
+def test_image_layer_norm(affine, memory_format):
+    """The same function and gradients as PyTorch's, and the images stay as they are in memory."""
+    ours, theirs = (
+        ImageLayerNorm((3, 5, 7), elementwise_affine=affine),
+        nn.LayerNorm((3, 5, 7), elementwise_affine=affine),
+    )
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter)
+    ours.load_state_dict(theirs.state_dict())
+    values = th.randn(4, 3, 5, 7).contiguous(memory_format=memory_format)
+    inputs = [values.clone(memory_format=th.preserve_format).requires_grad_() for _ in range(2)]
+    outputs = [layer(images) for layer, images in zip((ours, theirs), inputs, strict=True)]
+    th.testing.assert_close(*outputs)
+    assert outputs[0].is_contiguous(memory_format=memory_format)
+    for output in outputs:
+        (output * th.arange(output.numel()).reshape(output.shape)).mean().backward()
+    th.testing.assert_close(inputs[0].grad, inputs[1].grad)
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        th.testing.assert_close(mine.grad, other.grad)
+
+
+def add_hook(module):
+    module.register_forward_hook(lambda *args: None)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "pure"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU()), True),
+        (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), False),
+        (nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), False),
+        (nn.utils.spectral_norm(nn.Linear(4, 4)), False),
+        (nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), False),
+        (add_hook(nn.Linear(4, 4)), False),
+        (nn.Sequential(nn.RReLU()), False),
+    ],
+)
+def test_what_is_known_of_modules(module, pure):
+    assert are_pure(module.modules()) == pure
+
+
+@pytest.mark.parametrize("extractor", [NipsCNN, NatureCNN, MinAtarCNN])
+def test_the_cnns_are_pure(extractor):
+    shape = (10, 10, 4) if extractor is MinAtarCNN else (4, 84, 84)
+    cnn = extractor(gym.spaces.Box(0, 255, shape, dtype="uint8"))
+    assert are_pure(cnn.modules())
+    observations = th.rand(2, *shape)
+    assert th.equal(cnn.train()(observations), cnn.eval()(observations))
