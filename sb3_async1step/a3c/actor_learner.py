@@ -1,7 +1,8 @@
 """Algorithm 3 of the paper (in its supplement): one thread of the asynchronous advantage actor-critic."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from sb3_async1step.vec_envs.observations import take_rows
 from sb3_async1step.workers.actor_learner import ActorLearner, Settings
+from sb3_async1step.workers.lanes import Rows
 from sb3_async1step.workers.rollout import Rollout
 
 
@@ -61,13 +63,13 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
         if self.settings.use_sde:
             self._draw_noise()
 
-    def choose_actions(self) -> np.ndarray:
+    def choose_actions(self, lanes: Rows) -> np.ndarray:
         # Perform a_t according to the policy pi(a_t | s_t; theta')
-        freq = self.settings.sde_sample_freq
-        if self.settings.use_sde and freq > 0 and self._steps_since_update > 0 and self._steps_since_update % freq == 0:
+        freq, n_steps = self.settings.sde_sample_freq, self._n_since_update // self.n_lanes
+        if self.settings.use_sde and freq > 0 and n_steps > 0 and n_steps % freq == 0:
             self._draw_noise()
-        with th.no_grad():
-            distribution = self.acting_policy.get_distribution(self.to_tensor(self.observations))
+        with th.no_grad(), self._noise_of(lanes):
+            distribution = self.acting_policy.get_distribution(self.to_tensor(take_rows(self.observations, lanes)))
             actions = self._draw(distribution.get_actions).cpu().numpy()
         # Distributions flatten continuous actions
         shape = self.settings.action_space.shape
@@ -88,15 +90,15 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
     def compute_loss(self, rollout: Rollout) -> tuple[th.Tensor, dict[str, float]]:
         policy = self.local.learning_network
         assert isinstance(policy, ActorCriticPolicy)
-        actions = self.to_batch(rollout.actions)
+        actions = self.to_batch(rollout, rollout.actions)
         if isinstance(self.settings.action_space, spaces.Box):
             actions = actions.flatten(start_dim=1)
-        values, log_prob, entropy = policy.evaluate_actions(self.to_batch(rollout.observations), actions)
+        values, log_prob, entropy = policy.evaluate_actions(self.to_batch(rollout, rollout.observations), actions)
         values = values.flatten()
 
         # A = R - V(s; theta'_v), through which no gradient flows
-        constant_values = values.detach().cpu().numpy().reshape(rollout.rewards.shape)
-        advantages = self.to_device(self.compute_advantages(rollout, constant_values)).flatten()
+        constant_values = rollout.unflatten(values.detach()).cpu().numpy()
+        advantages = self.to_batch(rollout, self.compute_advantages(rollout, constant_values))
         returns = advantages + values.detach()
         # A single advantage has no standard deviation
         if self.settings.normalize_advantage and len(advantages) > 1:
@@ -125,29 +127,28 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
         :return: advantages, shape ``(n_steps, n_lanes)``
         """
         continues = (~rollout.terminated).astype(np.float32)
-        same_episode = continues * ~rollout.truncated
+        ends = rollout.truncated | rollout.is_last
+        goes_on = continues * ~ends
         # Python's numbers, which leave arrays in float32
         gamma, gae_lambda = float(self.settings.gamma), float(self.settings.gae_lambda)
 
         # With lambda = 1, this is R - V(s_i), with R <- r_i + gamma * R
-        td_errors = rollout.rewards + gamma * continues * self.compute_next_values(rollout, values) - values
+        td_errors = rollout.rewards + gamma * continues * self.compute_next_values(rollout, values, ends) - values
         advantages = np.empty_like(td_errors)
         following = np.zeros_like(td_errors[0])
         for i in reversed(range(len(rollout))):
-            following = advantages[i] = td_errors[i] + gamma * gae_lambda * same_episode[i] * following
+            following = advantages[i] = td_errors[i] + gamma * gae_lambda * goes_on[i] * following
         return advantages
 
-    def compute_next_values(self, rollout: Rollout, values: np.ndarray) -> np.ndarray:
+    def compute_next_values(self, rollout: Rollout, values: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """
         :param rollout: transitions, time by lane
         :param values: V(s; theta'_v), shape ``(n_steps, n_lanes)``
+        :param ends: where the rollout or the episode does not go on, shape ``(n_steps, n_lanes)``
         :return: V(s'; theta'_v), shape ``(n_steps, n_lanes)``
         """
-        next_values = np.empty_like(values)
+        next_values = np.zeros_like(values)
         next_values[:-1] = values[1:]
-        # The rollout does not go on from the last states, nor from those in which an episode was cut off
-        ends = rollout.truncated.copy()
-        ends[-1] = True
         observations = take_rows(rollout.next_observations, ends)
         with th.no_grad():
             next_values[ends] = self.acting_policy.predict_values(self.to_tensor(observations)).flatten().cpu().numpy()
@@ -156,6 +157,22 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
     def _draw_noise(self) -> None:
         with th.no_grad():
             self._draw(lambda: self.acting_policy.reset_noise(self.n_lanes))
+
+    @contextmanager
+    def _noise_of(self, lanes: Rows) -> Iterator[None]:
+        """Let the policy use the noise of some lanes, each of which has its own."""
+        distribution = self.acting_policy.action_dist
+        if isinstance(lanes, slice) or not isinstance(distribution, StateDependentNoiseDistribution):
+            yield
+            return
+        one, all_lanes = distribution.exploration_mat, distribution.exploration_matrices
+        distribution.exploration_matrices = all_lanes[lanes]
+        # For a single observation, SB3 uses this
+        distribution.exploration_mat = all_lanes[lanes][0]
+        try:
+            yield
+        finally:
+            distribution.exploration_mat, distribution.exploration_matrices = one, all_lanes
 
     def _draw(self, function: Callable[[], Any]) -> Any:
         """Call a function that draws from PyTorch's generator, which is seeded by this worker's own meanwhile."""

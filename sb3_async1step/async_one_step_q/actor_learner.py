@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_async1step.common.torch_layers import are_pure
 from sb3_async1step.value_based.one_step import OneStepActorLearner
@@ -10,6 +9,7 @@ from sb3_async1step.value_based.policies import QNetwork
 from sb3_async1step.value_based.target_network import SharedQNetworks
 from sb3_async1step.vec_envs.observations import Observations
 from sb3_async1step.workers.actor_learner import WorkerRecipe
+from sb3_async1step.workers.lanes import Lanes, Rows
 from sb3_async1step.workers.rollout import Rollout
 
 
@@ -28,14 +28,14 @@ class OneStepQActorLearner(OneStepActorLearner[Rollout]):
     #: Of the current observations, with their graph; None if the gradient needs a forward pass of its own
     _q_values: th.Tensor | None = None
 
-    def __init__(self, recipe: WorkerRecipe, env: VecEnv, observations: Observations, shared: SharedQNetworks) -> None:
+    def __init__(self, recipe: WorkerRecipe, env: Lanes, observations: Observations, shared: SharedQNetworks) -> None:
         super().__init__(recipe, env, observations, shared)
         network, *layers = self.local.learning_network.modules()
         self._network_is_pure = type(network) is QNetwork and are_pure(layers)
 
-    def choose_actions(self) -> np.ndarray:
+    def choose_actions(self, lanes: Rows) -> np.ndarray:
         if self.rollout.n_steps > 1 or not self._network_is_pure:
-            return super().choose_actions()
+            return super().choose_actions(lanes)
         self.local.pull()
         self._q_values = self.local.learning_network(self.to_tensor(self.observations))
         return self.explore(self._q_values.detach())
@@ -50,4 +50,4 @@ class OneStepQActorLearner(OneStepActorLearner[Rollout]):
 
     def compute_next_values(self, rollout: Rollout) -> th.Tensor:
         # max_a' Q(s', a'; theta^-)
-        return self.compute_target_q_values(rollout.next_observations).max(dim=2).values
+        return self.compute_target_q_values(rollout).max(dim=2).values

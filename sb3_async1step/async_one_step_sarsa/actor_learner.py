@@ -8,7 +8,8 @@ import torch as th
 
 from sb3_async1step.value_based.one_step import OneStepActorLearner
 from sb3_async1step.vec_envs.observations import Observations, take_rows
-from sb3_async1step.workers.rollout import Rollout
+from sb3_async1step.workers.lanes import Rows
+from sb3_async1step.workers.rollout import ALL_LANES, Rollout
 
 
 @dataclass
@@ -28,32 +29,32 @@ class OneStepSarsaActorLearner(OneStepActorLearner[SarsaRollout]):
     #: Chosen before the last update, to be executed next
     _chosen_actions: np.ndarray | None = None
 
-    def choose_actions(self) -> np.ndarray:
+    def choose_actions(self, lanes: Rows) -> np.ndarray:
         if self._chosen_actions is None:
-            return super().choose_actions()
-        return self._chosen_actions
+            self._chosen_actions = self.act_epsilon_greedily(self.observations, ALL_LANES)
+        return self._chosen_actions[lanes]
 
-    def complete_step(self, step: Rollout, new_obs: Observations) -> SarsaRollout:
+    def complete_step(self, step: Rollout, new_obs: Observations, lanes: Rows) -> SarsaRollout:
         # After a truncation, the action to bootstrap on is one for the terminal observation, which is drawn first, and
         # the action to execute is one for the first observation of the new episode
-        truncated_lanes = np.flatnonzero(step.truncated)
+        truncated = np.flatnonzero(step.truncated)
         bootstrap_actions = None
-        if len(truncated_lanes) > 0:
-            ends = take_rows(step.next_observations, truncated_lanes)
-            bootstrap_actions = self.act_epsilon_greedily(ends, truncated_lanes)
-        self._chosen_actions = self.act_epsilon_greedily(new_obs)
-        next_actions = self._chosen_actions.copy()
+        if len(truncated) > 0:
+            ends = take_rows(step.next_observations, truncated)
+            bootstrap_actions = self.act_epsilon_greedily(ends, np.arange(self.n_lanes)[lanes][truncated])
+        next_actions = self.act_epsilon_greedily(new_obs, lanes)
+        self._chosen_actions = self._put(self._chosen_actions, lanes, next_actions.copy())
         if bootstrap_actions is not None:
-            next_actions[truncated_lanes] = bootstrap_actions
+            next_actions[truncated] = bootstrap_actions
         return SarsaRollout(**vars(step), next_actions=next_actions)
 
     def compute_next_values(self, rollout: SarsaRollout) -> th.Tensor:
         # Q(s', a'; theta^-)
         next_actions = self.to_device(rollout.next_actions)[..., None]
-        return self.compute_target_q_values(rollout.next_observations).gather(dim=2, index=next_actions).squeeze(dim=2)
+        return self.compute_target_q_values(rollout).gather(dim=2, index=next_actions).squeeze(dim=2)
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"chosen_actions": self._chosen_actions}
+        return {"chosen_actions": None if self._chosen_actions is None else self._chosen_actions.copy()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self._chosen_actions = state["chosen_actions"]

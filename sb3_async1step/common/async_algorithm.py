@@ -1,7 +1,9 @@
 """What makes the paper's methods SB3 algorithms: constructor, checks, and learn()."""
 
+import math
 import sys
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -36,12 +38,18 @@ from sb3_async1step.common.parameter_checks import (
 from sb3_async1step.common.update_log import UpdateLog
 from sb3_async1step.common.warn import warn_of_frames_skipped_twice, warn_of_what_is_not_followed
 from sb3_async1step.sb3_internals import close_progress_bars
-from sb3_async1step.vec_envs.guard import ProcessWatcher, guard_vec_env, make_process_watcher, unguard_vec_env
+from sb3_async1step.vec_envs.guard import (
+    PATIENCE,
+    ProcessWatcher,
+    guard_vec_env,
+    make_process_watcher,
+    unguard_vec_env,
+)
 from sb3_async1step.vec_envs.healing_vec_env import HealingVecEnv
 from sb3_async1step.vec_envs.observations import Observations, take_rows, to_arrays
-from sb3_async1step.vec_envs.split import group_lanes, rejoin_vec_env, split_vec_env
 from sb3_async1step.workers.actor_learner import ActorLearner, WorkerRecipe
 from sb3_async1step.workers.gate import Call
+from sb3_async1step.workers.lanes import Lanes, SharedLanes
 from sb3_async1step.workers.pool import WorkerPool
 from sb3_async1step.workers.serial_pool import SerialWorkerPool
 from sb3_async1step.workers.shared_parameters import SharedParameters
@@ -296,10 +304,8 @@ class AsyncAlgorithm(LiveAlgorithm):
         """Split the env among the workers, follow them until they have ended, and put the env together again."""
         env = self.env
         assert env is not None and self._last_obs is not None
-        groups = group_lanes(env.num_envs, n_workers)
-        # A single worker drives the env itself, whatever kind of VecEnv it is
-        parts = [env] if n_workers == 1 else split_vec_env(env, groups)
-        workers = self._make_workers(parts, groups, to_arrays(self._last_obs))
+        shared_lanes = SharedLanes(env, n_workers, in_step=self.backend == "serial")
+        workers = self._make_workers(shared_lanes.make_lanes(), shared_lanes.groups, to_arrays(self._last_obs))
         on_threads = self.backend == "threads" and n_workers > 1
         if on_threads:
             keep_freed_memory()
@@ -307,15 +313,15 @@ class AsyncAlgorithm(LiveAlgorithm):
         set_intra_op_threads(n_workers if on_threads else 1, network_is_small, call)
         make_pool = WORKER_POOLS["threads" if on_threads else "serial"]
         self._pool = make_pool(workers, self._gate, self.num_timesteps, total_timesteps)
-        guard_vec_env(env, self._gate.closed, lambda: self._gate.is_inside() or not call.is_running)
+        guard_vec_env(env, self._gate.closed, self._pool.settle, lambda: self._gate.is_inside() or not call.is_running)
         # Ctrl-C between the two halves of a th.no_grad() block leaves the process without gradients
         with th.enable_grad():
             self._follow(self._pool, callback, log_interval)
         self._pool.stop()
+        self._pool.finish_steps()
         warn_of_what_is_not_followed(self.policy, modules, workers)
         self._remember_workers()
-        if n_workers > 1:
-            rejoin_vec_env(env, parts, groups)
+        shared_lanes.rejoin()
         self._lanes_may_be_anywhere = False
 
     def _end_learning(self, call: Call) -> None:
@@ -327,7 +333,9 @@ class AsyncAlgorithm(LiveAlgorithm):
         if self.env is not None:
             unguard_vec_env(self.env)
         if self._process_watcher is not None:
-            self._process_watcher.end()
+            # Who presses Ctrl-C wants an end although a lane hangs
+            was_interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)
+            self._process_watcher.end(PATIENCE if was_interrupted else math.inf)
         if self._callback is not None:
             stop_evaluations(self._callback)
         restore_intra_op_threads(call)
@@ -350,7 +358,7 @@ class AsyncAlgorithm(LiveAlgorithm):
             with self._gate.passed():
                 self._count(transitions)
             if dones.any():
-                base.reset_infos = [info for worker in pool.workers for info in worker.env.unwrapped.reset_infos]
+                base.reset_infos = pool.reset_infos
             if len(transitions) == pool.num_envs:
                 callback.update_locals(locals())
                 if not callback.on_step():
@@ -364,14 +372,17 @@ class AsyncAlgorithm(LiveAlgorithm):
                 callback.on_rollout_start()
         callback.on_rollout_end()
 
-    def _make_workers(self, parts: list[VecEnv], groups: list[range], observations: Observations) -> list[ActorLearner]:
+    def _make_workers(
+        self, envs: Sequence[Lanes | VecEnv], groups: list[range], observations: Observations
+    ) -> list[ActorLearner]:
         settings = self._make_settings(sum(map(len, groups)))
         self._shared = self._share_parameters()
         self._shared.progress_remaining = self._current_progress_remaining
         workers = []
-        for part, lanes, random_generator in zip(parts, groups, self._get_random_generators(len(groups)), strict=True):
-            recipe = WorkerRecipe(self.actor_learner_class, settings, lanes, random_generator)
-            workers.append(recipe.build(part, take_rows(observations, slice(lanes.start, lanes.stop)), self._shared))
+        generators = self._get_random_generators(len(groups))
+        for env, lanes, generator in zip(envs, groups, generators, strict=True):
+            recipe = WorkerRecipe(self.actor_learner_class, settings, lanes, generator)
+            workers.append(recipe.build(env, take_rows(observations, slice(lanes.start, lanes.stop)), self._shared))
         for worker, state in zip(workers, self._worker_states or [], strict=False):
             worker.set_state(state)
         return workers

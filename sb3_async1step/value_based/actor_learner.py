@@ -2,17 +2,18 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.vec_env import VecEnv
 from torch.nn import functional as F
 
 from sb3_async1step.value_based.exploration import BehaviourPolicy, ExplorationSchedule
 from sb3_async1step.value_based.target_network import SharedQNetworks
-from sb3_async1step.vec_envs.observations import Observations
+from sb3_async1step.vec_envs.observations import Observations, take_rows
 from sb3_async1step.workers.actor_learner import ActorLearner, AnySettings, Settings, WorkerRecipe
-from sb3_async1step.workers.rollout import AnyRollout
+from sb3_async1step.workers.lanes import Lanes, Rows
+from sb3_async1step.workers.rollout import ALL_LANES, AnyRollout
 
 LOSSES = {"mse": F.mse_loss, "huber": F.smooth_l1_loss}
 
@@ -52,7 +53,7 @@ class ValueBasedActorLearner(ActorLearner[AnySettings, AnyRollout]):
     settings: ValueBasedSettings  # type: ignore[assignment]
     shared: SharedQNetworks
 
-    def __init__(self, recipe: WorkerRecipe, env: VecEnv, observations: Observations, shared: SharedQNetworks) -> None:
+    def __init__(self, recipe: WorkerRecipe, env: Lanes, observations: Observations, shared: SharedQNetworks) -> None:
         super().__init__(recipe, env, observations, shared)
         self._set_behaviour()
 
@@ -72,20 +73,20 @@ class ValueBasedActorLearner(ActorLearner[AnySettings, AnyRollout]):
         :return: the values that ``Q(s, a)`` shall come closer to, shape ``(n_steps, n_lanes)``
         """
 
-    def choose_actions(self) -> np.ndarray:
-        return self.act_epsilon_greedily(self.observations)
+    def choose_actions(self, lanes: Rows) -> np.ndarray:
+        return self.act_epsilon_greedily(take_rows(self.observations, lanes), lanes)
 
-    def act_epsilon_greedily(self, observations: Observations, lanes: np.ndarray | slice = slice(None)) -> np.ndarray:
+    def act_epsilon_greedily(self, observations: Observations, lanes: Rows) -> np.ndarray:
         """
         :param observations: observations of some lanes
-        :param lanes: which of this worker's lanes these are, by default all
+        :param lanes: which of this worker's lanes these are
         :return: indices of the behaviour policy's actions, shape ``(n,)``
         """
         with th.no_grad():
             q_values = self.local.acting_network(self.to_tensor(observations))
         return self.explore(q_values, lanes)
 
-    def explore(self, q_values: th.Tensor, lanes: np.ndarray | slice = slice(None)) -> np.ndarray:
+    def explore(self, q_values: th.Tensor, lanes: Rows = ALL_LANES) -> np.ndarray:
         """
         :param q_values: action values of some lanes, shape ``(n, n_actions)``
         :param lanes: which of this worker's lanes these are, by default all
@@ -98,8 +99,8 @@ class ValueBasedActorLearner(ActorLearner[AnySettings, AnyRollout]):
 
     def compute_loss(self, rollout: AnyRollout) -> tuple[th.Tensor, dict[str, float]]:
         with th.no_grad():
-            targets = self.compute_targets(rollout).reshape(-1)
-        actions = self.to_device(rollout.actions).reshape(-1, 1)
+            targets: Any = rollout.flatten(self.compute_targets(rollout))
+        actions = self.to_batch(rollout, rollout.actions).reshape(-1, 1)
         q_values = self.compute_q_values(rollout).gather(dim=1, index=actions)
         loss = LOSSES[self.settings.loss](q_values.squeeze(dim=1), targets)
         return loss, {"train/loss": loss.item(), "train/q_mean": q_values.mean().item()}
@@ -107,26 +108,26 @@ class ValueBasedActorLearner(ActorLearner[AnySettings, AnyRollout]):
     def compute_q_values(self, rollout: AnyRollout) -> th.Tensor:
         """
         :param rollout: transitions, time by lane
-        :return: ``Q(s, a; theta)`` for all actions a, with their graph, shape ``(n_steps * n_lanes, n_actions)``
+        :return: ``Q(s, a; theta)`` for all actions a, with their graph, shape ``(n_transitions, n_actions)``
         """
-        return self.local.learning_network(self.to_batch(rollout.observations))
+        return self.local.learning_network(self.to_batch(rollout, rollout.observations))
 
-    def compute_target_q_values(self, observations: Observations) -> th.Tensor:
+    def compute_target_q_values(self, rollout: AnyRollout) -> th.Tensor:
         """
-        :param observations: shape ``(n_steps, n_lanes, ...)``
-        :return: ``Q(s, a; theta^-)`` for all actions a, shape ``(n_steps, n_lanes, n_actions)``
+        :param rollout: transitions, time by lane
+        :return: ``Q(s', a; theta^-)`` for all actions a, shape ``(n_steps, n_lanes, n_actions)``
         """
-        q_values = self.shared.target_network(self.to_batch(observations))
-        return q_values.reshape(-1, self.n_lanes, self.settings.n_actions)
+        return rollout.unflatten(self.shared.target_network(self.to_batch(rollout, rollout.next_observations)))
 
-    def end_step(self, num_timesteps: int) -> None:
+    def end_step(self, num_timesteps: int, n_new: int) -> None:
         """
         Update the target network once for each multiple of the interval that this step crossed.
 
         :param num_timesteps: environment steps of all lanes, including these (the paper's T)
+        :param n_new: number of lanes that took this step
         """
         interval = self.settings.target_update_interval
-        n_syncs = num_timesteps // interval - (num_timesteps - self.n_lanes) // interval
+        n_syncs = num_timesteps // interval - (num_timesteps - n_new) // interval
         if n_syncs > 0:
             self.before_target_sync()
             self.shared.sync_target(n_syncs, self.settings.tau)

@@ -30,6 +30,11 @@ class OneStepActorLearner(ValueBasedActorLearner[ValueBasedSettings, AnyRollout]
         continues = self.to_device(~rollout.terminated).float()
         return self.to_device(rollout.rewards) + self.settings.gamma * continues * self.compute_next_values(rollout)
 
+    @property
+    def max_segment(self) -> int:
+        # Transitions are learned from one by one, so that a fast lane may give several in place of a slow one's
+        return 4 * self._update_interval
+
     def begin_segment(self) -> None:
         pass
 

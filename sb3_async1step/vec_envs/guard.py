@@ -1,10 +1,10 @@
 """Keep a VecEnv whole while workers step its parts, and say what happened when one of its processes died."""
 
-import math
 import operator
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -24,8 +24,8 @@ QUERIES = ("env_is_wrapped", "env_method", "get_attr", "get_images", "set_attr")
 STEPS = ("reset", "step_async")
 # What to do with a VecEnv whose processes have ended
 MAKE_ANEW = "make the env anew and give it to the model by set_env()"
-#: Seconds that processes have to answer when the wait for them is interrupted
-PATIENCE = 2.0
+#: Seconds that processes have to answer when a training was interrupted
+PATIENCE = 1.0
 
 
 class GuardedMethod(partial):
@@ -37,7 +37,10 @@ class GuardedMethod(partial):
 
 
 def guard_vec_env(
-    env: VecEnv, standing_still: Callable[[], AbstractContextManager[None]], may_step: Callable[[], bool]
+    env: VecEnv,
+    standing_still: Callable[[], AbstractContextManager[None]],
+    settle: Callable[[], None],
+    may_step: Callable[[], bool],
 ) -> None:
     """
     Until :func:`unguard_vec_env`, calls of the VecEnv's methods wait until no worker steps, and steps and resets are
@@ -45,12 +48,14 @@ def guard_vec_env(
 
     :param env: the training env
     :param standing_still: makes the workers stand still
+    :param settle: waits until no lane steps by itself
     :param may_step: whether the calling thread may step or reset the env
     """
     base = env.unwrapped
 
     def wait(method: Callable, *args: Any, **kwargs: Any) -> Any:
         with standing_still():
+            settle()
             return method(*args, **kwargs)
 
     def refuse(method: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -145,21 +150,27 @@ class ProcessWatcher:
     def hurry(self) -> None:
         """Lanes that hang shall not hold up the end of the training, if they can be replaced."""
 
-    def end(self) -> None:
+    def end(self, patience: float) -> None:
         """
         Watch no longer, and throw away what the processes still answer to an interrupted step or reset. If this is
         interrupted, it can be called again.
+
+        :param patience: seconds that the processes have for these answers. If they don't come, the processes are ended
         """
         try:
-            self._stop(math.inf)
+            self._stop(patience)
         except KeyboardInterrupt:
             # The first one, which came only now; or it was pressed again while an env does not answer
-            try:
-                self._stop(PATIENCE)
-            finally:
-                if self._is_watching and self._thread.is_alive() and isinstance(self._env, SubprocVecEnv):
-                    end_processes(self._env)
+            self._stop(PATIENCE)
             raise
+        finally:
+            if self._is_watching and self._thread.is_alive() and isinstance(self._env, SubprocVecEnv):
+                end_processes(self._env)
+                warnings.warn(
+                    f"A process of the env did not answer within {PATIENCE:g} s after the training was interrupted, so "
+                    f"they were all ended. To go on, {MAKE_ANEW}.",
+                    stacklevel=2,
+                )
 
     def _stop(self, patience: float) -> None:
         """Wait for the end of the watch, but not longer than ``patience`` seconds."""
@@ -188,8 +199,12 @@ class HealingWatcher(ProcessWatcher):
         """Lanes that hang shall not hold up the end of the training."""
         self._env.hurry()
 
-    def end(self) -> None:
-        """Lanes may take their time again."""
+    def end(self, patience: float) -> None:
+        """
+        Lanes may take their time again.
+
+        :param patience: see :class:`ProcessWatcher`
+        """
         self._env.end_hurry()
 
 

@@ -112,6 +112,29 @@ class HealingLane:
         self._restart(failure)
         return False
 
+    def poll(self) -> bool:
+        """
+        Look for the answer without waiting for it. If the process has failed, start another one.
+
+        :return: whether :meth:`recv` would return at once
+        :raises Exception: see :meth:`settle`
+        """
+        try:
+            while self._state is State.WAITING and self._expected:
+                assert self.process is not None
+                if not self.process.has_news():
+                    return False
+                self._receive()
+        except LaneFailure as failure:
+            self._state, self._failure = State.BROKEN, failure
+        return self.settle()
+
+    def list_waitables(self) -> list[Any]:
+        """
+        :return: what ``multiprocessing.connection.wait()`` takes to wait for news of the process
+        """
+        return [] if self.process is None else self.process.waitables
+
     def recv(self) -> Any:
         """
         :return: the answer to the last request; if the process failed in a step, that the episode was truncated

@@ -177,7 +177,7 @@ class LaneProcess:
         :raises RuntimeError: if the training ends meanwhile
         """
         is_late = False
-        while not (ready := wait([self._connection, self.process.sentinel], LOOK_INTERVAL)):
+        while not (ready := wait(self.waitables, LOOK_INTERVAL)):
             now = time.monotonic()
             if now > self._settings.give_up_at:
                 raise RuntimeError(f"{self.process.name} had not answered when the training ended.")
@@ -188,6 +188,17 @@ class LaneProcess:
         # It may have answered and ended after wait() had looked at the pipe
         if self._connection not in ready and not self._connection.poll():
             raise self._describe_end()
+
+    @property
+    def waitables(self) -> list[Any]:
+        """What ``multiprocessing.connection.wait()`` takes: one of them is ready if there is news."""
+        return [self._connection, self.process.sentinel]
+
+    def has_news(self) -> bool:
+        """
+        :return: whether it has answered, has ended, or should have answered by now
+        """
+        return bool(wait(self.waitables, 0)) or time.monotonic() > self._waiting_since + self._timeout
 
     def receive(self) -> Any:
         """

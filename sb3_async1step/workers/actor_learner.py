@@ -1,6 +1,7 @@
 """One thread of the paper: pull, act, step, store, gradient, push."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -9,8 +10,17 @@ import torch as th
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_async1step.vec_envs.observations import Observations, list_arrays, replace_rows, to_arrays
-from sb3_async1step.workers.rollout import AnyRollout, Rollout, RolloutBuffer, merge_time_and_lanes
+from sb3_async1step.vec_envs.observations import (
+    Observations,
+    list_arrays,
+    map_arrays,
+    replace_rows,
+    store_rows,
+    take_rows,
+    to_arrays,
+)
+from sb3_async1step.workers.lanes import Lanes, Rows
+from sb3_async1step.workers.rollout import AnyRollout, Rollout, RolloutBuffer
 from sb3_async1step.workers.shared_parameters import LocalParameters, SharedParameters
 from sb3_async1step.workers.transitions import Transitions, UpdateStats
 
@@ -38,7 +48,7 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 @dataclass(frozen=True)
 class WorkerRecipe:
     """
-    What a worker is made from, apart from its env and the shared parameters. It can be pickled.
+    What a worker is made from, apart from its lanes and the shared parameters. It can be pickled.
 
     :param actor_learner: the class of the worker
     :param settings: those of the algorithm
@@ -51,14 +61,14 @@ class WorkerRecipe:
     lanes: range
     random_generator: np.random.Generator
 
-    def build(self, env: VecEnv, observations: Observations, shared: SharedParameters) -> "ActorLearner":
+    def build(self, env: Lanes | VecEnv, observations: Observations, shared: SharedParameters) -> "ActorLearner":
         """
-        :param env: VecEnv with the lanes of this worker
+        :param env: the lanes of this worker; those of a VecEnv step together
         :param observations: the current observations of these lanes
         :param shared: the parameters that all workers share
         :return: the worker
         """
-        return self.actor_learner(self, env, observations, shared)
+        return self.actor_learner(self, Lanes(env) if isinstance(env, VecEnv) else env, observations, shared)
 
 
 @dataclass
@@ -69,7 +79,7 @@ class WorkerState:
     :param actor_learner: name of the worker's class
     :param lanes: the lanes of the worker
     :param update_interval: vector steps between two updates
-    :param steps_since_update: vector steps since the last update
+    :param steps_since_update: transitions since the last update, divided by the number of lanes
     :param rollout: the transitions since the last gradient, see :meth:`RolloutBuffer.get_state`
     :param gradients: gradients accumulated since the last update (None for a parameter without a gradient)
     :param metrics: metrics of each part of the rollout that these gradients are from, and its number of time steps
@@ -80,10 +90,10 @@ class WorkerState:
     actor_learner: str
     lanes: range
     update_interval: int
-    steps_since_update: int
+    steps_since_update: float
     rollout: Rollout | None
     gradients: list[th.Tensor | None]
-    metrics: list[tuple[dict[str, float], int]]
+    metrics: list[tuple[dict[str, float], float]]
     local_values: list[th.Tensor] | None
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -102,7 +112,7 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
     its size depends on ``update_interval`` alone. A subclass says how it acts and what its loss is.
 
     :param recipe: what the worker is made from
-    :param env: VecEnv with the lanes of this worker
+    :param env: the lanes of this worker
     :param observations: the current observations of these lanes
     :param shared: the parameters that all workers share
     """
@@ -112,18 +122,27 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
 
     settings: AnySettings
 
-    def __init__(self, recipe: WorkerRecipe, env: VecEnv, observations: Observations, shared: SharedParameters) -> None:
+    def __init__(self, recipe: WorkerRecipe, env: Lanes, observations: Observations, shared: SharedParameters) -> None:
         self.settings = recipe.settings  # type: ignore[assignment]
         self.lanes = recipe.lanes
+        self._lane_numbers = np.array(self.lanes)
         self.random_generator = recipe.random_generator
         self.env = env
         self.observations = observations
         self.shared = shared
         self.local = LocalParameters(shared, self.thread_specific_parameters)
-        self.rollout: RolloutBuffer[AnyRollout] = RolloutBuffer(self.settings.update_interval)
-        self._steps_since_update = 0
+        if env.at_their_own_pace:
+            # Of its own, since lanes get their next observations at different times
+            self.observations = map_arrays(np.copy, observations)
+        self._update_interval = self.settings.update_interval
+        self.rollout: RolloutBuffer[AnyRollout] = self._make_buffer()
+        self._is_in_segment = False
+        self._n_since_update = 0
+        # What the lanes do that step at present
+        self._actions: Any = None
+        self._env_actions: Any = None
         # Of each part of the rollout whose gradient has been accumulated, and its number of time steps
-        self._metrics: list[tuple[dict[str, float], int]] = []
+        self._metrics: list[tuple[dict[str, float], float]] = []
 
     @property
     def n_lanes(self) -> int:
@@ -132,15 +151,16 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
     # ------------------------------------------------------------------ what an algorithm says
 
     @abstractmethod
-    def choose_actions(self) -> np.ndarray:
+    def choose_actions(self, lanes: Rows) -> np.ndarray:
         """
-        :return: actions for the current observations, as the network numbers them, shape ``(n_lanes, *action_shape)``
+        :param lanes: some of this worker's lanes
+        :return: actions for their current observations, as the network numbers them, shape ``(n, *action_shape)``
         """
 
     @abstractmethod
     def to_env_actions(self, actions: np.ndarray) -> np.ndarray:
         """
-        :param actions: actions of this worker's lanes
+        :param actions: actions of some of this worker's lanes
         :return: the same as the env understands them
         """
 
@@ -151,12 +171,13 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         :return: mean loss over the transitions, a scalar, and metrics for the logger
         """
 
-    def complete_step(self, step: Rollout, new_obs: Observations) -> AnyRollout:
+    def complete_step(self, step: Rollout, new_obs: Observations, lanes: Rows) -> AnyRollout:
         """
         Add to a time step what else the algorithm stores.
 
-        :param step: one time step of all lanes; its arrays lack the first axis
+        :param step: one time step of some lanes; its arrays lack the first axis
         :param new_obs: the observations in which the next actions are taken
+        :param lanes: which of this worker's lanes these are
         :return: the step to store
         """
         return step  # type: ignore[return-value]
@@ -165,12 +186,18 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         """Do what is due before the first step after an update."""
         self.local.pull()
 
-    def end_step(self, num_timesteps: int) -> None:
+    def end_step(self, num_timesteps: int, n_new: int) -> None:
         """
         Do what is due after each step, before an update.
 
         :param num_timesteps: environment steps of all lanes, including these (the paper's T)
+        :param n_new: number of lanes that took this step
         """
+
+    @property
+    def max_segment(self) -> int:
+        """Steps of a lane after which an update is due, even if other lanes have taken few."""
+        return self._update_interval
 
     def get_extra_state(self) -> dict[str, Any]:
         """
@@ -191,26 +218,73 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
 
         :param num_timesteps: environment steps of all lanes, including these (the paper's T)
         :return: the transitions
+        :raises ValueError: see :meth:`finish_step`
+        """
+        self.begin_step(self.n_lanes)
+        transitions = self.finish_step(lambda n_lanes: num_timesteps)
+        assert transitions is not None
+        return transitions
+
+    def begin_step(self, n_lanes: int) -> None:
+        """
+        Act in lanes that wait for an action.
+
+        :param n_lanes: in how many of them
+        """
+        if not self._is_in_segment:
+            self._follow_update_interval()
+            self.begin_segment()
+            self._is_in_segment = True
+        lanes = self.env.next_idle(n_lanes)
+        actions = self.choose_actions(lanes)
+        env_actions = self.to_env_actions(actions)
+        self._actions = self._put(self._actions, lanes, actions)
+        self._env_actions = self._put(self._env_actions, lanes, env_actions)
+        self.env.begin_step(lanes, env_actions)
+
+    def finish_step(self, count: Callable[[int], int]) -> Transitions | None:
+        """
+        Take the results of the lanes that are ready, and update the parameters if an update is due.
+
+        :param count: given the number of lanes that have taken a step, returns that of all steps of all workers, with
+            these (the paper's T)
+        :return: the transitions, None if no lane is ready
         :raises ValueError: if a reward, an observation or the gradient is not finite; the shared parameters are not
             changed then
         """
-        if self._steps_since_update == 0:
-            self._follow_update_interval()
-            self.begin_segment()
-        actions = self.choose_actions()
-        env_actions = self.to_env_actions(actions)
-        new_obs, rewards, dones, infos = self._step_env(env_actions)
-        self.rollout.add(self.complete_step(self._describe_step(actions, new_obs, rewards, dones, infos), new_obs))
-        self.observations = new_obs
-        self._steps_since_update += 1
+        result = self.env.end_step()
+        if result is None:
+            return None
+        lanes, (new_obs, rewards, dones, infos) = self._check_step(*result)
+        actions, env_actions = self._actions[lanes], self._env_actions[lanes]
+        step = self._describe_step(lanes, actions, new_obs, rewards, dones, infos)
+        self.rollout.add(self.complete_step(step, new_obs, lanes), lanes)
+        self.observations = self._put(self.observations, lanes, new_obs)
+        self._n_since_update += len(dones)
 
-        # As in the paper, a single lane also updates at the end of its episode
-        is_due = self._steps_since_update == self.rollout.n_steps or (self.n_lanes == 1 and bool(dones[0]))
+        is_due = self._is_update_due(dones)
         if is_due:
             self.accumulate_gradient()
-        self.end_step(num_timesteps)
+        self.end_step(count(len(dones)), len(dones))
         updates = [self._update()] if is_due else []
         return Transitions(env_actions, new_obs, rewards, dones, infos, updates)
+
+    def _is_update_due(self, dones: np.ndarray) -> bool:
+        # As in the paper, a single lane also updates at the end of its episode
+        return (
+            self._n_since_update >= self._update_interval * self.n_lanes
+            or self.rollout.n_filled == self.rollout.n_steps
+            or (self.n_lanes == 1 and bool(dones[0]))
+        )
+
+    def _put(self, values: Any, lanes: Rows, new: Any) -> Any:
+        """Replace the values of some lanes, or all of them."""
+        if isinstance(lanes, slice):
+            return new
+        if values is None:
+            values = map_arrays(lambda array: np.zeros((self.n_lanes, *array.shape[1:]), array.dtype), new)
+        store_rows(values, lanes, new)
+        return values
 
     def change_settings(self, settings: AnySettings) -> None:
         """
@@ -219,83 +293,72 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         self.settings = settings
 
     def _follow_update_interval(self) -> None:
-        if self.rollout.n_steps != self.settings.update_interval:
-            self.rollout = RolloutBuffer(self.settings.update_interval)
+        if self._update_interval != self.settings.update_interval:
+            self._update_interval = self.settings.update_interval
+            self.rollout = self._make_buffer()
 
-    def _step_env(self, actions: np.ndarray) -> tuple[Observations, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+    def _make_buffer(self) -> RolloutBuffer[AnyRollout]:
+        n_steps = self.max_segment if self.env.at_their_own_pace else self._update_interval
+        return RolloutBuffer(n_steps, self.n_lanes)
+
+    def _check_step(self, lanes: Rows, result: Any) -> tuple[Rows, tuple[Observations, np.ndarray, np.ndarray, list]]:
         """
-        Step the env. As with SB3's DQN, a VecEnv of the user's own may return whatever numpy makes arrays from.
+        As with SB3's DQN, a VecEnv of the user's own may return whatever numpy makes arrays from.
 
-        :param actions: as the env understands them
-        :return: what ``VecEnv.step()`` returns, as arrays
+        :param lanes: which of this worker's lanes have taken a step
+        :param result: what ``VecEnv.step()`` returned for them
+        :return: the lanes, and the same as arrays
         :raises ValueError: if a reward or an observation is not finite, or there is not one for each lane
         """
-        result: Any = self.env.step(actions)
         new_obs, rewards, dones, infos = result
         new_obs = to_arrays(new_obs)
-        rewards, dones = self._to_lanes("rewards", rewards), self._to_lanes("dones", dones, dtype=bool)
-        self._check_finite("reward", rewards)
-        self._check_finite("observation", new_obs)
-        self._check_shape(new_obs)
-        return new_obs, rewards, dones, list(infos)
+        numbers = self._lane_numbers[lanes]
+        rewards = _to_lanes("rewards", rewards, len(numbers))
+        dones = _to_lanes("dones", dones, len(numbers), dtype=bool)
+        _check_finite("reward", rewards, numbers)
+        _check_finite("observation", new_obs, numbers)
+        self._check_shape(new_obs, len(numbers))
+        return lanes, (new_obs, rewards, dones, list(infos))
 
-    def _to_lanes(self, name: str, values: Any, dtype: type[bool] | None = None) -> np.ndarray:
-        array = np.asarray(values, dtype=dtype)
-        if array.size != self.n_lanes:
-            raise ValueError(
-                f"The env returned {name} of shape {array.shape} for {self.n_lanes} lane(s), each of which needs one."
-            )
-        return array.reshape(self.n_lanes)
-
-    def _check_shape(self, new_obs: Observations) -> None:
+    def _check_shape(self, new_obs: Observations, n_lanes: int) -> None:
         for new, old in zip(list_arrays(new_obs), list_arrays(self.observations), strict=True):
-            if new.shape != old.shape:
-                raise ValueError(
-                    f"The observations of {self.n_lanes} lane(s) had the shape {old.shape}, now {new.shape}."
-                )
+            expected = (n_lanes, *old.shape[1:])
+            if new.shape != expected:
+                raise ValueError(f"The observations of {n_lanes} lane(s) had the shape {expected}, now {new.shape}.")
 
     def _describe_step(
-        self, actions: np.ndarray, new_obs: Any, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]]
+        self,
+        lanes: Rows,
+        actions: np.ndarray,
+        new_obs: Any,
+        rewards: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
     ) -> Rollout:
+        numbers = self._lane_numbers[lanes]
         truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos], dtype=bool) & dones
         # Only truncated lanes need their terminal observation: after a termination, nothing is bootstrapped
-        ends = {int(lane): self._get_terminal_observation(int(lane), infos[lane]) for lane in np.flatnonzero(truncated)}
+        ends = {i: _get_terminal_observation(numbers[i], infos[i]) for i in np.flatnonzero(truncated).tolist()}
         next_observations = replace_rows(new_obs, ends)
         if ends:
-            self._check_finite("terminal observation", next_observations)
+            _check_finite("terminal observation", next_observations, numbers)
         rewards = np.asarray(rewards, dtype=np.float32)
-        return Rollout(self.observations, actions, rewards, next_observations, dones & ~truncated, truncated)
-
-    def _get_terminal_observation(self, lane: int, info: dict[str, Any]) -> Observations:
-        if info.get("terminal_observation") is None:
-            raise ValueError(
-                f'The info of env lane {self.lanes[lane]} says "TimeLimit.truncated", but its "terminal_observation" '
-                "is missing: the last observation of the episode, on which the return is bootstrapped."
-            )
-        return info["terminal_observation"]
-
-    def _check_finite(self, name: str, values: Observations) -> None:
-        for array in list_arrays(values):
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                lane = int(np.flatnonzero(~np.isfinite(array.reshape(self.n_lanes, -1)).all(axis=1))[0])
-                raise ValueError(
-                    f"The {name} of env lane {self.lanes[lane]} is not finite: {array[lane]}. Nothing was learned "
-                    "from it. Repair the env; stable_baselines3.common.vec_env.VecCheckNan helps to find the cause."
-                )
+        observations = take_rows(self.observations, lanes)
+        return Rollout(observations, actions, rewards, next_observations, dones & ~truncated, truncated)
 
     def accumulate_gradient(self) -> None:
         """Add the gradient of the transitions since the last one: d_theta <- d_theta + ..."""
-        n_steps = self.rollout.n_filled
-        if n_steps == 0:
+        if self.rollout.n_filled == 0:
             return
         rollout = self.rollout.take()
         # BatchNorm cannot normalize a single transition
-        mode = rollout.rewards.size > 1
+        mode = rollout.n_transitions > 1
         if self.local.learning_network.training != mode:
             self.local.learning_network.set_training_mode(mode)
         loss, metrics = self.compute_loss(rollout)
         self.local.share_buffers()
         # Mean over the lanes, sum over the time steps
+        n_steps = rollout.n_transitions / self.n_lanes
         (loss * n_steps).backward()
         self._metrics.append((metrics, n_steps))
 
@@ -304,7 +367,8 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         staleness = self.local.push()
         metrics = {**_average(self._metrics), "train/grad_norm": grad_norm}
         self._metrics.clear()
-        self._steps_since_update = 0
+        self._n_since_update = 0
+        self._is_in_segment = False
         return UpdateStats(metrics, staleness)
 
     def _clip_gradient(self) -> float:
@@ -326,12 +390,13 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         """
         return obs_as_tensor(observations, self.settings.device)
 
-    def to_batch(self, observations: Observations) -> Any:
+    def to_batch(self, rollout: Rollout, observations: Observations) -> Any:
         """
-        :param observations: observations of a rollout, shape ``(n_steps, n_lanes, ...)``
-        :return: tensors in shape ``(n_steps * n_lanes, ...)``, as networks take them
+        :param rollout: transitions, time by lane
+        :param observations: its observations, or another of its arrays, shape ``(n_steps, n_lanes, ...)``
+        :return: tensors in shape ``(n_transitions, ...)``, as networks take them
         """
-        return self.to_tensor(merge_time_and_lanes(observations))
+        return self.to_tensor(rollout.flatten(observations))
 
     def to_device(self, array: np.ndarray) -> th.Tensor:
         """
@@ -349,8 +414,8 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         return WorkerState(
             type(self).__name__,
             self.lanes,
-            self.rollout.n_steps,
-            self._steps_since_update,
+            self._update_interval,
+            self._n_since_update / self.n_lanes,
             self.rollout.get_state(),
             self.local.get_gradients(),
             list(self._metrics),
@@ -365,10 +430,11 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
 
         :param state: a state returned by :meth:`get_state`
         """
-        mine = type(self).__name__, self.lanes, self.rollout.n_steps
+        mine = type(self).__name__, self.lanes, self._update_interval
         if (state.actor_learner, state.lanes, state.update_interval) != mine:
             return
-        self._steps_since_update = state.steps_since_update
+        self._n_since_update = round(state.steps_since_update * self.n_lanes)
+        self._is_in_segment = self._n_since_update > 0
         self.rollout.set_state(state.rollout)  # type: ignore[arg-type]
         self.local.set_gradients(state.gradients)
         self._metrics = list(state.metrics)
@@ -376,7 +442,35 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         self.set_extra_state(state.extra)
 
 
-def _average(metrics: list[tuple[dict[str, float], int]]) -> dict[str, float]:
+def _to_lanes(name: str, values: Any, n_lanes: int, dtype: type[bool] | None = None) -> np.ndarray:
+    array = np.asarray(values, dtype=dtype)
+    if array.size != n_lanes:
+        raise ValueError(
+            f"The env returned {name} of shape {array.shape} for {n_lanes} lane(s), each of which needs one."
+        )
+    return array.reshape(n_lanes)
+
+
+def _get_terminal_observation(lane: int, info: dict[str, Any]) -> Observations:
+    if info.get("terminal_observation") is None:
+        raise ValueError(
+            f'The info of env lane {lane} says "TimeLimit.truncated", but its "terminal_observation" is missing: the '
+            "last observation of the episode, on which the return is bootstrapped."
+        )
+    return info["terminal_observation"]
+
+
+def _check_finite(name: str, values: Observations, lanes: np.ndarray) -> None:
+    for array in list_arrays(values):
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            i = int(np.flatnonzero(~np.isfinite(array.reshape(len(lanes), -1)).all(axis=1))[0])
+            raise ValueError(
+                f"The {name} of env lane {lanes[i]} is not finite: {array[i]}. Nothing was learned "
+                "from it. Repair the env; stable_baselines3.common.vec_env.VecCheckNan helps to find the cause."
+            )
+
+
+def _average(metrics: list[tuple[dict[str, float], float]]) -> dict[str, float]:
     """Mean of each metric over the parts of a rollout that have it, weighted by their numbers of time steps."""
     keys = {key: None for part, _ in metrics for key in part}
     parts = {key: [(part[key], n_steps) for part, n_steps in metrics if key in part] for key in keys}

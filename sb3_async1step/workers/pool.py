@@ -7,14 +7,16 @@ worker begins another step.
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from sb3_async1step.sb3_internals import find_lane_of_exception
 from sb3_async1step.vec_envs.exceptions import add_note
 from sb3_async1step.vec_envs.observations import Observations, concatenate
 from sb3_async1step.workers.actor_learner import ActorLearner
 from sb3_async1step.workers.gate import Gate
-from sb3_async1step.workers.transitions import Transitions
+from sb3_async1step.workers.transitions import Transitions, join
 
 
 class WorkerPool(ABC):
@@ -35,8 +37,14 @@ class WorkerPool(ABC):
         n_vector_steps = -(-(total_timesteps - num_timesteps) // self.num_envs)
         self._last_timestep = num_timesteps + n_vector_steps * self.num_envs
         self._gate = gate
+        # Of all workers: steps begun, and steps taken (the paper's T)
         self._claimed_timesteps = num_timesteps
+        self._taken_timesteps = num_timesteps
         self._is_stopping = False
+        # Transitions for the calling thread. The workers write the first number, that thread the second
+        self._unreported: deque[Transitions] = deque()
+        self._n_reported = 0
+        self._n_taken = 0
         # Of each worker: seconds that it has spent waiting, and when it began to wait if it does
         self._idle_seconds = dict.fromkeys(workers, 0.0)
         self._waiting_since: dict[ActorLearner, float] = {}
@@ -60,6 +68,23 @@ class WorkerPool(ABC):
     def stop(self) -> None:
         """Stop all workers, and wait until they have ended. It can be called again if it was interrupted."""
 
+    @property
+    def reset_infos(self) -> list[dict[str, Any]]:
+        """What the envs of all lanes said at their last resets."""
+        return [info for worker in self.workers for info in worker.env.reset_infos]
+
+    def settle(self) -> None:
+        """Wait until no lane steps. The workers stand still meanwhile."""
+        for worker in self.workers:
+            worker.env.settle()
+
+    def finish_steps(self) -> None:
+        """Once all workers have ended, take what their lanes have begun, so that the envs are where the workers are."""
+        for worker in self.workers:
+            if worker.env.n_idle < worker.n_lanes:
+                worker.env.settle()
+                worker.finish_step(self._count)
+
     def take_idle_fraction(self) -> float:
         """
         :return: fraction of the time since the last call that a worker spent waiting for other threads, mean over the
@@ -80,42 +105,85 @@ class WorkerPool(ABC):
         :param worker: the worker
         :return: its transitions, None if the training is over
         """
-        self._waiting_since[worker] = time.perf_counter()
-        with self._gate.passed(self._may_step):
-            self._idle_seconds[worker] += time.perf_counter() - self._waiting_since.pop(worker)
-            num_timesteps = None if self._is_stopping else self._claim(worker.n_lanes)
-            return None if num_timesteps is None else run_step(worker, num_timesteps)
+        while True:
+            self._waiting_since[worker] = time.perf_counter()
+            with self._gate.passed(self._may_step):
+                self._idle_seconds[worker] += time.perf_counter() - self._waiting_since.pop(worker)
+                n_lanes = 0 if self._is_stopping else self._claim(worker)
+                if self._is_stopping or (n_lanes == 0 and worker.env.n_idle == worker.n_lanes):
+                    return None
+                transitions = run_step(worker, n_lanes, self._count)
+            if transitions is not None:
+                return transitions
+            # Outside of the gate: somebody may want the model to stand still while an env takes its time
+            worker.env.wait(lambda: self._is_stopping)
 
     def _may_step(self) -> bool:
         return True
 
-    def _claim(self, n_lanes: int) -> int | None:
+    def _report(self, transitions: Transitions) -> None:
+        """Hand transitions to the calling thread."""
+        self._unreported.append(transitions)
+        self._n_reported += len(transitions)
+
+    def _batch_is_full(self) -> bool:
+        return self._n_reported - self._n_taken >= self.num_envs
+
+    def _take_batch(self) -> Transitions:
+        """Take ``num_envs`` transitions, or all that are left, in the order in which they were made."""
+        n_missing = self.num_envs
+        parts = []
+        while n_missing > 0 and self._unreported:
+            first = self._unreported.popleft()
+            if len(first) > n_missing:
+                first, rest = first.split(n_missing)
+                self._unreported.appendleft(rest)
+            parts.append(first)
+            n_missing -= len(first)
+        self._n_taken += self.num_envs - n_missing
+        return join(parts)
+
+    def _claim(self, worker: ActorLearner) -> int:
         """
         Count the next step of a worker before it is taken.
 
-        :param n_lanes: number of lanes of the worker
-        :return: number of environment steps up to and including this one, None if the training is over
+        :param worker: the worker
+        :return: number of lanes that may take a step, 0 if none waits for it or the training is over
         """
-        claimed = self._claimed_timesteps + n_lanes
+        n_lanes = worker.env.n_idle
         # The steps of groups of unequal size may not add up exactly: once total_timesteps is reached, do not go beyond
         # the last vector step
-        if self._claimed_timesteps >= self.total_timesteps and claimed > self._last_timestep:
-            return None
-        self._claimed_timesteps = claimed
-        return claimed
+        n_left = self._last_timestep - self._claimed_timesteps
+        if worker.env.at_their_own_pace:
+            n_lanes = min(n_lanes, n_left)
+        elif self._claimed_timesteps >= self.total_timesteps and n_lanes > n_left:
+            n_lanes = 0
+        self._claimed_timesteps += n_lanes
+        return n_lanes
+
+    def _count(self, n_lanes: int) -> int:
+        """
+        :param n_lanes: number of lanes that have taken a step
+        :return: number of environment steps up to and including these (the paper's T)
+        """
+        self._taken_timesteps += n_lanes
+        return self._taken_timesteps
 
 
-def run_step(worker: ActorLearner, num_timesteps: int) -> Transitions:
+def run_step(worker: ActorLearner, n_lanes: int, count: Callable[[int], int]) -> Transitions | None:
     """
-    Let a worker take a step.
+    Let a worker learn from the lanes that are ready, and act in those that wait for an action.
 
     :param worker: the worker
-    :param num_timesteps: environment steps of all lanes, including these
-    :return: the transitions
+    :param n_lanes: number of lanes in which it may act
+    :param count: see :meth:`ActorLearner.finish_step`
+    :return: the transitions, None if no lane was ready
     :raises Exception: any exception of the step, with a note that names the lane
     """
     try:
-        return worker.step(num_timesteps)
+        if n_lanes > 0:
+            worker.begin_step(n_lanes)
+        return worker.finish_step(count)
     except StopIteration as exception:
         # Unchanged, it would end the loop over the batches as if the training were over
         raise RuntimeError(f"StopIteration was raised in {describe_lanes(worker, exception)}.") from exception

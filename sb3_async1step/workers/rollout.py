@@ -1,18 +1,22 @@
 """The transitions of a worker's lanes between two updates, time by lane."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch as th
 
-from sb3_async1step.vec_envs.observations import Observations, map_arrays, store_rows
+from sb3_async1step.vec_envs.observations import Observations, map_arrays, store_rows, take_rows
+
+#: Of a worker's lanes
+ALL_LANES = slice(None)
 
 
 @dataclass
 class Rollout:
     """
-    Transitions of ``n_steps`` time steps in ``n_lanes`` lanes. An algorithm that stores more than these, such as
-    Sarsa, has a subclass.
+    Transitions of at most ``n_steps`` time steps in ``n_lanes`` lanes. An algorithm that stores more than these, such
+    as Sarsa, has a subclass.
 
     :param observations: s, shape ``(n_steps, n_lanes, *observation_shape)``
     :param actions: a, shape ``(n_steps, n_lanes, *action_shape)``
@@ -21,6 +25,8 @@ class Rollout:
         episode if it was terminated, shape ``(n_steps, n_lanes, *observation_shape)``
     :param terminated: whether s' is terminal, shape ``(n_steps, n_lanes)``
     :param truncated: whether the episode was cut off in s', which is not terminal, shape ``(n_steps, n_lanes)``
+    :param lengths: number of time steps of each lane, shape ``(n_lanes,)``; what the arrays hold beyond is meaningless.
+        None if all lanes have ``n_steps``
     """
 
     observations: Observations
@@ -29,9 +35,50 @@ class Rollout:
     next_observations: Observations
     terminated: np.ndarray
     truncated: np.ndarray
+    lengths: np.ndarray | None = field(default=None, init=False)
 
     def __len__(self) -> int:
         return len(self.rewards)
+
+    @property
+    def n_transitions(self) -> int:
+        """Number of transitions of all lanes."""
+        return self.rewards.size if self.lengths is None else int(self.lengths.sum())
+
+    @property
+    def is_filled(self) -> np.ndarray:
+        """Where there is a transition, shape ``(n_steps, n_lanes)``."""
+        lengths = np.full(self.rewards.shape[1], len(self)) if self.lengths is None else self.lengths
+        return np.arange(len(self))[:, None] < lengths
+
+    @property
+    def is_last(self) -> np.ndarray:
+        """Where the last transitions of the lanes are, shape ``(n_steps, n_lanes)``."""
+        is_filled = self.is_filled
+        is_last = is_filled.copy()
+        is_last[:-1] &= ~is_filled[1:]
+        return is_last
+
+    def flatten(self, observations: Any) -> Any:
+        """
+        :param observations: shape ``(n_steps, n_lanes, ...)``, or another array, or a tensor
+        :return: those of the transitions that there are, shape ``(n_transitions, ...)``, for a network
+        """
+        if self.lengths is None:
+            return merge_time_and_lanes(observations)
+        return take_rows(observations, self.is_filled)
+
+    def unflatten(self, values: th.Tensor) -> th.Tensor:
+        """
+        :param values: shape ``(n_transitions, ...)``
+        :return: the same in shape ``(n_steps, n_lanes, ...)``, zero where there is no transition
+        """
+        shape = *self.rewards.shape, *values.shape[1:]
+        if self.lengths is None:
+            return values.reshape(shape)
+        result = values.new_zeros(shape)
+        result[th.as_tensor(self.is_filled, device=values.device)] = values
+        return result
 
 
 AnyRollout = TypeVar("AnyRollout", bound=Rollout)
@@ -42,22 +89,39 @@ class RolloutBuffer(Generic[AnyRollout]):
     Storage for the rollout of one worker, allocated when the first transitions come.
 
     :param n_steps: maximum number of time steps
+    :param n_lanes: number of the worker's lanes, by default those of the first step
     """
 
-    def __init__(self, n_steps: int) -> None:
+    def __init__(self, n_steps: int, n_lanes: int | None = None) -> None:
         self.n_steps = n_steps
-        self.n_filled = 0
         self._storage: AnyRollout | None = None
+        self._lengths = np.zeros(n_lanes or 0, dtype=int)
 
-    def add(self, step: AnyRollout) -> None:
+    @property
+    def n_filled(self) -> int:
+        """Number of time steps of the lane that has most of them."""
+        return int(self._lengths.max(initial=0))
+
+    @property
+    def n_transitions(self) -> int:
+        """Number of transitions of all lanes."""
+        return int(self._lengths.sum())
+
+    def add(self, step: AnyRollout, lanes: np.ndarray | slice = ALL_LANES) -> None:
         """
-        :param step: one time step of all lanes, as a rollout whose arrays lack the first axis
+        :param step: a time step of some lanes, as a rollout whose arrays lack the first axis
+        :param lanes: which of the worker's lanes these are, by default all
         """
+        if len(self._lengths) == 0:
+            self._lengths = np.zeros(len(step.rewards), dtype=int)
         if self._storage is None:
-            self._storage = _map_fields(lambda array: _allocate(self.n_steps, array), step)
-        for field in fields(step):
-            store_rows(getattr(self._storage, field.name), self.n_filled, getattr(step, field.name))
-        self.n_filled += 1
+            self._storage = _map_fields(lambda array: _allocate((self.n_steps, len(self._lengths)), array), step)
+        is_even = isinstance(lanes, slice) and self._lengths.min() == self._lengths.max()
+        # A slice is faster than indices
+        rows: Any = self._lengths[0] if is_even else (self._lengths[lanes], np.arange(len(self._lengths))[lanes])
+        for name in _names_of_arrays(step):
+            store_rows(getattr(self._storage, name), rows, getattr(step, name))
+        self._lengths[lanes] += 1
 
     def take(self) -> AnyRollout:
         """
@@ -66,25 +130,41 @@ class RolloutBuffer(Generic[AnyRollout]):
         :return: the transitions; they share the buffer's memory, and are valid until the next ``add``
         """
         assert self._storage is not None
-        n_filled, self.n_filled = self.n_filled, 0
-        return _map_fields(lambda array: array[:n_filled], self._storage)
+        rollout = self._view()
+        self._lengths[:] = 0
+        return rollout
+
+    def _view(self) -> AnyRollout:
+        assert self._storage is not None
+        n_filled = self.n_filled
+        view = _map_fields(lambda array: array[:n_filled], self._storage)
+        if self._lengths.min() < n_filled:
+            view.lengths = self._lengths.copy()
+        return view
 
     def get_state(self) -> AnyRollout | None:
         """
         :return: a copy of the stored transitions, None if there are none
         """
-        if self.n_filled == 0 or self._storage is None:
+        if self.n_filled == 0:
             return None
-        return _map_fields(lambda array: array[: self.n_filled].copy(), self._storage)
+        view = self._view()
+        state = _map_fields(np.copy, view)
+        state.lengths = view.lengths
+        return state
 
     def set_state(self, state: AnyRollout | None) -> None:
         """
         :param state: a state returned by :meth:`get_state`
         """
-        self.n_filled = 0
-        for step in range(0 if state is None else len(state)):
+        self._lengths[:] = 0
+        if state is not None and len(state) >= self.n_steps:
+            # Of lanes at their own pace, which may be ahead of the others
+            self.n_steps, self._storage = len(state) + 1, None
+        for t in range(0 if state is None else len(state)):
             assert state is not None
-            self.add(_map_fields(lambda array, step=step: array[step], state))
+            lanes = ALL_LANES if state.lengths is None else np.flatnonzero(state.lengths > t)
+            self.add(_map_fields(lambda array, t=t, lanes=lanes: array[t][lanes], state), lanes)
 
 
 def merge_time_and_lanes(observations: Observations) -> Observations:
@@ -95,17 +175,20 @@ def merge_time_and_lanes(observations: Observations) -> Observations:
     return map_arrays(lambda array: array.reshape(-1, *array.shape[2:]), observations)
 
 
+def _names_of_arrays(rollout: Rollout) -> list[str]:
+    return [field.name for field in fields(rollout) if field.name != "lengths"]
+
+
 def _map_fields(function: Any, rollout: AnyRollout) -> AnyRollout:
-    values: dict[str, Any] = {
-        field.name: map_arrays(function, getattr(rollout, field.name)) for field in fields(rollout)
-    }
+    values: dict[str, Any] = {name: map_arrays(function, getattr(rollout, name)) for name in _names_of_arrays(rollout)}
     return type(rollout)(**values)
 
 
-def _allocate(n_steps: int, array: np.ndarray) -> np.ndarray:
+def _allocate(shape: tuple[int, int], array: np.ndarray) -> np.ndarray:
+    """Make room for as many steps and lanes, given what is to be stored of some lanes at a step."""
     if array.ndim == 4:
         # Images: the channels come first in the shape, but last in memory, with which convolutions are faster
-        n_lanes, n_channels, height, width = array.shape
-        storage = np.empty((n_steps, n_lanes, height, width, n_channels), array.dtype)
+        _, n_channels, height, width = array.shape
+        storage = np.zeros((*shape, height, width, n_channels), array.dtype)
         return storage.transpose(0, 1, 4, 2, 3)
-    return np.empty((n_steps, *array.shape), array.dtype)
+    return np.zeros((*shape, *array.shape[1:]), array.dtype)

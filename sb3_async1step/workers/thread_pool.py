@@ -1,7 +1,6 @@
 """A thread for each worker."""
 
 import _imp
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from contextvars import copy_context
@@ -11,7 +10,7 @@ from sb3_async1step.vec_envs.exceptions import advise_on_threads
 from sb3_async1step.workers.actor_learner import ActorLearner
 from sb3_async1step.workers.gate import Gate
 from sb3_async1step.workers.pool import WorkerPool
-from sb3_async1step.workers.transitions import Transitions, join
+from sb3_async1step.workers.transitions import Transitions
 
 
 class ThreadWorkerPool(WorkerPool):
@@ -30,10 +29,6 @@ class ThreadWorkerPool(WorkerPool):
 
     def __init__(self, workers: Sequence[ActorLearner], gate: Gate, num_timesteps: int, total_timesteps: int) -> None:
         super().__init__(workers, gate, num_timesteps, total_timesteps)
-        self._unreported: deque[Transitions] = deque()
-        # The workers write the first number, the calling thread the second
-        self._n_reported = 0
-        self._n_taken = 0
         self._batch_is_out = False
         self._exceptions: list[BaseException] = []
         self._worker_lock = Lock()
@@ -80,22 +75,7 @@ class ThreadWorkerPool(WorkerPool):
                 thread.join()
 
     def _has_news(self) -> bool:
-        is_full = self._n_reported - self._n_taken >= self.num_envs
-        return is_full or len(self._ended) == len(self.workers) or bool(self._exceptions)
-
-    def _take_batch(self) -> Transitions:
-        """Take ``num_envs`` transitions, or all that are left, in the order in which they were made."""
-        n_missing = self.num_envs
-        parts = []
-        while n_missing > 0 and self._unreported:
-            first = self._unreported.popleft()
-            if len(first) > n_missing:
-                first, rest = first.split(n_missing)
-                self._unreported.appendleft(rest)
-            parts.append(first)
-            n_missing -= len(first)
-        self._n_taken += self.num_envs - n_missing
-        return join(parts)
+        return self._batch_is_full() or len(self._ended) == len(self.workers) or bool(self._exceptions)
 
     def _run(self, worker: ActorLearner) -> None:
         """Run a worker until the training is over (the target of its thread)."""
@@ -116,14 +96,17 @@ class ThreadWorkerPool(WorkerPool):
         is_ahead = self._batch_is_out or self._n_reported - self._n_taken >= 2 * self.num_envs
         return self._is_stopping or not is_ahead
 
-    def _claim(self, n_lanes: int) -> int | None:
+    def _claim(self, worker: ActorLearner) -> int:
         with self._worker_lock:
-            return super()._claim(n_lanes)
+            return super()._claim(worker)
+
+    def _count(self, n_lanes: int) -> int:
+        with self._worker_lock:
+            return super()._count(n_lanes)
 
     def _report(self, transitions: Transitions) -> None:
-        self._unreported.append(transitions)
         with self._worker_lock:
-            self._n_reported += len(transitions)
+            super()._report(transitions)
         if self._has_news():
             self._gate.notify()
 

@@ -1,0 +1,203 @@
+"""The env lanes of a worker: all in step with each other, or each at its own pace."""
+
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
+
+from sb3_async1step.vec_envs.observations import concatenate, to_arrays
+from sb3_async1step.vec_envs.split import find_unsplittable, group_lanes, rejoin_vec_env, split_vec_env
+from sb3_async1step.workers.rollout import ALL_LANES
+
+#: Which of a worker's lanes
+Rows = np.ndarray | slice
+#: Seconds between two looks whether the training is over while no lane is ready
+LOOK_INTERVAL = 0.05
+
+
+class Lanes:
+    """
+    Lanes that step together, when the worker takes their results.
+
+    :param env: VecEnv with the lanes
+    """
+
+    #: Whether lanes step while the worker does something else
+    at_their_own_pace = False
+
+    def __init__(self, env: VecEnv) -> None:
+        self.parts: list[VecEnv] = [env]
+        self.n_lanes = env.num_envs
+        self._actions: Any = None
+
+    @property
+    def n_idle(self) -> int:
+        """Number of lanes that wait for an action."""
+        return self.n_lanes
+
+    @property
+    def reset_infos(self) -> list[dict[str, Any]]:
+        """What the envs said at their last resets."""
+        return [info for part in self.parts for info in part.unwrapped.reset_infos]
+
+    def next_idle(self, n_lanes: int) -> Rows:
+        """
+        :param n_lanes: a number of lanes
+        :return: so many of those that wait for an action
+        """
+        assert n_lanes == self.n_lanes
+        return ALL_LANES
+
+    def begin_step(self, rows: Rows, actions: np.ndarray) -> None:
+        """
+        :param rows: idle lanes
+        :param actions: the actions that they take
+        """
+        self._actions = actions
+
+    def wait(self, is_over: Callable[[], bool]) -> None:
+        """
+        Wait until a lane is ready.
+
+        :param is_over: whether not to wait any longer
+        """
+
+    def settle(self) -> None:
+        """Wait until no lane steps; their results are kept until the worker takes them."""
+
+    def end_step(self) -> tuple[Rows, VecEnvStepReturn] | None:
+        """
+        :return: the lanes that are ready, and what ``VecEnv.step()`` returns for them; None if there is none
+        """
+        return ALL_LANES, self.parts[0].step(self._actions)
+
+
+class LanesAtTheirOwnPace(Lanes):
+    """
+    Lanes whose processes step while the worker does something else. It serves those that are ready.
+
+    :param parts: a VecEnv of one lane each, see :func:`is_ready`
+    """
+
+    at_their_own_pace = True
+
+    def __init__(self, parts: Sequence[VecEnv]) -> None:
+        self.parts = list(parts)
+        self.n_lanes = len(parts)
+        self._idle = list(range(self.n_lanes))
+        self._stepping: list[int] = []
+        # Of lanes that were ready before the worker was
+        self._kept: dict[int, VecEnvStepReturn] = {}
+
+    @property
+    def n_idle(self) -> int:
+        return len(self._idle)
+
+    def next_idle(self, n_lanes: int) -> Rows:
+        return np.array(sorted(self._idle[:n_lanes]))
+
+    def begin_step(self, rows: Rows, actions: np.ndarray) -> None:
+        for row, action in zip(np.arange(self.n_lanes)[rows].tolist(), actions, strict=True):
+            self._idle.remove(row)
+            self._stepping.append(row)
+            self.parts[row].step_async(action[None])
+
+    def wait(self, is_over: Callable[[], bool]) -> None:
+        while not (self._kept or is_over() or self._list_ready()):
+            # Anew each time: a HealingVecEnv may have replaced a process
+            wait([waitable for row in self._stepping for waitable in list_waitables(self.parts[row])], LOOK_INTERVAL)
+
+    def settle(self) -> None:
+        for row in self._stepping:
+            if row not in self._kept:
+                self._kept[row] = self.parts[row].step_wait()
+
+    def end_step(self) -> tuple[Rows, VecEnvStepReturn] | None:
+        ready = self._list_ready()
+        if not ready:
+            return None
+        results = []
+        for row in ready:
+            results.append(self._kept.pop(row) if row in self._kept else self.parts[row].step_wait())
+            self._stepping.remove(row)
+            self._idle.append(row)
+        return np.array(ready), join_results(results)
+
+    def _list_ready(self) -> list[int]:
+        return sorted(row for row in self._stepping if row in self._kept or is_ready(self.parts[row]))
+
+
+class SharedLanes:
+    """
+    A VecEnv whose lanes workers share.
+
+    :param env: the VecEnv
+    :param n_workers: number of workers
+    :param in_step: whether the lanes of a worker step together, even if they could step each at its own pace
+    """
+
+    def __init__(self, env: VecEnv, n_workers: int, in_step: bool) -> None:
+        self._env = env
+        self.groups = group_lanes(env.num_envs, n_workers)
+        self._part_groups = self.groups
+        if not in_step and can_step_at_their_own_pace(env):
+            self._part_groups = group_lanes(env.num_envs, env.num_envs)
+        # A single worker drives the env itself, whatever kind of VecEnv it is
+        self._is_split = len(self._part_groups) > 1
+        self._parts = split_vec_env(env, self._part_groups) if self._is_split else [env]
+
+    def make_lanes(self) -> list[Lanes]:
+        """
+        :return: the lanes of each worker
+        """
+        if len(self._parts) == len(self.groups):
+            return [Lanes(part) for part in self._parts]
+        return [LanesAtTheirOwnPace(self._parts[lanes.start : lanes.stop]) for lanes in self.groups]
+
+    def rejoin(self) -> None:
+        """Give the VecEnv the state that its lanes are in, once no worker steps them any more."""
+        if self._is_split:
+            rejoin_vec_env(self._env, self._parts, self._part_groups)
+
+
+def can_step_at_their_own_pace(env: VecEnv) -> bool:
+    """
+    :param env: a VecEnv with its wrappers
+    :return: whether its lanes are in processes of their own, and can be split
+    """
+    return isinstance(env.unwrapped, SubprocVecEnv) and find_unsplittable(env) is None
+
+
+def list_waitables(part: VecEnv) -> list[Any]:
+    """
+    :param part: a part with a lane in a process of its own
+    :return: what ``multiprocessing.connection.wait()`` takes: one of them is ready if the lane is
+    """
+    remote = part.unwrapped.remotes[0]  # type: ignore[attr-defined]
+    return remote.list_waitables() if hasattr(remote, "list_waitables") else [remote]
+
+
+def is_ready(part: VecEnv) -> bool:
+    """
+    :param part: a part with a lane in a process of its own, which steps
+    :return: whether ``step_wait()`` would return at once
+    """
+    return part.unwrapped.remotes[0].poll()  # type: ignore[attr-defined]
+
+
+def join_results(results: list[VecEnvStepReturn]) -> VecEnvStepReturn:
+    """
+    :param results: what ``VecEnv.step()`` has returned for some lanes each
+    :return: the same for all of them
+    """
+    new_obs, rewards, dones, infos = zip(*results, strict=True)
+    observations: Any = concatenate([to_arrays(each) for each in new_obs])
+    return (
+        observations,
+        np.concatenate([np.atleast_1d(each) for each in rewards]),
+        np.concatenate([np.atleast_1d(each) for each in dones]),
+        [info for each in infos for info in each],
+    )
