@@ -30,9 +30,9 @@ from stable_baselines3.common.vec_env.subproc_vec_env import _worker
 
 #: Attributes of a ``VecEnv`` with an element for each lane
 VEC_ENV_ATTRIBUTES_PER_LANE = ("reset_infos", "_seeds", "_options")
-#: What a process of ``SubprocVecEnv`` answers by ``False``: no env is an instance of this class
-REQUEST_ANSWERED_BY_FALSE = ("is_wrapped", type(None))
-#: What it answers by something else. ``VecEnv``'s constructor makes the same request
+#: What a process of ``SubprocVecEnv`` answers by ``NotImplemented``, unlike anything that anybody else asks it
+REQUEST_ANSWERED_BY_NOT_IMPLEMENTED = ("env_method", ("__subclasshook__", (None,), {}))
+#: Another request, which ``VecEnv``'s constructor makes, too
 REQUEST_OF_AN_ATTRIBUTE = ("get_attr", "render_mode")
 
 

@@ -26,6 +26,7 @@ from stable_baselines3.common.vec_env import (
 )
 
 from sb3_async1step import MinAtarCNN, NipsCNN
+from sb3_async1step.common.torch_layers import ImageLayerNorm
 from sb3_async1step.value_based.algorithm import ValueBasedAlgorithm
 from sb3_async1step.workers import pool
 from tests.envs import RandomWalkEnv, make_env
@@ -304,11 +305,12 @@ def test_nips_cnn(value_based):
         }
         modules = value_based("CnnPolicy", env, policy_kwargs=policy_kwargs).q_net.modules()
         layers[layer_norm] = [type(module) for module in modules if not list(module.children())]
-    convolution, linear, norm = th.nn.Conv2d, th.nn.Linear, th.nn.LayerNorm
+    convolution, linear, norm, image_norm = th.nn.Conv2d, th.nn.Linear, th.nn.LayerNorm, ImageLayerNorm
     relu, flatten = th.nn.ReLU, th.nn.Flatten
     assert layers[False] == [convolution, relu, convolution, relu, flatten, linear, relu, linear]
-    with_norms = [norm, convolution, norm, relu, convolution, norm, relu, flatten, linear, norm, relu, linear]
-    assert layers[True] == with_norms
+    assert layers[True] == [
+        image_norm, convolution, image_norm, relu, convolution, image_norm, relu, flatten, linear, norm, relu, linear,
+    ]  # fmt: skip
 
 
 def test_minatar_cnn(value_based):

@@ -52,7 +52,7 @@ from stable_baselines3.common.vec_env import (
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 
 from sb3_async1step.sb3_internals import (
-    REQUEST_ANSWERED_BY_FALSE,
+    REQUEST_ANSWERED_BY_NOT_IMPLEMENTED,
     REQUEST_OF_AN_ATTRIBUTE,
     ZOO_USER_ERRORS,
     answer_requests,
@@ -285,7 +285,7 @@ def subproc_vec_env() -> set[str]:
     env = SubprocVecEnv([make_env])
     try:
         changed = missing(env, "closed", "processes", "remotes", "waiting", "work_remotes")
-        for request, answer in ((REQUEST_OF_AN_ATTRIBUTE, None), (REQUEST_ANSWERED_BY_FALSE, False)):
+        for request, answer in ((REQUEST_OF_AN_ATTRIBUTE, None), (REQUEST_ANSWERED_BY_NOT_IMPLEMENTED, NotImplemented)):
             env.remotes[0].send(request)
             changed |= set() if env.remotes[0].recv() is answer else {request[0]}
         return changed

@@ -284,6 +284,31 @@ def test_learning_on_after_ctrl_c(algorithm, backend, n_workers):
     env.close()
 
 
+@needs_posix
+@pytest.mark.parametrize(
+    "request_",
+    [("is_wrapped", gym.Wrapper), ("get_attr", "render_mode"), ("env_method", ("has_wrapper_attr", ("s",), {}))],
+)
+@pytest.mark.parametrize("n_asked", [1, 2])
+def test_learning_on_after_an_interrupted_question(request_, n_asked):
+    """Whatever the answers are: those to ``env_is_wrapped()`` are ``False``, say."""
+    env = ForkedVecEnv([RandomWalkEnv] * 2)
+    model = AsyncOneStepQ("MlpPolicy", env, n_workers=1)
+
+    def ask(locals_, globals_):
+        for remote in env.remotes[:n_asked]:
+            remote.send(request_)
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            model.learn(100, callback=ask)
+        assert not any(remote.poll() for remote in env.remotes)
+        assert env.env_is_wrapped(gym.Wrapper) == [False] * 2
+    assert model.learn(30).num_timesteps == 30
+    env.close()
+
+
 class PipeOfWindows:
     """
     What ``multiprocessing.Pipe()`` gives on Windows: it keeps the boundaries of messages, and has no file descriptor.

@@ -16,7 +16,7 @@ from typing import Any
 
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
-from sb3_async1step.sb3_internals import REQUEST_ANSWERED_BY_FALSE, REQUEST_OF_AN_ATTRIBUTE
+from sb3_async1step.sb3_internals import REQUEST_ANSWERED_BY_NOT_IMPLEMENTED, REQUEST_OF_AN_ATTRIBUTE
 from sb3_async1step.vec_envs.healing_vec_env import HealingVecEnv
 
 # What callbacks may call on the training env. It would talk to envs (or to pipes) that workers use
@@ -274,18 +274,19 @@ def ignore_ctrl_c(env: SubprocVecEnv) -> None:
 
 def heed_ctrl_c(env: SubprocVecEnv) -> None:
     """
-    Undo :func:`ignore_ctrl_c`, and throw away what the processes still answer to an interrupted step or reset.
+    Undo :func:`ignore_ctrl_c`, and throw away what the processes still answer to an interrupted step, reset or any
+    other request.
 
     :param env: the VecEnv
     :raises EOFError: if a process ended
     :raises OSError: if a pipe is broken
     """
-    command, argument = REQUEST_ANSWERED_BY_FALSE
+    command, argument = REQUEST_ANSWERED_BY_NOT_IMPLEMENTED
     for remote in () if env.closed else env.remotes:
         remote.send((command, on_ctrl_c(signal.default_int_handler, argument)))
         # On Windows, a pipe is no Connection but a PipeConnection
         read = read_bytes_until if isinstance(remote, Connection) else read_messages_until
-        read(remote, False)
+        read(remote, NotImplemented)
     env.waiting = False
 
 
