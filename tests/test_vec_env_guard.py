@@ -309,6 +309,32 @@ def test_learning_on_after_an_interrupted_question(request_, n_asked):
     env.close()
 
 
+@needs_posix
+def test_a_watcher_whose_start_was_interrupted_touches_nothing(monkeypatch):
+    """Its thread may begin when the next learn() is running, whose answers it would take."""
+    release = threading.Event()
+
+    class LateThread(threading.Thread):
+        def start(self):
+            self.late = threading.Thread(target=lambda: release.wait() and self.run())
+            self.late.start()
+            raise KeyboardInterrupt
+
+    touched = []
+    monkeypatch.setattr(guard, "Thread", LateThread)
+    monkeypatch.setattr(guard, "heed_ctrl_c", touched.append)
+    env = ForkedVecEnv([RandomWalkEnv] * 2)
+    watcher = ProcessWatcher(env)
+    with pytest.raises(KeyboardInterrupt):
+        watcher.start()
+    watcher.end()
+    release.set()
+    watcher._thread.late.join()
+    assert touched == []
+    assert env.get_attr("max_steps") == [11] * 2
+    env.close()
+
+
 class PipeOfWindows:
     """
     What ``multiprocessing.Pipe()`` gives on Windows: it keeps the boundaries of messages, and has no file descriptor.

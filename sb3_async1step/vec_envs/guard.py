@@ -93,6 +93,9 @@ class ProcessWatcher:
         self._env = env.unwrapped
         self._thread = Thread(target=self._watch, name="process-watcher", daemon=True)
         self._is_watching = False
+        # Whether start() has seen the thread begin, and whether end() was called
+        self._was_started = False
+        self._is_ended = False
         self._deaths: list[str] = []
         self._reader, self._writer = Pipe(duplex=False)
 
@@ -111,11 +114,15 @@ class ProcessWatcher:
     def _begin(self, env: SubprocVecEnv) -> None:
         self._is_watching = True
         self._thread.start()
+        self._was_started = True
         ignore_ctrl_c(env)
 
     def _watch(self) -> None:
         assert isinstance(self._env, SubprocVecEnv)
         try:
+            if self._is_ended and not self._was_started:
+                # An interrupt of Thread.start(), and so much later that the next learn() may be running
+                return
             ended = wait([process.sentinel for process in self._env.processes] + [self._reader])
             for lane, process in enumerate(self._env.processes):
                 if process.sentinel in ended:
@@ -174,6 +181,7 @@ class ProcessWatcher:
 
     def _stop(self, patience: float) -> None:
         """Wait for the end of the watch, but not longer than ``patience`` seconds."""
+        self._is_ended = True
         # Not just closed: a process that was forked meanwhile holds this end of the pipe, too
         self._writer.send(None)
         deadline = time.monotonic() + patience
