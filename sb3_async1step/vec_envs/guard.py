@@ -1,5 +1,6 @@
 """Keep a VecEnv whole while workers step its parts, and say what happened when one of its processes died."""
 
+import math
 import operator
 import os
 import signal
@@ -157,7 +158,7 @@ class ProcessWatcher:
     def hurry(self) -> None:
         """Lanes that hang shall not hold up the end of the training, if they can be replaced."""
 
-    def end(self, patience: float) -> None:
+    def end(self, patience: float = math.inf) -> None:
         """
         Watch no longer, and throw away what the processes still answer to an interrupted step or reset. If this is
         interrupted, it can be called again.
@@ -207,7 +208,7 @@ class HealingWatcher(ProcessWatcher):
         """Lanes that hang shall not hold up the end of the training."""
         self._env.hurry()
 
-    def end(self, patience: float) -> None:
+    def end(self, patience: float = math.inf) -> None:
         """
         Lanes may take their time again.
 
