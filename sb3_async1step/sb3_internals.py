@@ -31,7 +31,7 @@ from stable_baselines3.common.vec_env.subproc_vec_env import _worker
 #: Attributes of a ``VecEnv`` with an element for each lane
 VEC_ENV_ATTRIBUTES_PER_LANE = ("reset_infos", "_seeds", "_options")
 #: What a process of ``SubprocVecEnv`` answers by ``NotImplemented``, unlike anything that anybody else asks it
-REQUEST_ANSWERED_BY_NOT_IMPLEMENTED = ("env_method", ("__subclasshook__", (None,), {}))
+REQUEST_ANSWERED_BY_NOT_IMPLEMENTED: tuple[str, tuple] = ("env_method", ("__subclasshook__", (None,), {}))
 #: Another request, which ``VecEnv``'s constructor makes, too
 REQUEST_OF_AN_ATTRIBUTE = ("get_attr", "render_mode")
 
