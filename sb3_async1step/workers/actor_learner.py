@@ -10,18 +10,11 @@ import torch as th
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_async1step.vec_envs.observations import (
-    Observations,
-    list_arrays,
-    map_arrays,
-    replace_rows,
-    store_rows,
-    take_rows,
-    to_arrays,
-)
+from sb3_async1step.vec_envs.observations import Observations, map_arrays, store_rows, take_rows
 from sb3_async1step.workers.lanes import Lanes, Rows
 from sb3_async1step.workers.rollout import AnyRollout, Rollout, RolloutBuffer
 from sb3_async1step.workers.shared_parameters import LocalParameters, SharedParameters
+from sb3_async1step.workers.step_result import check_result, describe_step
 from sb3_async1step.workers.transitions import Transitions, UpdateStats
 
 
@@ -255,19 +248,21 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         result = self.env.end_step()
         if result is None:
             return None
-        lanes, (new_obs, rewards, dones, infos) = self._check_step(*result)
-        actions, env_actions = self._actions[lanes], self._env_actions[lanes]
-        step = self._describe_step(lanes, actions, new_obs, rewards, dones, infos)
-        self.rollout.add(self.complete_step(step, new_obs, lanes), lanes)
-        self.observations = self._put(self.observations, lanes, new_obs)
-        self._n_since_update += len(dones)
+        lanes, returned = result
+        observations, actions = take_rows(self.observations, lanes), self._actions[lanes]
+        arrived = check_result(returned, observations, self._lane_numbers[lanes])
+        step = describe_step(observations, actions, arrived, self._lane_numbers[lanes])
+        self.rollout.add(self.complete_step(step, arrived.new_obs, lanes), lanes)
+        self.observations = self._put(self.observations, lanes, arrived.new_obs)
+        n_new = len(arrived.dones)
+        self._n_since_update += n_new
 
-        is_due = self._is_update_due(dones)
+        is_due = self._is_update_due(arrived.dones)
         if is_due:
             self.accumulate_gradient()
-        self.end_step(count(len(dones)), len(dones))
+        self.end_step(count(n_new), n_new)
         updates = [self._update()] if is_due else []
-        return Transitions(env_actions, new_obs, rewards, dones, infos, updates)
+        return Transitions(self._env_actions[lanes], **vars(arrived), updates=updates)
 
     def _is_update_due(self, dones: np.ndarray) -> bool:
         # As in the paper, a single lane also updates at the end of its episode
@@ -300,51 +295,6 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
     def _make_buffer(self) -> RolloutBuffer[AnyRollout]:
         n_steps = self.max_segment if self.env.at_their_own_pace else self._update_interval
         return RolloutBuffer(n_steps, self.n_lanes)
-
-    def _check_step(self, lanes: Rows, result: Any) -> tuple[Rows, tuple[Observations, np.ndarray, np.ndarray, list]]:
-        """
-        As with SB3's DQN, a VecEnv of the user's own may return whatever numpy makes arrays from.
-
-        :param lanes: which of this worker's lanes have taken a step
-        :param result: what ``VecEnv.step()`` returned for them
-        :return: the lanes, and the same as arrays
-        :raises ValueError: if a reward or an observation is not finite, or there is not one for each lane
-        """
-        new_obs, rewards, dones, infos = result
-        new_obs = to_arrays(new_obs)
-        numbers = self._lane_numbers[lanes]
-        rewards = _to_lanes("rewards", rewards, len(numbers))
-        dones = _to_lanes("dones", dones, len(numbers), dtype=bool)
-        _check_finite("reward", rewards, numbers)
-        _check_finite("observation", new_obs, numbers)
-        self._check_shape(new_obs, len(numbers))
-        return lanes, (new_obs, rewards, dones, list(infos))
-
-    def _check_shape(self, new_obs: Observations, n_lanes: int) -> None:
-        for new, old in zip(list_arrays(new_obs), list_arrays(self.observations), strict=True):
-            expected = (n_lanes, *old.shape[1:])
-            if new.shape != expected:
-                raise ValueError(f"The observations of {n_lanes} lane(s) had the shape {expected}, now {new.shape}.")
-
-    def _describe_step(
-        self,
-        lanes: Rows,
-        actions: np.ndarray,
-        new_obs: Any,
-        rewards: np.ndarray,
-        dones: np.ndarray,
-        infos: list[dict[str, Any]],
-    ) -> Rollout:
-        numbers = self._lane_numbers[lanes]
-        truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos], dtype=bool) & dones
-        # Only truncated lanes need their terminal observation: after a termination, nothing is bootstrapped
-        ends = {i: _get_terminal_observation(numbers[i], infos[i]) for i in np.flatnonzero(truncated).tolist()}
-        next_observations = replace_rows(new_obs, ends)
-        if ends:
-            _check_finite("terminal observation", next_observations, numbers)
-        rewards = np.asarray(rewards, dtype=np.float32)
-        observations = take_rows(self.observations, lanes)
-        return Rollout(observations, actions, rewards, next_observations, dones & ~truncated, truncated)
 
     def accumulate_gradient(self) -> None:
         """Add the gradient of the transitions since the last one: d_theta <- d_theta + ..."""
@@ -440,34 +390,6 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         self._metrics = list(state.metrics)
         self.local.set_values(state.local_values)
         self.set_extra_state(state.extra)
-
-
-def _to_lanes(name: str, values: Any, n_lanes: int, dtype: type[bool] | None = None) -> np.ndarray:
-    array = np.asarray(values, dtype=dtype)
-    if array.size != n_lanes:
-        raise ValueError(
-            f"The env returned {name} of shape {array.shape} for {n_lanes} lane(s), each of which needs one."
-        )
-    return array.reshape(n_lanes)
-
-
-def _get_terminal_observation(lane: int, info: dict[str, Any]) -> Observations:
-    if info.get("terminal_observation") is None:
-        raise ValueError(
-            f'The info of env lane {lane} says "TimeLimit.truncated", but its "terminal_observation" is missing: the '
-            "last observation of the episode, on which the return is bootstrapped."
-        )
-    return info["terminal_observation"]
-
-
-def _check_finite(name: str, values: Observations, lanes: np.ndarray) -> None:
-    for array in list_arrays(values):
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            i = int(np.flatnonzero(~np.isfinite(array.reshape(len(lanes), -1)).all(axis=1))[0])
-            raise ValueError(
-                f"The {name} of env lane {lanes[i]} is not finite: {array[i]}. Nothing was learned "
-                "from it. Repair the env; stable_baselines3.common.vec_env.VecCheckNan helps to find the cause."
-            )
 
 
 def _average(metrics: list[tuple[dict[str, float], float]]) -> dict[str, float]:

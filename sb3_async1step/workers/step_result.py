@@ -1,0 +1,119 @@
+"""What an env has returned from a step: checked, and told as a time step of a rollout."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sb3_async1step.vec_envs.observations import Observations, list_arrays, replace_rows, to_arrays
+from sb3_async1step.workers.rollout import Rollout
+
+
+@dataclass
+class StepResult:
+    """
+    What ``VecEnv.step()`` returns for ``n`` lanes, as arrays.
+
+    :param new_obs: the new observations, shape ``(n, *observation_shape)``
+    :param rewards: the rewards, shape ``(n,)``
+    :param dones: whether an episode ended, shape ``(n,)``
+    :param infos: the info dictionaries, length ``n``
+    """
+
+    new_obs: Observations
+    rewards: np.ndarray
+    dones: np.ndarray
+    infos: list[dict[str, Any]]
+
+
+def check_result(returned: Any, observations: Observations, lanes: np.ndarray) -> StepResult:
+    """
+    As with SB3's DQN, a VecEnv of the user's own may return whatever numpy makes arrays from.
+
+    :param returned: what ``VecEnv.step()`` returned
+    :param observations: the observations before
+    :param lanes: numbers of the lanes that have taken the step, for errors
+    :return: the same as arrays
+    :raises ValueError: if a reward or an observation is not finite, or there is not one for each lane
+    """
+    new_obs, rewards, dones, infos = returned
+    result = StepResult(
+        to_arrays(new_obs),
+        to_lanes("rewards", rewards, len(lanes)),
+        to_lanes("dones", dones, len(lanes), dtype=bool),
+        list(infos),
+    )
+    check_finite("reward", result.rewards, lanes)
+    check_finite("observation", result.new_obs, lanes)
+    for new, old in zip(list_arrays(result.new_obs), list_arrays(observations), strict=True):
+        if new.shape != old.shape:
+            raise ValueError(f"The observations of {len(lanes)} lane(s) had the shape {old.shape}, now {new.shape}.")
+    return result
+
+
+def to_lanes(name: str, values: Any, n_lanes: int, dtype: type[bool] | None = None) -> np.ndarray:
+    """
+    :param name: what they are, for an error
+    :param values: a value for each lane
+    :param n_lanes: number of lanes
+    :param dtype: of the array
+    :return: the values as an array, shape ``(n_lanes,)``
+    :raises ValueError: if there are more or fewer
+    """
+    array = np.asarray(values, dtype=dtype)
+    if array.size != n_lanes:
+        raise ValueError(
+            f"The env returned {name} of shape {array.shape} for {n_lanes} lane(s), each of which needs one."
+        )
+    return array.reshape(n_lanes)
+
+
+def check_finite(name: str, values: Observations, lanes: np.ndarray) -> None:
+    """
+    :param name: what they are, for an error
+    :param values: of each lane
+    :param lanes: numbers of the lanes, for an error
+    :raises ValueError: if one of them is infinite or not a number
+    """
+    for array in list_arrays(values):
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            i = int(np.flatnonzero(~np.isfinite(array.reshape(len(lanes), -1)).all(axis=1))[0])
+            raise ValueError(
+                f"The {name} of env lane {lanes[i]} is not finite: {array[i]}. Nothing was learned "
+                "from it. Repair the env; stable_baselines3.common.vec_env.VecCheckNan helps to find the cause."
+            )
+
+
+def describe_step(observations: Observations, actions: np.ndarray, result: StepResult, lanes: np.ndarray) -> Rollout:
+    """
+    :param observations: the observations before
+    :param actions: the actions, as the network numbers them
+    :param result: what the env returned
+    :param lanes: numbers of the lanes, for errors
+    :return: the time step; its arrays lack the first axis
+    :raises ValueError: if the last observation of a truncated episode is missing, or not finite
+    """
+    flags = [info.get("TimeLimit.truncated", False) for info in result.infos]
+    truncated = np.array(flags, dtype=bool) & result.dones
+    # Only truncated lanes need their terminal observation: after a termination, nothing is bootstrapped
+    ends = {i: get_terminal_observation(result.infos[i], lanes[i]) for i in np.flatnonzero(truncated).tolist()}
+    next_observations = replace_rows(result.new_obs, ends)
+    if ends:
+        check_finite("terminal observation", next_observations, lanes)
+    rewards = np.asarray(result.rewards, dtype=np.float32)
+    return Rollout(observations, actions, rewards, next_observations, result.dones & ~truncated, truncated)
+
+
+def get_terminal_observation(info: dict[str, Any], lane: int) -> Observations:
+    """
+    :param info: the info of a truncated episode's last step
+    :param lane: number of the lane, for an error
+    :return: the last observation of the episode
+    :raises ValueError: if it is missing
+    """
+    if info.get("terminal_observation") is None:
+        raise ValueError(
+            f'The info of env lane {lane} says "TimeLimit.truncated", but its "terminal_observation" is missing: the '
+            "last observation of the episode, on which the return is bootstrapped."
+        )
+    return info["terminal_observation"]
