@@ -1,6 +1,7 @@
 """The env lanes of a worker: all in step with each other, or each at its own pace."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -14,7 +15,7 @@ from sb3_async1step.workers.rollout import ALL_LANES
 
 #: Which of a worker's lanes
 Rows = np.ndarray | slice
-#: Seconds between two looks whether the training is over while no lane is ready
+#: Seconds for which a worker waits for a lane, before it looks whether the training is over
 LOOK_INTERVAL = 0.05
 
 
@@ -58,12 +59,8 @@ class Lanes:
         """
         self._actions = actions
 
-    def wait(self, is_over: Callable[[], bool]) -> None:
-        """
-        Wait until a lane is ready.
-
-        :param is_over: whether not to wait any longer
-        """
+    def wait(self) -> None:
+        """Wait until a lane is ready, or for a moment."""
 
     def settle(self) -> None:
         """Wait until no lane steps; their results are kept until the worker takes them."""
@@ -105,9 +102,9 @@ class LanesAtTheirOwnPace(Lanes):
             self._stepping.append(row)
             self.parts[row].step_async(action[None])
 
-    def wait(self, is_over: Callable[[], bool]) -> None:
-        while not (self._kept or is_over() or self._list_ready()):
-            # Anew each time: a HealingVecEnv may have replaced a process
+    def wait(self) -> None:
+        # A callback may be asking the lanes meanwhile: this only looks, and a HealingVecEnv may close what it looks at
+        with suppress(OSError, ValueError):
             wait([waitable for row in self._stepping for waitable in list_waitables(self.parts[row])], LOOK_INTERVAL)
 
     def settle(self) -> None:

@@ -116,7 +116,7 @@ class WorkerPool(ABC):
             if transitions is not None:
                 return transitions
             # Outside of the gate: somebody may want the model to stand still while an env takes its time
-            worker.env.wait(lambda: self._is_stopping)
+            worker.env.wait()
 
     def _may_step(self) -> bool:
         return True
