@@ -199,6 +199,29 @@ def test_callbacks_ask_lanes_that_step(n_workers):
     env.close()
 
 
+def test_a_forked_process_takes_no_answers_from_lanes_that_step():
+    env = make_processes([CountingEnv] * 4)
+    model = AsyncOneStepQ("MlpPolicy", env)
+    exit_codes = []
+
+    def ask_in_a_child(locals_, globals_):
+        if any(worker.env.n_idle < worker.n_lanes for worker in model._pool.workers) and not exit_codes:
+            child = os.fork()
+            if child == 0:
+                try:
+                    env.get_attr("max_steps")
+                except RuntimeError as error:
+                    os._exit(42 if "Ask them before the fork" in str(error) else 1)
+                os._exit(0)
+            exit_codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        return not exit_codes
+
+    model.learn(10**9, callback=ask_in_a_child)
+    assert exit_codes == [42]
+    assert env.get_attr("max_steps") == [11] * 4
+    env.close()
+
+
 def test_statistics_and_episodes(algorithm):
     env = VecNormalize(VecMonitor(make_processes([CountingEnv] * 4)))
     model = algorithm("MlpPolicy", env)

@@ -5,6 +5,7 @@ A pool gives that thread batches of exactly ``num_envs`` transitions. While it p
 worker begins another step.
 """
 
+import os
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -37,6 +38,7 @@ class WorkerPool(ABC):
         n_vector_steps = -(-(total_timesteps - num_timesteps) // self.num_envs)
         self._last_timestep = num_timesteps + n_vector_steps * self.num_envs
         self._gate = gate
+        self._process_id = os.getpid()
         # Of all workers: steps begun, and steps taken (the paper's T)
         self._claimed_timesteps = num_timesteps
         self._taken_timesteps = num_timesteps
@@ -74,7 +76,16 @@ class WorkerPool(ABC):
         return [info for worker in self.workers for info in worker.env.reset_infos]
 
     def settle(self) -> None:
-        """Wait until no lane steps. The workers stand still meanwhile."""
+        """
+        Wait until no lane steps. The workers stand still meanwhile.
+
+        :raises RuntimeError: in a forked process, whose copies of the workers can't wait for their lanes
+        """
+        if os.getpid() != self._process_id and any(worker.env.n_idle < worker.n_lanes for worker in self.workers):
+            raise RuntimeError(
+                "The lanes of this env step in processes of their own, which answer to the process that learns, and not "
+                "to one that was forked from it. Ask them before the fork, or make another env."
+            )
         for worker in self.workers:
             worker.env.settle()
 
