@@ -83,8 +83,8 @@ class WorkerPool(ABC):
         """
         if os.getpid() != self._process_id and any(worker.env.n_idle < worker.n_lanes for worker in self.workers):
             raise RuntimeError(
-                "The lanes of this env step in processes of their own, which answer to the process that learns, and not "
-                "to one that was forked from it. Ask them before the fork, or make another env."
+                "The lanes of this env step in processes of their own, which answer to the process that learns, not to "
+                "one that was forked from it. Ask them before the fork, or make another env."
             )
         for worker in self.workers:
             worker.env.settle()
