@@ -75,7 +75,13 @@ def make_lanes(n_lanes: int) -> VecEnv:
     :param n_lanes: number of lanes
     :return: uneven envs in processes of their own
     """
-    return make_vec_env(lambda: UnevenEnv(gym.make("CartPole-v1")), n_envs=n_lanes, vec_env_cls=SubprocVecEnv)
+    return make_vec_env(
+        lambda: UnevenEnv(gym.make("CartPole-v1")),
+        n_envs=n_lanes,
+        vec_env_cls=SubprocVecEnv,
+        # Without importing everything in each process
+        vec_env_kwargs={"start_method": "fork"},
+    )
 
 
 def learn(model: BaseAlgorithm, seconds: float, look: Callable[[], None] = lambda: None) -> None:
