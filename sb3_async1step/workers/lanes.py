@@ -9,6 +9,7 @@ import numpy as np
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
+from sb3_async1step.vec_envs.healing_lane import HealingLane
 from sb3_async1step.vec_envs.observations import concatenate, to_arrays
 from sb3_async1step.vec_envs.split import find_unsplittable, group_lanes, rejoin_vec_env, split_vec_env
 from sb3_async1step.workers.rollout import ALL_LANES
@@ -76,7 +77,7 @@ class LanesAtTheirOwnPace(Lanes):
     """
     Lanes whose processes step while the worker does something else. It serves those that are ready.
 
-    :param parts: a VecEnv of one lane each, see :func:`is_ready`
+    :param parts: a VecEnv of one lane each, which is in a process of its own
     """
 
     at_their_own_pace = True
@@ -84,6 +85,7 @@ class LanesAtTheirOwnPace(Lanes):
     def __init__(self, parts: Sequence[VecEnv]) -> None:
         self.parts = list(parts)
         self.n_lanes = len(parts)
+        self._remotes: list[Any] = [part.unwrapped.remotes[0] for part in parts]  # type: ignore[attr-defined]
         self._idle = list(range(self.n_lanes))
         self._stepping: list[int] = []
         # Of lanes that were ready before the worker was
@@ -105,7 +107,7 @@ class LanesAtTheirOwnPace(Lanes):
     def wait(self) -> None:
         # A callback may be asking the lanes meanwhile: this only looks, and a HealingVecEnv may close what it looks at
         with suppress(OSError, ValueError):
-            wait([waitable for row in self._stepping for waitable in list_waitables(self.parts[row])], LOOK_INTERVAL)
+            wait([waitable for row in self._stepping for waitable in list_waitables(self._remotes[row])], LOOK_INTERVAL)
 
     def settle(self) -> None:
         for row in self._stepping:
@@ -124,7 +126,8 @@ class LanesAtTheirOwnPace(Lanes):
         return np.array(ready), join_results(results)
 
     def _list_ready(self) -> list[int]:
-        return sorted(row for row in self._stepping if row in self._kept or is_ready(self.parts[row]))
+        waiting = {row: self._remotes[row] for row in self._stepping if row not in self._kept}
+        return sorted([*self._kept, *find_ready(waiting)])
 
 
 class SharedLanes:
@@ -168,21 +171,23 @@ def can_step_at_their_own_pace(env: VecEnv) -> bool:
     return isinstance(env.unwrapped, SubprocVecEnv) and find_unsplittable(env) is None
 
 
-def list_waitables(part: VecEnv) -> list[Any]:
+def list_waitables(remote: Any) -> list[Any]:
     """
-    :param part: a part with a lane in a process of its own
+    :param remote: what a ``SubprocVecEnv`` receives a lane's answers from
     :return: what ``multiprocessing.connection.wait()`` takes: one of them is ready if the lane is
     """
-    remote = part.unwrapped.remotes[0]  # type: ignore[attr-defined]
-    return remote.list_waitables() if hasattr(remote, "list_waitables") else [remote]
+    return remote.list_waitables() if isinstance(remote, HealingLane) else [remote]
 
 
-def is_ready(part: VecEnv) -> bool:
+def find_ready(remotes: dict[int, Any]) -> list[int]:
     """
-    :param part: a part with a lane in a process of its own, which steps
-    :return: whether ``step_wait()`` would return at once
+    :param remotes: by the lane, what a ``SubprocVecEnv`` receives its answer from
+    :return: the lanes whose answers are there
     """
-    return part.unwrapped.remotes[0].poll()  # type: ignore[attr-defined]
+    healing = {row: remote for row, remote in remotes.items() if isinstance(remote, HealingLane)}
+    rows = {remote: row for row, remote in remotes.items() if row not in healing}
+    # One look at all pipes is much faster than a poll() of each
+    return [rows[remote] for remote in wait(list(rows), 0)] + [row for row, lane in healing.items() if lane.poll()]
 
 
 def join_results(results: list[VecEnvStepReturn]) -> VecEnvStepReturn:
