@@ -1,6 +1,7 @@
 """The transitions of a worker's lanes between two updates, time by lane."""
 
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -54,10 +55,11 @@ class Rollout:
     @property
     def is_last(self) -> np.ndarray:
         """Where the last transitions of the lanes are, shape ``(n_steps, n_lanes)``."""
-        is_filled = self.is_filled
-        is_last = is_filled.copy()
-        is_last[:-1] &= ~is_filled[1:]
-        return is_last
+        if self.lengths is None:
+            is_last = np.zeros(self.rewards.shape, dtype=bool)
+            is_last[-1] = True
+            return is_last
+        return self.is_filled & (np.arange(1, len(self) + 1)[:, None] == self.lengths)
 
     def flatten(self, observations: Any) -> Any:
         """
@@ -94,34 +96,37 @@ class RolloutBuffer(Generic[AnyRollout]):
 
     def __init__(self, n_steps: int, n_lanes: int | None = None) -> None:
         self.n_steps = n_steps
+        #: Number of time steps of the lane that has most of them
+        self.n_filled = 0
+        self._n_lanes = n_lanes
         self._storage: AnyRollout | None = None
-        self._lengths = np.zeros(n_lanes or 0, dtype=int)
-
-    @property
-    def n_filled(self) -> int:
-        """Number of time steps of the lane that has most of them."""
-        return int(self._lengths.max(initial=0))
-
-    @property
-    def n_transitions(self) -> int:
-        """Number of transitions of all lanes."""
-        return int(self._lengths.sum())
+        # Number of time steps of each lane, None as long as all have the same
+        self._lengths: np.ndarray | None = None
 
     def add(self, step: AnyRollout, lanes: np.ndarray | slice = ALL_LANES) -> None:
         """
         :param step: a time step of some lanes, as a rollout whose arrays lack the first axis
         :param lanes: which of the worker's lanes these are, by default all
         """
-        if len(self._lengths) == 0:
-            self._lengths = np.zeros(len(step.rewards), dtype=int)
         if self._storage is None:
-            self._storage = _map_fields(lambda array: _allocate((self.n_steps, len(self._lengths)), array), step)
-        is_even = isinstance(lanes, slice) and self._lengths.min() == self._lengths.max()
-        # A slice is faster than indices
-        rows: Any = self._lengths[0] if is_even else (self._lengths[lanes], np.arange(len(self._lengths))[lanes])
-        for name in _names_of_arrays(step):
+            self._n_lanes = self._n_lanes or len(step.rewards)
+            shape = self.n_steps, self._n_lanes
+            self._storage = _map_fields(lambda array: _allocate(shape, array), step)
+        rows = self._advance(lanes)
+        for name in _names_of_arrays(type(step)):
             store_rows(getattr(self._storage, name), rows, getattr(step, name))
+
+    def _advance(self, lanes: np.ndarray | slice) -> Any:
+        """Count a time step of some lanes, and return where it is to be stored."""
+        if self._lengths is None:
+            if isinstance(lanes, slice):
+                self.n_filled += 1
+                return self.n_filled - 1
+            self._lengths = np.full(self._n_lanes or 0, self.n_filled)
+        rows = self._lengths[lanes], np.arange(len(self._lengths))[lanes]
         self._lengths[lanes] += 1
+        self.n_filled = int(self._lengths.max())
+        return rows
 
     def take(self) -> AnyRollout:
         """
@@ -129,18 +134,20 @@ class RolloutBuffer(Generic[AnyRollout]):
 
         :return: the transitions; they share the buffer's memory, and are valid until the next ``add``
         """
-        assert self._storage is not None
         rollout = self._view()
-        self._lengths[:] = 0
+        self._clear()
         return rollout
 
     def _view(self) -> AnyRollout:
         assert self._storage is not None
         n_filled = self.n_filled
         view = _map_fields(lambda array: array[:n_filled], self._storage)
-        if self._lengths.min() < n_filled:
-            view.lengths = self._lengths.copy()
+        if self._lengths is not None and self._lengths.min() < n_filled:
+            view.lengths = self._lengths
         return view
+
+    def _clear(self) -> None:
+        self.n_filled, self._lengths = 0, None
 
     def get_state(self) -> AnyRollout | None:
         """
@@ -150,14 +157,15 @@ class RolloutBuffer(Generic[AnyRollout]):
             return None
         view = self._view()
         state = _map_fields(np.copy, view)
-        state.lengths = view.lengths
+        if view.lengths is not None:
+            state.lengths = view.lengths.copy()
         return state
 
     def set_state(self, state: AnyRollout | None) -> None:
         """
         :param state: a state returned by :meth:`get_state`
         """
-        self._lengths[:] = 0
+        self._clear()
         if state is not None and len(state) >= self.n_steps:
             # Of lanes at their own pace, which may be ahead of the others
             self.n_steps, self._storage = len(state) + 1, None
@@ -175,12 +183,15 @@ def merge_time_and_lanes(observations: Observations) -> Observations:
     return map_arrays(lambda array: array.reshape(-1, *array.shape[2:]), observations)
 
 
-def _names_of_arrays(rollout: Rollout) -> list[str]:
-    return [field.name for field in fields(rollout) if field.name != "lengths"]
+@cache
+def _names_of_arrays(rollout_class: type[Rollout]) -> list[str]:
+    return [field.name for field in fields(rollout_class) if field.name != "lengths"]
 
 
 def _map_fields(function: Any, rollout: AnyRollout) -> AnyRollout:
-    values: dict[str, Any] = {name: map_arrays(function, getattr(rollout, name)) for name in _names_of_arrays(rollout)}
+    values: dict[str, Any] = {
+        name: map_arrays(function, getattr(rollout, name)) for name in _names_of_arrays(type(rollout))
+    }
     return type(rollout)(**values)
 
 
