@@ -52,6 +52,36 @@ def test_another_buffer_goes_on_from_a_state():
     assert_is(other.take(), steps)
 
 
+def test_lanes_of_different_lengths():
+    """Some lanes take steps, then all of them, also in another buffer that goes on from there."""
+    steps = make_steps((4,))
+    only_second = Rollout(**{name: values[1:] for name, values in vars(steps[0]).items()})
+    buffer, other = RolloutBuffer(5, n_lanes=2), RolloutBuffer(5)
+    buffer.add(only_second, np.array([1]))
+    other.set_state(buffer.get_state())
+    for each in (buffer, other):
+        each.add(steps[1])
+        each.add(steps[2], np.array([0, 1]))
+        assert each.n_filled == 3
+        rollout = each.take()
+        assert rollout.lengths.tolist() == [2, 3] and rollout.n_transitions == 5
+        assert rollout.is_filled.tolist() == [[True, True], [True, True], [False, True]]
+        assert rollout.is_last.tolist() == [[False, False], [True, False], [False, True]]
+        for name, values in vars(steps[0]).items():
+            of_second = np.stack([values[1], *(getattr(step, name)[1] for step in steps[1:])])
+            np.testing.assert_array_equal(getattr(rollout, name)[:, 1], of_second)
+            of_first = np.stack([getattr(step, name)[0] for step in steps[1:]])
+            np.testing.assert_array_equal(getattr(rollout, name)[:2, 0], of_first)
+        flat = rollout.flatten(rollout.rewards)
+        np.testing.assert_array_equal(flat, [r for t in range(3) for r in rollout.rewards[t][rollout.is_filled[t]]])
+        spread = rollout.unflatten(th.as_tensor(flat)).numpy()
+        np.testing.assert_array_equal(spread[rollout.is_filled], flat)
+        assert not spread[~rollout.is_filled].any()
+        # Even again
+        each.add(steps[0])
+        assert each.take().lengths is None
+
+
 def test_images_are_stored_for_fast_convolutions():
     observations = {"image": np.zeros((2, 4, 6, 5), np.uint8), "speed": np.zeros((2, 1))}
     zeros = np.zeros(2, np.float32)

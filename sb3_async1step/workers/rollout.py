@@ -1,7 +1,6 @@
 """The transitions of a worker's lanes between two updates, time by lane."""
 
 from dataclasses import dataclass, field, fields
-from functools import cache
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -113,7 +112,7 @@ class RolloutBuffer(Generic[AnyRollout]):
             shape = self.n_steps, self._n_lanes
             self._storage = _map_fields(lambda array: _allocate(shape, array), step)
         rows = self._advance(lanes)
-        for name in _names_of_arrays(type(step)):
+        for name in _names_of_arrays(step):
             store_rows(getattr(self._storage, name), rows, getattr(step, name))
 
     def _advance(self, lanes: np.ndarray | slice) -> Any:
@@ -123,7 +122,7 @@ class RolloutBuffer(Generic[AnyRollout]):
                 self.n_filled += 1
                 return self.n_filled - 1
             self._lengths = np.full(self._n_lanes or 0, self.n_filled)
-        rows = self._lengths[lanes], np.arange(len(self._lengths))[lanes]
+        rows = self._lengths[lanes].copy(), np.arange(len(self._lengths))[lanes]
         self._lengths[lanes] += 1
         self.n_filled = int(self._lengths.max())
         return rows
@@ -166,11 +165,13 @@ class RolloutBuffer(Generic[AnyRollout]):
         :param state: a state returned by :meth:`get_state`
         """
         self._clear()
-        if state is not None and len(state) >= self.n_steps:
+        if state is None:
+            return
+        self._n_lanes = state.rewards.shape[1]
+        if len(state) >= self.n_steps:
             # Of lanes at their own pace, which may be ahead of the others
             self.n_steps, self._storage = len(state) + 1, None
-        for t in range(0 if state is None else len(state)):
-            assert state is not None
+        for t in range(len(state)):
             lanes = ALL_LANES if state.lengths is None else np.flatnonzero(state.lengths > t)
             self.add(_map_fields(lambda array, t=t, lanes=lanes: array[t][lanes], state), lanes)
 
@@ -183,15 +184,12 @@ def merge_time_and_lanes(observations: Observations) -> Observations:
     return map_arrays(lambda array: array.reshape(-1, *array.shape[2:]), observations)
 
 
-@cache
-def _names_of_arrays(rollout_class: type[Rollout]) -> list[str]:
-    return [field.name for field in fields(rollout_class) if field.name != "lengths"]
+def _names_of_arrays(rollout: Rollout) -> list[str]:
+    return [field.name for field in fields(rollout) if field.name != "lengths"]
 
 
 def _map_fields(function: Any, rollout: AnyRollout) -> AnyRollout:
-    values: dict[str, Any] = {
-        name: map_arrays(function, getattr(rollout, name)) for name in _names_of_arrays(type(rollout))
-    }
+    values: dict[str, Any] = {name: map_arrays(function, getattr(rollout, name)) for name in _names_of_arrays(rollout)}
     return type(rollout)(**values)
 
 
