@@ -213,6 +213,7 @@ def test_time_of_a_training_in_parts(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_and_an_ended_one_is_not_repeated(tmp_path, monkeypatch):
     register()
     monkeypatch.setattr(learning, "N_FINAL_EPISODES", 10)

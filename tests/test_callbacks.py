@@ -106,8 +106,7 @@ def test_locals_are_the_transitions_of_this_call(algorithm):
     assert callback.n_dones == callback.episodes == model._episode_num == n_ended
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_eval_callback_saves_the_model_that_it_evaluated(algorithm, backend, tmp_path, monkeypatch):
+def test_eval_callback_saves_the_model_that_it_evaluated(algorithm, tmp_path, monkeypatch):
     """Also when the workers would go on learning between the evaluation and the save."""
     evaluated = {}
 
@@ -121,7 +120,7 @@ def test_eval_callback_saves_the_model_that_it_evaluated(algorithm, backend, tmp
         make_env(1), eval_freq=100, n_eval_episodes=3, best_model_save_path=str(tmp_path), log_path=str(tmp_path),
         verbose=0,
     )  # fmt: skip
-    model = algorithm("MlpPolicy", make_env(4), n_workers=4, learning_rate=0.01, seed=0, backend=backend)
+    model = algorithm("MlpPolicy", make_env(4), n_workers=4, learning_rate=0.01, seed=0)
     model.learn(1600, callback=callback)
     results = np.load(tmp_path / "evaluations.npz")
     assert results["timesteps"].tolist() == list(evaluated) == list(range(400, 1601, 400))

@@ -62,7 +62,7 @@ def make_processes(env_fns):
 # ---------------------------------------------------------------------- nobody waits for a slow lane
 
 
-@pytest.mark.parametrize("n_workers", [1, 2])
+@pytest.mark.parametrize(("algorithm", "n_workers"), [(AsyncOneStepQ, 1), (AsyncOneStepSarsa, 2), (A3C, 1)])
 def test_a_lane_that_hangs_delays_nobody(algorithm, n_workers):
     release = fork.Event()
     env = make_processes([lambda: WaitingEnv(release), *[CountingEnv] * 3])
@@ -148,8 +148,7 @@ def test_a_lane_that_is_replaced_delays_nobody(tmp_path):
 # ---------------------------------------------------------------------- what callbacks see, and where the envs stop
 
 
-@pytest.mark.parametrize("n_workers", [1, 2, 4])
-@pytest.mark.parametrize(("total", "made"), [(100, 100), (101, 104), (3, 4)])
+@pytest.mark.parametrize(("n_workers", "total", "made"), [(1, 100, 100), (2, 101, 104), (4, 101, 104), (1, 3, 4)])
 def test_each_transition_is_reported_once(algorithm, n_workers, total, made):
     env = make_processes([CountingEnv] * 4)
     model = algorithm("MlpPolicy", env, n_workers=n_workers, update_interval=3)
@@ -364,7 +363,9 @@ def test_when_an_update_is_due(one_step, monkeypatch):
     model.env.close()
 
 
-@pytest.mark.parametrize("n_workers", [1, 2])
+@pytest.mark.parametrize(
+    ("algorithm", "n_workers"), [(AsyncOneStepQ, 1), (AsyncOneStepSarsa, 2), (AsyncNStepQ, 1), (A3C, 2)]
+)
 def test_a_saved_model_goes_on_from_an_uneven_rollout(algorithm, n_workers, tmp_path):
     env = make_processes([CountingEnv] * 4)
     model = algorithm("MlpPolicy", env, n_workers=n_workers, update_interval=7)

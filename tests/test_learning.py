@@ -46,6 +46,7 @@ def walk_the_cliff(algorithm):
     return greedy, exploring
 
 
+@pytest.mark.slow
 def test_sarsa_walks_away_from_the_cliff_and_q_learning_along_it():
     """Sutton & Barto 2018, example 6.6."""
     greedy_q, exploring_q = walk_the_cliff(AsyncOneStepQ)
