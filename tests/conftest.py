@@ -4,9 +4,10 @@ from collections.abc import Generator, Iterator
 import pytest
 import torch as th
 
+from sb3_async1step.common import async_algorithm
 from sb3_async1step.registry import ALGORITHMS
 from sb3_async1step.value_based.algorithm import ValueBasedAlgorithm
-from tests.helpers import actor_learners, insistent_ctrl_c, wait_until
+from tests.helpers import DEADLINE, actor_learners, insistent_ctrl_c, wait_until
 
 # Shells start background jobs with Ctrl-C ignored, and tests press it
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -17,6 +18,12 @@ def pytest_runtest_call() -> Generator[None]:
     """Inside of pytest's own hooks, which replace ``sys.unraisablehook`` too."""
     with insistent_ctrl_c():
         return (yield)
+
+
+@pytest.fixture(autouse=True)
+def patience_after_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine, processes may need more than a second to answer after Ctrl-C."""
+    monkeypatch.setattr(async_algorithm, "PATIENCE", DEADLINE)
 
 
 @pytest.fixture(params=list(ALGORITHMS))

@@ -14,6 +14,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 
 from sb3_async1step import A3C, AsyncNStepQ, AsyncOneStepQ, AsyncOneStepSarsa, HealingVecEnv
 from sb3_async1step.async_one_step_sarsa.actor_learner import SarsaRollout
+from sb3_async1step.common import async_algorithm
+from sb3_async1step.vec_envs import guard
 from sb3_async1step.workers.lanes import SharedLanes
 from sb3_async1step.workers.rollout import Rollout
 from tests.envs import BoxWalkEnv, RandomWalkEnv, make_env
@@ -85,8 +87,9 @@ def test_a_lane_that_hangs_delays_nobody(algorithm, n_workers):
     env.close()
 
 
-def test_ctrl_c_while_a_lane_hangs():
+def test_ctrl_c_while_a_lane_hangs(monkeypatch):
     """The processes are ended, since one of them does not answer."""
+    monkeypatch.setattr(async_algorithm, "PATIENCE", guard.PATIENCE)
     env = make_processes([lambda: WaitingEnv(fork.Event(), FOREVER), CountingEnv])
     processes = list(env.processes)
     model = AsyncOneStepQ("MlpPolicy", env)
