@@ -10,7 +10,6 @@ seconds, and counts what the others do before and meanwhile.
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,19 +83,13 @@ def make_lanes(n_lanes: int) -> VecEnv:
     )
 
 
-def learn(model: BaseAlgorithm, seconds: float, look: Callable[[], None] = lambda: None) -> None:
+def learn(model: BaseAlgorithm, seconds: float) -> None:
     """
     :param model: learns
     :param seconds: for so long
-    :param look: called after each vector step
     """
     end = time.perf_counter() + seconds
-
-    def go_on(locals_: dict, globals_: dict) -> bool:
-        look()
-        return time.perf_counter() < end
-
-    model.learn(10**9, callback=go_on, reset_num_timesteps=False)
+    model.learn(10**9, callback=lambda *_: time.perf_counter() < end, reset_num_timesteps=False)
 
 
 def measure(model_class: Any, n_lanes: int, seconds: float) -> Speed:
@@ -151,16 +144,10 @@ def measure_hang(name: str, n_lanes: int) -> None:
     learn(model, SECONDS_OF_HANG)
     before = env.get_attr("n_steps")
     env.set_attr("hang", SECONDS_OF_HANG + 1.0, indices=0)
-    start, done = sum(before[1:]), 0
-    begin = time.perf_counter()
-
-    def look() -> None:
-        nonlocal done
-        done = model.num_timesteps - n_timesteps
-
-    n_timesteps = model.num_timesteps
-    learn(model, SECONDS_OF_HANG, look)
-    duration = time.perf_counter() - begin
+    start, n_timesteps, begin = sum(before[1:]), model.num_timesteps, time.perf_counter()
+    learn(model, SECONDS_OF_HANG)
+    # What the lanes still had in hand at the end does not count
+    done, duration = model.num_timesteps - n_timesteps, time.perf_counter() - begin
     env.close()
     usual = start / SECONDS_OF_HANG
     print(

@@ -168,7 +168,7 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
         one, all_lanes = distribution.exploration_mat, distribution.exploration_matrices
         distribution.exploration_matrices = all_lanes[lanes]
         # For a single observation, SB3 uses this
-        distribution.exploration_mat = all_lanes[lanes][0]
+        distribution.exploration_mat = distribution.exploration_matrices[0]
         try:
             yield
         finally:
