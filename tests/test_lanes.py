@@ -87,12 +87,13 @@ def test_a_lane_that_hangs_delays_nobody(algorithm, n_workers):
     env.close()
 
 
-def test_ctrl_c_while_a_lane_hangs(monkeypatch):
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_ctrl_c_while_a_lane_hangs(n_workers, monkeypatch):
     """The processes are ended, since one of them does not answer."""
     monkeypatch.setattr(async_algorithm, "PATIENCE", guard.PATIENCE)
     env = make_processes([lambda: WaitingEnv(fork.Event(), FOREVER), CountingEnv])
     processes = list(env.processes)
-    model = AsyncOneStepQ("MlpPolicy", env)
+    model = AsyncOneStepQ("MlpPolicy", env, n_workers=n_workers)
 
     def interrupt():
         wait_until(lambda: has_made_steps(model, 10))
@@ -271,6 +272,12 @@ def test_which_lanes_go_at_their_own_pace(make, in_step, own_pace):
     env = make()
     (lanes,) = SharedLanes(env, 1, in_step).make_lanes()
     assert lanes.at_their_own_pace == own_pace
+    env.close()
+
+
+def test_a_lane_for_each_worker():
+    env = make_processes([RandomWalkEnv] * 2)
+    assert [lanes.at_their_own_pace for lanes in SharedLanes(env, 2, in_step=False).make_lanes()] == [True, True]
     env.close()
 
 

@@ -142,9 +142,8 @@ class SharedLanes:
     def __init__(self, env: VecEnv, n_workers: int, in_step: bool) -> None:
         self._env = env
         self.groups = group_lanes(env.num_envs, n_workers)
-        self._part_groups = self.groups
-        if not in_step and can_step_at_their_own_pace(env):
-            self._part_groups = group_lanes(env.num_envs, env.num_envs)
+        self._at_their_own_pace = not in_step and env.num_envs > 1 and can_step_at_their_own_pace(env)
+        self._part_groups = group_lanes(env.num_envs, env.num_envs) if self._at_their_own_pace else self.groups
         # A single worker drives the env itself, whatever kind of VecEnv it is
         self._is_split = len(self._part_groups) > 1
         self._parts = split_vec_env(env, self._part_groups) if self._is_split else [env]
@@ -153,9 +152,9 @@ class SharedLanes:
         """
         :return: the lanes of each worker
         """
-        if len(self._parts) == len(self.groups):
-            return [Lanes(part) for part in self._parts]
-        return [LanesAtTheirOwnPace(self._parts[lanes.start : lanes.stop]) for lanes in self.groups]
+        if self._at_their_own_pace:
+            return [LanesAtTheirOwnPace(self._parts[lanes.start : lanes.stop]) for lanes in self.groups]
+        return [Lanes(part) for part in self._parts]
 
     def rejoin(self) -> None:
         """Give the VecEnv the state that its lanes are in, once no worker steps them any more."""
