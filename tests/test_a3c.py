@@ -303,7 +303,7 @@ def test_log_keys_are_a2cs(env_class, n_workers, tmp_path):
         model.set_logger(configure(str(tmp_path / algorithm.__name__), ["json"]))
         model.learn(4 * 5 * 6, log_interval=2)
         rows[algorithm] = read_rows(tmp_path / algorithm.__name__)
-    ours = {f"async/{key}" for key in ("gradient_staleness", "updates_per_second", "worker_idle_fraction")}
+    ours = {f"async/{key}" for key in ("gradient_staleness", "n_workers", "updates_per_second", "worker_idle_fraction")}
     ours.add("train/grad_norm")
     assert set(rows[A3C][-1]) == set(rows[A2C][-1]) | ours
     assert ("train/std" in rows[A3C][-1]) == (env_class is BoxWalkEnv)

@@ -398,7 +398,7 @@ def test_loggers_and_keys(value_based, n_workers, tmp_path, capsys):
     dqn.set_logger(configure(str(tmp_path / "dqn"), ["json"]))
     dqn.learn(100)
     keys_of_dqn = set(json.loads((tmp_path / "dqn" / "progress.json").read_text().splitlines()[-1]))
-    ours = {f"async/{key}" for key in ("gradient_staleness", "updates_per_second", "worker_idle_fraction")}
+    ours = {f"async/{key}" for key in ("gradient_staleness", "n_workers", "updates_per_second", "worker_idle_fraction")}
     assert set(rows[-1]) == keys_of_dqn | ours | {"train/grad_norm", "train/q_mean"}
     assert "rollout/success_rate" in keys_of_dqn
 

@@ -136,10 +136,13 @@ class Threads(BaseCallback):
     ],
     ids=["small network", "small network, two workers", "CNN", "CNN, one lane", "CNN, one worker"],
 )
-def test_small_networks_have_one_worker_and_one_thread(algorithm, monkeypatch, make_model, n_workers, n_intra_op):
+def test_small_networks_have_one_worker_and_one_thread(
+    algorithm, monkeypatch, capsys, make_model, n_workers, n_intra_op
+):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     model = make_model(algorithm)
+    model.verbose = 1
     before = th.get_num_threads()
     th.set_num_threads(8)
     try:
@@ -149,6 +152,10 @@ def test_small_networks_have_one_worker_and_one_thread(algorithm, monkeypatch, m
         assert th.get_num_threads() == 8
     finally:
         th.set_num_threads(before)
+    assert (
+        f"Learning with {n_workers} worker(s) for {model.n_envs} env lane(s), which step together; "
+        f"{n_intra_op} intra-op thread(s) of PyTorch for each worker\n"
+    ) in capsys.readouterr().out
 
 
 def test_multiplications_are_counted():

@@ -18,14 +18,15 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_async1step.common.background_eval import stop_evaluations
 from sb3_async1step.common.heap import keep_freed_memory
-from sb3_async1step.common.lanes import check_n_workers, count_workers, make_lanes, warn_of_a_single_lane
-from sb3_async1step.common.live_algorithm import LiveAlgorithm
-from sb3_async1step.common.parallelism import (
-    SMALL_NETWORK,
-    count_multiplications,
-    restore_intra_op_threads,
-    set_intra_op_threads,
+from sb3_async1step.common.lanes import (
+    check_n_workers,
+    count_workers,
+    describe_workers,
+    make_lanes,
+    warn_of_a_single_lane,
 )
+from sb3_async1step.common.live_algorithm import LiveAlgorithm
+from sb3_async1step.common.parallelism import is_small, restore_intra_op_threads, set_intra_op_threads
 from sb3_async1step.common.parameter_checks import (
     check,
     check_bool,
@@ -311,6 +312,8 @@ class AsyncAlgorithm(LiveAlgorithm):
             keep_freed_memory()
         modules = list(self.policy.modules())
         set_intra_op_threads(n_workers if on_threads else 1, network_is_small, call)
+        if self.verbose >= 1:
+            print(describe_workers(workers))
         make_pool = WORKER_POOLS["threads" if on_threads else "serial"]
         self._pool = make_pool(workers, self._gate, self.num_timesteps, total_timesteps)
         guard_vec_env(env, self._gate.closed, self._pool.settle, lambda: self._gate.is_inside() or not call.is_running)
@@ -392,7 +395,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         tensors = obs_as_tensor(observation, self.device)
         # Batch norm can't learn from a single observation
         self.policy.set_training_mode(False)
-        return count_multiplications(self.policy, lambda: self._forward_once(tensors)) < SMALL_NETWORK
+        return is_small(self.policy, lambda: self._forward_once(tensors))
 
     def _get_random_generators(self, n_workers: int) -> list[np.random.Generator]:
         """One generator for each worker, from one seed sequence; they go on from one ``learn()`` to the next."""
@@ -442,6 +445,7 @@ class AsyncAlgorithm(LiveAlgorithm):
             self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if self._pool is not None:
             self.logger.record("async/worker_idle_fraction", self._pool.take_idle_fraction())
+            self.logger.record("async/n_workers", len(self._pool.workers))
         base = None if self.env is None else self.env.unwrapped
         if isinstance(base, HealingVecEnv):
             self.logger.record("async/lane_restarts", base.n_restarts)

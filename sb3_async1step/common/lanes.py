@@ -1,8 +1,10 @@
 """The lanes of a model: making them, and choosing how many workers share them."""
 
 import functools
+from collections.abc import Sequence
 
 import gymnasium as gym
+import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv
@@ -11,6 +13,7 @@ from sb3_async1step.common.parallelism import count_usable_cores
 from sb3_async1step.common.parameter_checks import check, is_whole
 from sb3_async1step.common.warn import warn_the_caller
 from sb3_async1step.vec_envs.split import find_unsplittable
+from sb3_async1step.workers.actor_learner import ActorLearner
 
 #: As many lanes as the paper had actor-learners (section 5.1)
 DEFAULT_N_ENVS = 16
@@ -101,3 +104,16 @@ def count_workers(n_workers: int | str, env: VecEnv, network_is_small: bool) -> 
         "See sb3_async1step.split_vec_env for how to register a VecEnv class."
     )
     return 1
+
+
+def describe_workers(workers: Sequence[ActorLearner]) -> str:
+    """
+    :param workers: those of a training that begins
+    :return: how many there are, and what each of them has
+    """
+    n_lanes = sum(worker.n_lanes for worker in workers)
+    pace = "each at its own pace" if workers[0].env.at_their_own_pace else "together"
+    return (
+        f"Learning with {len(workers)} worker(s) for {n_lanes} env lane(s), which step {pace}; "
+        f"{th.get_num_threads()} intra-op thread(s) of PyTorch for each worker"
+    )

@@ -52,6 +52,15 @@ def count_multiplications(network: nn.Module, forward: Callable[[], Any]) -> int
     return n_multiplications
 
 
+def is_small(network: nn.Module, forward: Callable[[], Any]) -> bool:
+    """
+    :param network: a network in evaluation mode
+    :param forward: makes one forward pass with one observation
+    :return: whether several workers would only wait for Python's interpreter lock
+    """
+    return count_multiplications(network, forward) < SMALL_NETWORK
+
+
 def set_intra_op_threads(n_workers: int, network_is_small: bool, training: Call) -> None:
     """
     Give each worker an equal share of PyTorch's intra-op threads, but at least one.

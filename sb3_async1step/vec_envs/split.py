@@ -32,6 +32,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepR
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
 from sb3_async1step.sb3_internals import VEC_ENV_ATTRIBUTES_PER_LANE
+from sb3_async1step.vec_envs.frame_stack import accelerate
 from sb3_async1step.vec_envs.observations import store_rows
 
 AnyVecEnv = TypeVar("AnyVecEnv", bound=VecEnv)
@@ -262,6 +263,7 @@ def _take_stack(whole: StackedObservations, lanes: range) -> StackedObservations
         }
     else:
         part.stacked_obs = whole.stacked_obs[lanes.start : lanes.stop].copy()
+        accelerate(part)
     return part
 
 
