@@ -130,11 +130,13 @@ class Threads(BaseCallback):
     [
         (lambda algorithm: algorithm("MlpPolicy", make_env(16)), 1, 1),
         (lambda algorithm: algorithm("MlpPolicy", make_env(16), n_workers=2), 2, 1),
+        # 67 000 multiplications or more each
+        (lambda algorithm: algorithm("MlpPolicy", make_env(130), policy_kwargs={"net_arch": [256, 256]}), 1, 8),
         (lambda algorithm: algorithm("CnnPolicy", make_images(4)), 4, 2),
         (lambda algorithm: algorithm("CnnPolicy", make_images(1)), 1, 8),
         (lambda algorithm: algorithm("CnnPolicy", make_images(2), n_workers=1), 1, 8),
     ],
-    ids=["small network", "small network, two workers", "CNN", "CNN, one lane", "CNN, one worker"],
+    ids=["small", "small, two workers", "small, many lanes", "CNN", "CNN, one lane", "CNN, one worker"],
 )
 def test_small_networks_have_one_worker_and_one_thread(
     algorithm, monkeypatch, capsys, make_model, n_workers, n_intra_op

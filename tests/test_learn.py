@@ -433,7 +433,7 @@ def test_auto_takes_no_more_workers_than_cores_or_lanes(monkeypatch):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             model = AsyncOneStepQ("MlpPolicy", env, policy_kwargs=LARGE_NETWORK)
-            assert count_workers("auto", env, model._network_is_small()) == n_workers
+            assert count_workers("auto", env, model._count_multiplications()) == n_workers
 
 
 def test_actions_of_a_space_that_does_not_start_at_zero(algorithm):

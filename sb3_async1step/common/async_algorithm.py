@@ -26,7 +26,11 @@ from sb3_async1step.common.lanes import (
     warn_of_a_single_lane,
 )
 from sb3_async1step.common.live_algorithm import LiveAlgorithm
-from sb3_async1step.common.parallelism import is_small, restore_intra_op_threads, set_intra_op_threads
+from sb3_async1step.common.parallelism import (
+    count_multiplications,
+    restore_intra_op_threads,
+    set_intra_op_threads,
+)
 from sb3_async1step.common.parameter_checks import (
     check,
     check_bool,
@@ -279,12 +283,12 @@ class AsyncAlgorithm(LiveAlgorithm):
                 total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
             )
             self._callback = callback
-            network_is_small = self._network_is_small()
-            n_workers = count_workers(self.n_workers, self.env, network_is_small)
+            n_multiplications = self._count_multiplications()
+            n_workers = count_workers(self.n_workers, self.env, n_multiplications)
             self._update_schedules()
             try:
                 callback.on_training_start(locals(), globals())
-                self._run_workers(call, n_workers, network_is_small, total_timesteps, callback, log_interval)
+                self._run_workers(call, n_workers, n_multiplications, total_timesteps, callback, log_interval)
             except BaseException:
                 close_progress_bars(callback)
                 raise
@@ -297,7 +301,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         self,
         call: Call,
         n_workers: int,
-        network_is_small: bool,
+        n_multiplications: int,
         total_timesteps: int,
         callback: BaseCallback,
         log_interval: int | None,
@@ -311,7 +315,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         if on_threads:
             keep_freed_memory()
         modules = list(self.policy.modules())
-        set_intra_op_threads(n_workers if on_threads else 1, network_is_small, call)
+        set_intra_op_threads(n_workers if on_threads else 1, n_multiplications, workers[0].n_lanes, call)
         if self.verbose >= 1:
             print(describe_workers(workers))
         make_pool = WORKER_POOLS["threads" if on_threads else "serial"]
@@ -390,12 +394,13 @@ class AsyncAlgorithm(LiveAlgorithm):
             worker.set_state(state)
         return workers
 
-    def _network_is_small(self) -> bool:
+    def _count_multiplications(self) -> int:
+        """For each observation."""
         observation: Any = create_empty_array(self.observation_space, n=1, fn=np.zeros)
         tensors = obs_as_tensor(observation, self.device)
         # Batch norm can't learn from a single observation
         self.policy.set_training_mode(False)
-        return is_small(self.policy, lambda: self._forward_once(tensors))
+        return count_multiplications(self.policy, lambda: self._forward_once(tensors))
 
     def _get_random_generators(self, n_workers: int) -> list[np.random.Generator]:
         """One generator for each worker, from one seed sequence; they go on from one ``learn()`` to the next."""

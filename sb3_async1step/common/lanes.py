@@ -9,7 +9,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_async1step.common.parallelism import count_usable_cores
+from sb3_async1step.common.parallelism import SMALL_NETWORK, count_usable_cores
 from sb3_async1step.common.parameter_checks import check, is_whole
 from sb3_async1step.common.warn import warn_the_caller
 from sb3_async1step.vec_envs.split import find_unsplittable
@@ -80,11 +80,11 @@ def check_n_workers(n_workers: int | str, env: VecEnv | None) -> None:
         )
 
 
-def count_workers(n_workers: int | str, env: VecEnv, network_is_small: bool) -> int:
+def count_workers(n_workers: int | str, env: VecEnv, n_multiplications: int) -> int:
     """
     :param n_workers: number of workers, or "auto"
     :param env: the training env
-    :param network_is_small: whether several workers would only wait for Python's interpreter lock
+    :param n_multiplications: of the network for each observation
     :return: number of workers for this env
     :raises TypeError: if the env can't be split among them
     """
@@ -95,7 +95,7 @@ def count_workers(n_workers: int | str, env: VecEnv, network_is_small: bool) -> 
         n_workers = min(int(n_workers), env.num_envs)
         check_n_workers(n_workers, env)
         return n_workers
-    n_workers = 1 if network_is_small else min(count_usable_cores(), env.num_envs)
+    n_workers = 1 if n_multiplications < SMALL_NETWORK else min(count_usable_cores(), env.num_envs)
     unsplittable = find_unsplittable(env)
     if n_workers == 1 or unsplittable is None:
         return n_workers

@@ -9,9 +9,12 @@ from torch import nn
 
 from sb3_async1step.workers.gate import Call, Calls
 
-#: A network with fewer multiplications for each observation is done before threads have shared the work: on CartPole
-#: and MinAtar (0.02 and 0.2 million) one thread is fastest, on Atari (3 million and more) as many as there are cores
+#: With fewer multiplications for each observation, several workers would only wait for Python's interpreter lock: on
+#: CartPole and MinAtar (0.07 and 0.2 million) one is fastest, on Atari (3 million and more) as many as there are cores
 SMALL_NETWORK = 1_000_000
+#: A batch with fewer multiplications is done before intra-op threads have shared the work: with 64 lanes, CartPole has
+#: 4 million and MinAtar 13 million
+SMALL_BATCH = 8_000_000
 
 # Several models may learn at the same time. The number of threads to restore is the one before the first of them began
 _trainings = Calls()
@@ -52,21 +55,14 @@ def count_multiplications(network: nn.Module, forward: Callable[[], Any]) -> int
     return n_multiplications
 
 
-def is_small(network: nn.Module, forward: Callable[[], Any]) -> bool:
+def set_intra_op_threads(n_workers: int, n_multiplications: int, n_lanes: int, training: Call) -> None:
     """
-    :param network: a network in evaluation mode
-    :param forward: makes one forward pass with one observation
-    :return: whether several workers would only wait for Python's interpreter lock
-    """
-    return count_multiplications(network, forward) < SMALL_NETWORK
-
-
-def set_intra_op_threads(n_workers: int, network_is_small: bool, training: Call) -> None:
-    """
-    Give each worker an equal share of PyTorch's intra-op threads, but at least one.
+    Give each worker an equal share of PyTorch's intra-op threads, but at least one; only one if it has little to
+    compute.
 
     :param n_workers: number of workers that compute at the same time
-    :param network_is_small: whether their network gains nothing from several threads: then each worker has one
+    :param n_multiplications: of their network for each observation
+    :param n_lanes: number of observations in a worker's batch
     :param training: the call of ``learn()``, until whose end they have it
     """
     global _original
@@ -74,8 +70,9 @@ def set_intra_op_threads(n_workers: int, network_is_small: bool, training: Call)
         _original = th.get_num_threads()
     _trainings.forget_ended()
     _trainings.add(training)
+    is_little = n_multiplications < SMALL_NETWORK and n_multiplications * n_lanes < SMALL_BATCH
     # The number is set for the calling thread, and inherited by the threads that it starts
-    th.set_num_threads(1 if network_is_small else max(1, _original // n_workers))
+    th.set_num_threads(1 if is_little else max(1, _original // n_workers))
 
 
 def restore_intra_op_threads(training: Call) -> None:

@@ -1,5 +1,7 @@
 """The env lanes of a worker: all in step with each other, or each at its own pace."""
 
+import os
+import selectors
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import wait
@@ -85,7 +87,9 @@ class LanesAtTheirOwnPace(Lanes):
     def __init__(self, parts: Sequence[VecEnv]) -> None:
         self.parts = list(parts)
         self.n_lanes = len(parts)
-        self._remotes: list[Any] = [part.unwrapped.remotes[0] for part in parts]  # type: ignore[attr-defined]
+        remotes: list[Any] = [part.unwrapped.remotes[0] for part in parts]  # type: ignore[attr-defined]
+        can_change = any(isinstance(remote, HealingLane) for remote in remotes)
+        self._pipes = Pipes(remotes) if can_change or os.name == "nt" else LastingPipes(remotes)
         self._idle = list(range(self.n_lanes))
         self._stepping: list[int] = []
         # Of lanes that were ready before the worker was
@@ -105,9 +109,7 @@ class LanesAtTheirOwnPace(Lanes):
             self.parts[row].step_async(action[None])
 
     def wait(self) -> None:
-        # A callback may be asking the lanes meanwhile: this only looks, and a HealingVecEnv may close what it looks at
-        with suppress(OSError, ValueError):
-            wait([waitable for row in self._stepping for waitable in list_waitables(self._remotes[row])], LOOK_INTERVAL)
+        self._pipes.wait(self._stepping)
 
     def settle(self) -> None:
         for row in self._stepping:
@@ -126,8 +128,62 @@ class LanesAtTheirOwnPace(Lanes):
         return np.array(ready), join_results(results)
 
     def _list_ready(self) -> list[int]:
-        waiting = {row: self._remotes[row] for row in self._stepping if row not in self._kept}
-        return sorted([*self._kept, *find_ready(waiting)])
+        ready = self._pipes.find_ready([row for row in self._stepping if row not in self._kept])
+        return sorted([*self._kept, *ready])
+
+
+class Pipes:
+    """
+    The pipes through which the processes of lanes answer.
+
+    :param remotes: what a ``SubprocVecEnv`` receives each lane's answers from
+    """
+
+    def __init__(self, remotes: Sequence[Any]) -> None:
+        self._remotes = remotes
+
+    def find_ready(self, rows: Sequence[int]) -> list[int]:
+        """
+        :param rows: some of the lanes
+        :return: those of them whose answers are there
+        """
+        healing = [row for row in rows if isinstance(self._remotes[row], HealingLane)]
+        others = {self._remotes[row]: row for row in rows if not isinstance(self._remotes[row], HealingLane)}
+        # One look at all pipes is much faster than a poll() of each
+        return [others[remote] for remote in wait(list(others), 0)] + [
+            row for row in healing if self._remotes[row].poll()
+        ]
+
+    def wait(self, rows: Sequence[int]) -> None:
+        """
+        Wait until an answer is there, or for a moment.
+
+        :param rows: some of the lanes
+        """
+        # A callback may be asking the lanes meanwhile: this only looks, and a HealingVecEnv may close what it looks at
+        with suppress(OSError, ValueError):
+            wait([waitable for row in rows for waitable in list_waitables(self._remotes[row])], LOOK_INTERVAL)
+
+
+class LastingPipes(Pipes):
+    """
+    Pipes that stay the same, so that the operating system need not be told again and again which they are.
+
+    :param remotes: see :class:`Pipes`
+    """
+
+    def __init__(self, remotes: Sequence[Any]) -> None:
+        super().__init__(remotes)
+        self._selector = selectors.DefaultSelector()
+        for row, remote in enumerate(remotes):
+            self._selector.register(remote, selectors.EVENT_READ, row)
+
+    def find_ready(self, rows: Sequence[int]) -> list[int]:
+        ready = {key.data for key, _ in self._selector.select(0)}
+        return [row for row in rows if row in ready]
+
+    def wait(self, rows: Sequence[int]) -> None:
+        self._selector.select(LOOK_INTERVAL)
 
 
 class SharedLanes:
@@ -176,17 +232,6 @@ def list_waitables(remote: Any) -> list[Any]:
     :return: what ``multiprocessing.connection.wait()`` takes: one of them is ready if the lane is
     """
     return remote.list_waitables() if isinstance(remote, HealingLane) else [remote]
-
-
-def find_ready(remotes: dict[int, Any]) -> list[int]:
-    """
-    :param remotes: by the lane, what a ``SubprocVecEnv`` receives its answer from
-    :return: the lanes whose answers are there
-    """
-    healing = {row: remote for row, remote in remotes.items() if isinstance(remote, HealingLane)}
-    rows = {remote: row for row, remote in remotes.items() if row not in healing}
-    # One look at all pipes is much faster than a poll() of each
-    return [rows[remote] for remote in wait(list(rows), 0)] + [row for row, lane in healing.items() if lane.poll()]
 
 
 def join_results(results: list[VecEnvStepReturn]) -> VecEnvStepReturn:
