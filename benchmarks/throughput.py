@@ -25,34 +25,35 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import ale_py
 import gymnasium as gym
-import numpy as np
 import psutil
 import torch as th
-from ale_py.vector_env import AtariVectorEnv
 from stable_baselines3 import A2C, DQN
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.torch_layers import NatureCNN
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack
 
-from benchmarks import report
+from benchmarks import defaults, report
 from benchmarks.learning import describe_hardware
+from benchmarks.limits import measure_floor, measure_limit
 from benchmarks.pqn import PQN
 from benchmarks.report.results import NAMES
 from benchmarks.report.tables import make_speed_tables
+from benchmarks.slow_envs import make_lanes as make_slow_lanes
 from sb3_async1step import A3C, AsyncOneStepQ, AsyncOneStepSarsa
-from sb3_async1step.common import async_algorithm
+from sb3_async1step.common import parallelism
 from sb3_async1step.common.async_algorithm import AsyncAlgorithm
-from sb3_async1step.common.heap import keep_freed_memory
 from sb3_async1step.common.parallelism import count_usable_cores
+from sb3_async1step.sb3_internals import replace_vec_env_class
 from sb3_async1step.vec_envs.ale_vec_env import AleVecEnv
 from sb3_async1step.zoo import AsyncExperimentManager, register
 
 ENV_ID = "PongNoFrameskip-v4"
+MINATAR_ID = "MinAtar/Breakout-v0"
 RESULTS = Path(__file__).parent / "results" / "throughput.json"
 N_LANES = 16
 # The number of workers with n_workers="auto"
@@ -101,33 +102,70 @@ def make_ours(
 make_q = functools.partial(make_ours, AsyncOneStepQ)
 
 
-def make_with_threads(
-    env_id: str, n_lanes: int, n_workers: int | Literal["auto"] = "auto", n_threads: int | None = None
-) -> AsyncOneStepQ:
+def make_mlp(env_id: str, n_lanes: int, n_workers: int | Literal["auto"]) -> AsyncOneStepQ:
     """
-    :param env_id: CartPole or Pong
+    :param env_id: an id of Gymnasium
     :param n_lanes: number of lanes
     :param n_workers: number of workers
-    :param n_threads: number of torch's threads for each worker, by default what the model chooses
     :return: the model, with its defaults but for these
     """
-    if n_threads is not None:
-        assert isinstance(n_workers, int)
-        # No network is so small that it gets a single thread
-        async_algorithm.SMALL_NETWORK = 0
-        th.set_num_threads(n_workers * n_threads)
-    if env_id == ENV_ID:
-        return AsyncOneStepQ("CnnPolicy", make_env(n_lanes), n_workers=n_workers, seed=0)
     return AsyncOneStepQ("MlpPolicy", env_id, n_envs=n_lanes, n_workers=n_workers, seed=0)
 
 
-def make_by_zoo(algo: str, env_id: str) -> BaseAlgorithm:
+def make_minatar(n_lanes: int, n_workers: int | Literal["auto"]) -> AsyncOneStepQ:
+    """
+    :param n_lanes: number of lanes
+    :param n_workers: number of workers
+    :return: the model, with its defaults but for these and the CNN
+    """
+    defaults.prepare(MINATAR_ID)
+    task = defaults.TASKS[MINATAR_ID]
+    return AsyncOneStepQ(
+        task.policy, MINATAR_ID, n_envs=n_lanes, n_workers=n_workers, policy_kwargs=task.policy_kwargs, seed=0
+    )
+
+
+def make_pong(vec_env_class: type[VecEnv], n_lanes: int, n_workers: int | Literal["auto"]) -> AsyncOneStepQ:
+    """
+    :param vec_env_class: class of the VecEnv
+    :param n_lanes: number of lanes
+    :param n_workers: number of workers
+    :return: the model, with its defaults but for these
+    """
+    return AsyncOneStepQ("CnnPolicy", make_env(n_lanes, vec_env_class), n_workers=n_workers, seed=0)
+
+
+def make_slow(n_lanes: int, n_workers: int | Literal["auto"]) -> AsyncOneStepQ:
+    """
+    :param n_lanes: number of lanes
+    :param n_workers: number of workers
+    :return: the model, with its defaults but for these, on CartPole whose steps sleep
+    """
+    return AsyncOneStepQ("MlpPolicy", make_slow_lanes(n_lanes), n_workers=n_workers, seed=0)
+
+
+def make_with_threads(make: Callable[[int], AsyncOneStepQ], n_workers: int, n_threads: int) -> AsyncOneStepQ:
+    """
+    :param make: makes a model, given the number of workers
+    :param n_workers: number of workers
+    :param n_threads: number of torch's threads for each worker
+    :return: the model
+    """
+    # No network is so small that it gets a single thread
+    parallelism.SMALL_NETWORK = 0
+    th.set_num_threads(n_workers * n_threads)
+    return make(n_workers)
+
+
+def make_by_zoo(algo: str, env_id: str, vec_env_class: type[VecEnv] = DummyVecEnv) -> BaseAlgorithm:
     """
     :param algo: name of an algorithm in the Zoo
     :param env_id: id of the environment in Gymnasium
+    :param vec_env_class: class of the VecEnv
     :return: the model, with the hyperparameters of the Zoo, or those of this repository for our algorithms
     """
     register()
+    replace_vec_env_class(AsyncExperimentManager, vec_env_class)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         manager = AsyncExperimentManager(argparse.Namespace(), algo, env_id, folder, eval_freq=-1, verbose=0)
         experiment = manager.setup_experiment()
@@ -145,7 +183,15 @@ CONTENDERS: dict[str, MakeModel] = {
     "AsyncOneStepQ, AleVecEnv": make_q,
     "AsyncOneStepSarsa, AleVecEnv": lambda: make_ours(AsyncOneStepSarsa),
     "AsyncOneStepQ, AleVecEnv, mixed precision": lambda: make_q(mixed_precision=True),
+    # The Nature CNN's smaller predecessor, 128 lanes
+    "AsyncOneStepQ, `make train`": lambda: make_by_zoo("async_one_step_q", ENV_ID, AleVecEnv),
     "PQN, AleVecEnv": lambda: PQN(make_env(N_LANES, AleVecEnv)),
+}
+# Of these, the machine's limit is measured; whether the CNN computes in bfloat16
+LIMITED = {
+    "AsyncOneStepQ, AleVecEnv": False,
+    "AsyncOneStepQ, AleVecEnv, mixed precision": True,
+    "AsyncOneStepQ, `make train`": True,
 }
 # The contender that is held to one core. The games of other single workers are emulated on the other cores as well,
 # while the worker waits for them
@@ -165,26 +211,29 @@ LANES: dict[str, MakeModel] = {
     f"{n} lanes": lambda n=n: make_q(n)  # type: ignore[misc]
     for n in (1, 2, 4, 8, 16, 32, 64, 128)
 }
-# What n_workers="auto" chooses, next to numbers of workers and of torch's threads for each of them
+# Of what n_workers="auto" chooses well, the number of lanes and what makes the model
+AUTO_CASES: dict[str, tuple[int, Callable[..., AsyncOneStepQ]]] = {
+    **{f"CartPole-v1, {n} lanes": (n, functools.partial(make_mlp, "CartPole-v1", n)) for n in (1, 4, 16, 64)},
+    "LunarLander-v3, 64 lanes": (64, functools.partial(make_mlp, "LunarLander-v3", 64)),
+    "MinAtar Breakout, 64 lanes": (64, functools.partial(make_minatar, 64)),
+    "PongNoFrameskip-v4, 16 lanes": (16, functools.partial(make_pong, DummyVecEnv, 16)),
+    "PongNoFrameskip-v4, AleVecEnv, 16 lanes": (16, functools.partial(make_pong, AleVecEnv, 16)),
+    "PongNoFrameskip-v4, AleVecEnv, 128 lanes": (128, functools.partial(make_pong, AleVecEnv, 128)),
+    "CartPole-v1 with steps that sleep, 16 lanes": (16, functools.partial(make_slow, 16)),
+}
+# It takes turns with fixed numbers of workers and of torch's threads for each of them
 AUTO: dict[str, dict[str, MakeModel]] = {
-    f"auto, {env_id}, {n_lanes} lanes": {
-        "auto": functools.partial(make_with_threads, env_id, n_lanes),
+    f"auto, {case}": {
+        "auto": functools.partial(make, "auto"),
         **{
             f"{n_workers} workers, {n_threads} threads each": functools.partial(
-                make_with_threads, env_id, n_lanes, n_workers, n_threads
+                make_with_threads, make, n_workers, n_threads
             )
-            for n_workers in (1, 2, 4)
-            for n_threads in (1, 2)
+            for n_workers, n_threads in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1))
             if n_workers <= n_lanes
         },
     }
-    for env_id, n_lanes in (
-        ("CartPole-v1", 1),
-        ("CartPole-v1", 4),
-        ("CartPole-v1", 16),
-        ("CartPole-v1", 64),
-        (ENV_ID, 16),
-    )
+    for case, (n_lanes, make) in AUTO_CASES.items()
 }
 CLASSIC: dict[str, dict[str, MakeModel]] = {
     env_id: {
@@ -212,6 +261,16 @@ COMPARISONS = {
 }
 
 
+class Speed(NamedTuple):
+    """
+    :param steps_per_second: agent steps
+    :param cpu_microseconds: of a processor for each of them, in this process and those of the envs
+    """
+
+    steps_per_second: float
+    cpu_microseconds: float
+
+
 class Contender:
     """
     A model that learns in a process of its own.
@@ -223,8 +282,8 @@ class Contender:
     def __init__(self, comparison: str, name: str) -> None:
         self.process = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
         self.started = self.process.submit(start_learning, comparison, name)
-        self.measure: Callable[[float], float] = measure_on_one_core if name == ON_ONE_CORE else measure
-        self.speeds: list[float] = []
+        self.measure = measure_on_one_core if name == ON_ONE_CORE else measure
+        self.speeds: list[Speed] = []
 
     def take_turn(self, seconds: float) -> None:
         """
@@ -238,11 +297,17 @@ class Contender:
         """
         End the process.
 
-        :return: agent steps per second in each turn, and the peak memory in MiB
+        :return: agent steps per second and microseconds of a processor per agent step in each turn, and the peak memory
+            in MiB
         """
         peak_memory = self.process.submit(stop_learning).result()
         self.process.shutdown()
-        return {"steps_per_second": self.speeds, "peak_memory_mib": peak_memory}
+        steps_per_second, cpu_microseconds = zip(*self.speeds, strict=True)
+        return {
+            "steps_per_second": steps_per_second,
+            "cpu_microseconds": cpu_microseconds,
+            "peak_memory_mib": peak_memory,
+        }
 
 
 # The following functions run in the process of a contender
@@ -261,25 +326,35 @@ def start_learning(comparison: str, name: str) -> None:
     _model.learn(WARM_UP_STEPS)
 
 
-def measure(seconds: float) -> float:
+def measure(seconds: float) -> Speed:
     """
     :param seconds: approximate length of the measurement
-    :return: agent steps per second
+    :return: the speed
     """
-    before, start = _model.num_timesteps, time.perf_counter()
+    before, cpu_before, start = _model.num_timesteps, count_cpu_seconds(), time.perf_counter()
     _model.learn(
         10**9,
         callback=lambda locals_, globals_: time.perf_counter() - start < seconds,
         reset_num_timesteps=False,
         log_interval=None,  # type: ignore[arg-type]
     )
-    return (_model.num_timesteps - before) / (time.perf_counter() - start)
+    duration, cpu_seconds = time.perf_counter() - start, count_cpu_seconds() - cpu_before
+    n_steps = _model.num_timesteps - before
+    return Speed(n_steps / duration, 1e6 * cpu_seconds / n_steps)
 
 
-def measure_on_one_core(seconds: float) -> float:
+def count_cpu_seconds() -> float:
+    """
+    :return: seconds of a processor that this process has taken, and the processes of its envs
+    """
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
+
+
+def measure_on_one_core(seconds: float) -> Speed:
     """
     :param seconds: approximate length of the measurement
-    :return: agent steps per second while all threads of the process share one core
+    :return: the speed while all threads of the process share one core
     """
     th.set_num_threads(1)
     for thread in psutil.Process().threads():
@@ -320,78 +395,28 @@ def compare(
     return {name: contender.stop() for name, contender in contenders.items()}
 
 
-def time_call(function: Callable[[], Any], repeats: int = 30) -> float:
+def measure_floor_of_a_worker() -> dict[str, float]:
     """
-    :param function: function to be timed, which is warmed up first
-    :param repeats: number of measurements
-    :return: median of the seconds that a call takes
+    :return: microseconds of each part of an agent step, see :func:`~benchmarks.limits.measure_floor`
     """
-    times = []
-    for i in range(repeats + 5):
-        start = time.perf_counter()
-        function()
-        if i >= 5:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def measure_floor() -> dict[str, float]:
-    """
-    Measure the work that cannot be avoided, done by one core with nothing around it: emulation in the engine, and the
-    arithmetic of the same networks at the batch sizes of a worker with its part of the lanes.
-
-    :return: microseconds of each part of an agent step
-    """
-    keep_freed_memory()
-    n_lanes = N_LANES // N_WORKERS
-    model = make_q(n_lanes, n_workers=1)
-    n_rollout = n_lanes * model.update_interval
-    engine = AtariVectorEnv("pong", n_lanes, num_threads=1, stack_num=1)
-    engine.reset(seed=0)
-    actions = np.zeros(n_lanes, dtype=np.int64)
-    images = th.randint(0, 255, (n_rollout, 4, 84, 84), dtype=th.uint8)
-    # As RolloutBuffer stores them
-    images = images.contiguous(memory_format=th.channels_last)
-    optimizer = model.policy.optimizer
-
-    def act() -> None:
-        with th.no_grad():
-            model.q_net(images[:n_lanes])
-
-    def compute_targets() -> None:
-        with th.no_grad():
-            model.q_net_target(images)
-
-    def learn() -> None:
-        model.q_net(images).square().mean().backward()
-        th.nn.utils.clip_grad_norm_(model.q_net.parameters(), model.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    n_threads = th.get_num_threads()
-    th.set_num_threads(1)
+    model = make_q(N_LANES // N_WORKERS, n_workers=1)
+    assert model.env is not None
     try:
-        parts = {
-            "emulation": time_call(lambda: engine.step(actions)) / n_lanes,
-            "acting": time_call(act) / n_lanes,
-            "targets": time_call(compute_targets) / n_rollout,
-            "gradient and update": time_call(learn) / n_rollout,
-        }
+        return measure_floor(model)
     finally:
-        th.set_num_threads(n_threads)
-        assert model.env is not None
         model.env.close()
-    return {name: 1e6 * seconds for name, seconds in parts.items()}
 
 
-def fraction_of_floor(results: dict[str, Any]) -> float:
+def measure_limits() -> dict[str, float]:
     """
-    :param results: results of all measurements
-    :return: the speed as a fraction of what the workers would reach if each had a core and did only the floor's work
+    :return: agent steps per second that this machine could make at best, for some contenders
     """
-    seconds = sum(results["floor"].values()) / 1e6
-    speed = statistics.median(results["contenders"]["AsyncOneStepQ, AleVecEnv"]["steps_per_second"])
-    return speed * seconds / N_WORKERS
+    limits = {}
+    for name, mixed_precision in LIMITED.items():
+        model: Any = CONTENDERS[name]()
+        limits[name] = measure_limit(model, mixed_precision)
+        model.env.close()
+    return limits
 
 
 def main() -> None:
@@ -409,8 +434,11 @@ def main() -> None:
     results = json.loads(arguments.results.read_text()) if is_partial and arguments.results.exists() else {}
     conditions = results.setdefault("conditions", {})
     floors: list[dict[str, float]] = []
+    if "contenders" in arguments.only:
+        # Children would report the memory of this process as theirs if it had much
+        results["limits"] = defaults.in_a_process_of_its_own(measure_limits)
     for name in arguments.only:
-        take_part = (lambda: floors.append(measure_floor())) if name == "contenders" else (lambda: None)
+        take_part = (lambda: floors.append(measure_floor_of_a_worker())) if name == "contenders" else (lambda: None)
         results[name] = compare(name, arguments.repeats, arguments.seconds, take_part)
         conditions[name] = {
             "date": str(date.today()),
@@ -423,7 +451,6 @@ def main() -> None:
         results["floor"] = {part: statistics.median(floor[part] for floor in floors) for part in floors[0]}
     for name, table in make_speed_tables(results).items():
         print(name, *table, "", sep="\n")
-    print(f"AsyncOneStepQ with AleVecEnv reaches {fraction_of_floor(results):.0%} of the floor.")
     arguments.results.write_text(json.dumps(results, indent=1) + "\n")
     if arguments.results == RESULTS:
         report.main()

@@ -24,7 +24,7 @@ from benchmarks.pqn import PQN
 from benchmarks.report import insert_table, main, pages
 from benchmarks.report.figures import COLOURS, draw_actor_learners, draw_curves
 from benchmarks.report.results import NAMES, read_runs, seconds_to
-from benchmarks.report.tables import actor_learners_table, make_learning_tables, race_table
+from benchmarks.report.tables import actor_learners_table, make_learning_tables, make_speed_tables, race_table
 from sb3_async1step.registry import ALGORITHMS
 from sb3_async1step.zoo import register
 
@@ -118,6 +118,30 @@ def test_tables_and_curves(tmp_path):
     for env_id, groups in runs.items():
         draw_curves(env_id, groups, tmp_path / f"{env_id}.png")
     assert (tmp_path / "CartPole-v1.png").stat().st_size > 5000
+
+
+def test_speeds():
+    """Medians and their ranges; what a machine could do at best; the best fixed setting beside "auto"."""
+    fast = {"steps_per_second": [900.0, 1000.0, 1200.0], "cpu_microseconds": [1800.0, 2000.0, 2100.0]}
+    slow = {"steps_per_second": [100.0, 125.0, 130.0]}
+    throughput = {
+        "contenders": {"DQN, 1 env": {**slow, "peak_memory_mib": 700.4}, "ours": {**fast, "peak_memory_mib": 1500}},
+        "floor": {"emulation": 300.4, "acting": 100.0},
+        "limits": {"ours": 4000.0},
+        "auto, CartPole-v1, 4 lanes": {"auto": slow, "1 workers, 1 threads each": fast, "2 workers": slow},
+    }
+    tables = make_speed_tables(throughput)
+    assert set(tables) == {"contenders", "auto", "limits", "floor"}
+    assert tables["contenders"] == [
+        "| | steps/s | x DQN, 1 env | CPU µs per step | MiB |",
+        "|---|---|---|---|---|",
+        "| DQN, 1 env | 125 (100 to 130) | 1.00 |  | 700 |",
+        "| ours | 1 000 (900 to 1 200) | 8.00 | 2 000 | 1 500 |",
+    ]
+    assert tables["limits"][2:] == ["| ours | 4 000 | 25% |"]
+    assert tables["floor"][2:] == ["| emulation | 300 |", "| acting | 100 |", "| together | 400 |"]
+    best = "1 workers, 1 threads each: 1 000 (900 to 1 200)"
+    assert tables["auto"][2:] == [f"| CartPole-v1, 4 lanes | 125 (100 to 130) | {best} | 0.12 |"]
 
 
 def test_study_of_actor_learners(tmp_path, monkeypatch):

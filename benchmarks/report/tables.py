@@ -192,13 +192,28 @@ def speed_table(contenders: dict[str, dict[str, Any]], reference: str) -> list[s
     :param reference: name of the contender that the others are compared with
     :return: lines of a table in Markdown: medians with the smallest and largest values, and ratios of the medians
     """
-    lines = [f"| | steps/s | x {reference} | MiB |", "|---|---|---|---|"]
+    lines = [f"| | steps/s | x {reference} | CPU µs per step | MiB |", "|---|---|---|---|---|"]
     medians = median_speeds(contenders)
     for name, contender in contenders.items():
         speed = format_spread(contender["steps_per_second"])
+        # Not measured before 2026-11-26
+        cpu = format_count(statistics.median(contender["cpu_microseconds"])) if "cpu_microseconds" in contender else ""
         memory = format_count(contender["peak_memory_mib"])
-        lines.append(f"| {name} | {speed} | {medians[name] / medians[reference]:.2f} | {memory} |")
+        lines.append(f"| {name} | {speed} | {medians[name] / medians[reference]:.2f} | {cpu} | {memory} |")
     return lines
+
+
+def limits_table(limits: dict[str, float], contenders: dict[str, dict[str, Any]]) -> list[str]:
+    """
+    :param limits: agent steps per second that the machine could make at best, by contender
+    :param contenders: see :func:`speed_table`
+    :return: lines of a table in Markdown
+    """
+    lines = ["| | limit, steps/s | reached |", "|---|---|---|"]
+    medians = median_speeds(contenders)
+    return lines + [
+        f"| {name} | {format_count(limit)} | {medians[name] / limit:.0%} |" for name, limit in limits.items()
+    ]
 
 
 def floor_table(floor: dict[str, float]) -> list[str]:
@@ -254,4 +269,5 @@ def make_speed_tables(throughput: dict[str, Any]) -> dict[str, list[str]]:
     autos = {name: comparison for name, comparison in throughput.items() if name.startswith("auto, ")}
     if autos:
         tables["auto"] = auto_table(autos)
+    tables["limits"] = limits_table(throughput["limits"], throughput["contenders"])
     return {**tables, "floor": floor_table(throughput["floor"])}
