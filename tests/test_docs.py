@@ -78,8 +78,17 @@ def shorten(words):
     return words
 
 
+# The commands of the results train in several ways, half a minute in all
+SLOW_DOCUMENTS = (ROOT / "docs" / "results.md",)
+
+
 @pytest.mark.parametrize(
-    "path", [pytest.param(path, id=str(path.relative_to(ROOT))) for path in DOCUMENTS if read_commands(path)]
+    "path",
+    [
+        pytest.param(path, id=str(path.relative_to(ROOT)), marks=[pytest.mark.slow] if path in SLOW_DOCUMENTS else [])
+        for path in DOCUMENTS
+        if read_commands(path)
+    ],
 )
 def test_commands(path, tmp_path, monkeypatch):
     # For the processes that they start
