@@ -756,7 +756,7 @@ def test_closing(make, tmp_path, monkeypatch, state):
 
 
 PROGRAM = """
-import os, signal
+import os, signal, time
 from sb3_async1step import HealingVecEnv
 from tests.envs import RandomWalkEnv
 
@@ -766,6 +766,9 @@ if __name__ == "__main__":
     env.processes[0].kill()
     env.step([0] * 3)
     print(*[process.pid for process in env.processes], flush=True)
+    # Answers that nobody reads
+    env.step_async([0] * 3)
+    time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -775,12 +778,13 @@ def test_the_program_is_killed(tmp_path):
     result = subprocess.run(
         [sys.executable, "-W", "ignore", str(tmp_path / "program.py")],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])},
-        stdout=subprocess.PIPE,
+        capture_output=True,
         text=True,
         timeout=DEADLINE,
         check=False,
     )
     assert result.returncode == -signal.SIGKILL
+    assert result.stderr == ""
     pids = [int(word) for word in result.stdout.split()]
     assert len(pids) == 3
     wait_until(lambda: not any(is_running(pid) for pid in pids))

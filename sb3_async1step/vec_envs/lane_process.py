@@ -109,8 +109,11 @@ def run_lane(remote: Connection, parent_remote: Connection, env_fn: CloudpickleW
     try:
         answer_requests(remote, parent_remote, env_fn)
     except Exception as exception:
-        with suppress(OSError):
+        try:
             remote.send(EnvError(exception))
+        except OSError:
+            # The program was killed: nobody is left who waits for an answer
+            return
         raise
 
 
