@@ -142,6 +142,9 @@ def test_speeds():
     assert tables["floor"][2:] == ["| emulation | 300 |", "| acting | 100 |", "| together | 400 |"]
     best = "1 workers, 1 threads each: 1 000 (900 to 1 200)"
     assert tables["auto"][2:] == [f"| CartPole-v1, 4 lanes | 125 (100 to 130) | {best} | 0.12 |"]
+    # What --only has measured for another file
+    alone = {name: throughput[name] for name in throughput if name.startswith("auto")}
+    assert make_speed_tables(alone) == {"auto": tables["auto"]}
 
 
 def test_study_of_actor_learners(tmp_path, monkeypatch):

@@ -269,5 +269,8 @@ def make_speed_tables(throughput: dict[str, Any]) -> dict[str, list[str]]:
     autos = {name: comparison for name, comparison in throughput.items() if name.startswith("auto, ")}
     if autos:
         tables["auto"] = auto_table(autos)
-    tables["limits"] = limits_table(throughput["limits"], throughput["contenders"])
-    return {**tables, "floor": floor_table(throughput["floor"])}
+    # They are measured beside the contenders
+    if "contenders" in throughput:
+        tables["limits"] = limits_table(throughput["limits"], throughput["contenders"])
+        tables["floor"] = floor_table(throughput["floor"])
+    return tables
