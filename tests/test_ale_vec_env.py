@@ -154,7 +154,7 @@ def test_seeds_and_no_ops():
     """Like SB3's, the number of no-ops is at most 30, and follows from the seed."""
 
     def count_frames(seed):
-        env = make_atari_env("SpaceInvadersNoFrameskip-v4", 8, seed=seed, vec_env_cls=AleVecEnv)
+        env = make_atari_env("SpaceInvadersNoFrameskip-v4", 4, seed=seed, vec_env_cls=AleVecEnv)
         env.reset()
         frames = [info["episode_frame_number"] for info in env.reset_infos]
         env.close()
@@ -165,7 +165,7 @@ def test_seeds_and_no_ops():
     assert frames == count_frames(1)
     assert frames != count_frames(2)
     assert set(frames) <= set(range(8, 39))
-    assert len(set(frames)) > 4
+    assert len(set(frames)) > 2
 
 
 def test_no_game_stalls_after_a_lost_life():

@@ -409,11 +409,11 @@ SLOW_STARTS = [(AsyncOneStepQ, "forkserver"), (AsyncOneStepQ, "spawn")]
     ("model_class", "start_method"), [*((entry.model_class, "fork") for entry in ALGORITHMS.values()), *SLOW_STARTS]
 )
 def test_subprocesses(model_class, start_method):
-    env = make_vec_env(RandomWalkEnv, 4, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": start_method})
+    env = make_vec_env(RandomWalkEnv, 2, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": start_method})
     model = model_class("MlpPolicy", env, n_workers=2).learn(400)
     assert model.num_timesteps == 400
     model.learn(100, reset_num_timesteps=False)
-    assert env.get_attr("max_steps") == [11] * 4
+    assert env.get_attr("max_steps") == [11] * 2
     env.close()
 
 

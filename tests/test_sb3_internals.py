@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import io
 import json
+import os
 import re
 import sys
 import tempfile
@@ -282,7 +283,7 @@ def dummy_vec_env() -> set[str]:
 
 
 def subproc_vec_env() -> set[str]:
-    env = SubprocVecEnv([make_env])
+    env = SubprocVecEnv([make_env], start_method="fork" if os.name == "posix" else "spawn")
     try:
         changed = missing(env, "closed", "processes", "remotes", "waiting", "work_remotes")
         for request, answer in ((REQUEST_OF_AN_ATTRIBUTE, None), (REQUEST_ANSWERED_BY_NOT_IMPLEMENTED, NotImplemented)):

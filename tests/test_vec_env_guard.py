@@ -413,7 +413,7 @@ def test_learning_on_after_a_broken_message(algorithm, monkeypatch, n_taken):
 @pytest.mark.parametrize("before_its_message", [False, True])
 def test_ctrl_c_at_the_very_end(n_workers, before_its_message, monkeypatch):
     """The processes answer, so they need not be ended."""
-    env = SubprocVecEnv([RandomWalkEnv] * 2)
+    env = SubprocVecEnv([RandomWalkEnv] * 2, start_method="fork")
     processes = processes_of(env)
     model = AsyncOneStepQ("MlpPolicy", env, n_workers=n_workers)
     stop = ProcessWatcher._stop
@@ -436,7 +436,7 @@ def test_ctrl_c_at_the_very_end(n_workers, before_its_message, monkeypatch):
 
 @needs_posix
 def test_learn_ends_though_a_process_was_forked_meanwhile():
-    env = SubprocVecEnv([RandomWalkEnv] * 2)
+    env = SubprocVecEnv([RandomWalkEnv] * 2, start_method="fork")
     children = []
 
     def fork(locals_, globals_):
