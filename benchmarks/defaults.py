@@ -62,7 +62,11 @@ TASKS = {
     "CartPole-v1": Task(200_000),
     "Acrobot-v1": Task(300_000),
     "LunarLander-v3": Task(500_000),
-    "MinAtar/Breakout-v0": Task(600_000, policy="CnnPolicy", policy_kwargs={"features_extractor_class": MinAtarCNN}),
+    "MinAtar/Breakout-v0": Task(
+        400_000,
+        policy="CnnPolicy",
+        policy_kwargs={"features_extractor_class": MinAtarCNN, "net_arch": [64, 64]},
+    ),
     PONG: Task(2_000_000, n_dqn_steps=300_000, policy="CnnPolicy", n_final_episodes=20),
 }
 
@@ -98,17 +102,12 @@ def train(env_id: str, algo: str, seed: int, n_steps: int | None, folder: Path) 
     """
     prepare(env_id)
     task = TASKS[env_id]
-    policy_kwargs = task.policy_kwargs
-    buffer: dict[str, Any] = {}
     n_steps = n_steps or (task.n_dqn_steps if algo == "dqn" else task.n_steps)
-    if algo == "dqn":
-        # What our CnnPolicy knows of MinAtarCNN by itself
-        policy_kwargs = {"net_arch": [], **policy_kwargs} if policy_kwargs else {}
-        # Its default takes 56 GB of stacked Atari frames
-        buffer = {"buffer_size": 100_000} if env_id == PONG else {}
+    # DQN's default takes 56 GB of stacked Atari frames
+    buffer: dict[str, Any] = {"buffer_size": 100_000} if algo == "dqn" and env_id == PONG else {}
     start = time.time()
     env = make_atari_lanes(1 if algo == "dqn" else 16) if env_id == PONG else env_id
-    model = ALGOS[algo](task.policy, env, seed=seed, policy_kwargs=policy_kwargs, **buffer)
+    model = ALGOS[algo](task.policy, env, seed=seed, policy_kwargs=task.policy_kwargs, **buffer)
     save_freq = max(1, n_steps // N_CHECKPOINTS // model.n_envs)
     model.learn(n_steps, callback=CheckpointCallback(save_freq, str(folder)))
     seconds = time.time() - start
