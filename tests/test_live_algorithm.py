@@ -6,6 +6,10 @@ import os
 import threading
 import time
 import traceback
+import warnings
+from collections import deque
+from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -16,6 +20,7 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
 from sb3_async1step import A3C, AsyncNStepQ, AsyncOneStepQ, HistogramCallback
@@ -229,6 +234,88 @@ def test_state_in_plain_attributes_is_warned_of():
     with pytest.warns(UserWarning, match=r"features_extractor\.n_observations during.*register_buffer"):
         model.learn(8)
     assert model.q_net.features_extractor.n_in_buffer > 0
+
+
+class StatisticsExtractor(BaseFeaturesExtractor):
+    """Keeps statistics of a given kind, and changes them by a given function in training mode."""
+
+    def __init__(
+        self, observation_space: spaces.Box, statistics: Any, change: Callable[[Any, np.ndarray], Any]
+    ) -> None:
+        super().__init__(observation_space, 4)
+        self.statistics = statistics
+        self.change = change
+        # Not changed, so not warned of
+        self.constants = {"scale": np.ones(4), "names": ["x", "v"], "self": self, "function": len}
+        self.unchanged = RunningMeanStd(shape=(4,))
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        if self.training:
+            changed = self.change(self.statistics, observations.detach().numpy())
+            self.statistics = self.statistics if changed is None else changed
+        return observations
+
+
+@pytest.mark.parametrize("algorithm", [AsyncOneStepQ, AsyncNStepQ])
+@pytest.mark.parametrize(
+    ("statistics", "change"),
+    [
+        (RunningMeanStd(shape=(4,)), RunningMeanStd.update),
+        ([0.0], lambda values, observations: values.append(1.0)),
+        ([th.zeros(4)], lambda values, observations: values.__setitem__(0, values[0] + 1.0)),
+        (deque([0], maxlen=5), lambda values, observations: values.append(1)),
+        ({"n": {"in": 0}}, lambda values, observations: values["n"].update({"in": 1})),
+        ({0}, lambda values, observations: values.add(1)),
+        (np.int64(0), lambda value, observations: value + np.int64(1)),
+        (None, lambda value, observations: observations.mean()),
+        ("", lambda value, observations: "seen"),
+        (False, lambda value, observations: True),
+    ],
+    ids=["object", "list", "list of tensors", "deque", "dict", "set", "numpy's number", "None", "str", "bool"],
+)
+def test_statistics_of_any_kind_are_warned_of(algorithm, statistics, change):
+    kwargs = {"statistics": deepcopy(statistics), "change": change}
+    policy_kwargs = {"features_extractor_class": StatisticsExtractor, "features_extractor_kwargs": kwargs}
+    model = algorithm("MlpPolicy", make_vec_env("CartPole-v1", n_envs=2), policy_kwargs=policy_kwargs)
+    with pytest.warns(UserWarning, match=r"The network has changed \S*features_extractor\.statistics during"):
+        model.learn(20)
+
+
+def test_unchanged_statistics_are_not_warned_of():
+    kwargs = {"statistics": None, "change": lambda value, observations: None}
+    policy_kwargs = {"features_extractor_class": StatisticsExtractor, "features_extractor_kwargs": kwargs}
+    model = AsyncOneStepQ("MlpPolicy", make_vec_env("CartPole-v1", n_envs=2), policy_kwargs=policy_kwargs)
+    add_hook = once(lambda callback: model.q_net.register_forward_hook(lambda *args: None))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.learn(20, callback=Do(add_hook))
+
+
+class ClosureExtractor(BaseFeaturesExtractor):
+    """Its forward pass goes through a function that refers to the module from outside."""
+
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space, 4)
+        self.layer = th.nn.Linear(4, 4)
+        self.steps = [lambda observations: self.layer(observations), th.relu]
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        for step in self.steps:
+            observations = step(observations)
+        return observations
+
+
+@with_workers
+def test_layers_that_copies_cannot_train_are_refused(algorithm, n_workers):
+    """They would stay as they are, without a word."""
+    policy_kwargs = {"features_extractor_class": ClosureExtractor}
+    model = algorithm(
+        "MlpPolicy", make_vec_env("CartPole-v1", n_envs=2), n_workers=n_workers, policy_kwargs=policy_kwargs
+    )
+    before = deepcopy(model.policy.state_dict())
+    with pytest.raises(TypeError, match=r"uses the original's \S*features_extractor\.layer\.weight"):
+        model.learn(100)
+    assert all(th.equal(value, before[name]) for name, value in model.policy.state_dict().items())
 
 
 class LateExtractor(CountingExtractor):

@@ -331,6 +331,27 @@ def test_a_missing_file_is_missing(model, tmp_path):
 # ---------------------------------------------------------------------- other optimizers and algorithms
 
 
+@pytest.mark.parametrize("optimizer_class", [SharedRMSprop, th.optim.Adam, th.optim.SGD])
+@pytest.mark.parametrize(("smaller", "larger"), [([8], [300]), ([1], [300])])
+def test_the_state_for_parameters_of_other_shapes(optimizer_class, smaller, larger):
+    """Adam's fused kernel would write beyond the end of its statistics."""
+
+    def make(net_arch):
+        kwargs = {"momentum": 0.9} if optimizer_class is th.optim.SGD else None
+        policy_kwargs = {"net_arch": net_arch, "optimizer_class": optimizer_class, "optimizer_kwargs": kwargs}
+        return AsyncOneStepQ("MlpPolicy", make_env(2), n_workers=1, policy_kwargs=policy_kwargs).learn(20)
+
+    models = make(smaller), make(larger)
+    for model, other in (models, models[::-1]):
+        parameters = {**model.get_parameters(), "policy.optimizer": other.get_parameters()["policy.optimizer"]}
+        before = weights_of(model)
+        for _ in range(20):
+            with pytest.raises(ValueError, match=r"policy\.optimizer does not fit"):
+                model.set_parameters(parameters)
+        assert are_equal(weights_of(model), before)
+        assert model.learn(20).num_timesteps == 20
+
+
 @pytest.mark.parametrize("from_file", [False, True])
 @pytest.mark.parametrize(
     ("mine", "other"),

@@ -116,6 +116,39 @@ def test_learning_twice_at_once(algorithm):
         algorithm("MlpPolicy", make_env(4), n_workers=2).learn(100, callback=learn_again)
 
 
+def test_two_models_on_one_env(algorithm):
+    """At the same moment, one of them learns and the other is told why not; one after the other, both learn."""
+    env = make_env(4)
+    models = [algorithm("MlpPolicy", env, n_workers=2) for _ in range(2)]
+    barrier, errors = threading.Barrier(2), []
+
+    def learn(model):
+        barrier.wait()
+        try:
+            model.learn(400)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    def learn_other(locals_, globals_):
+        other = models[1] if locals_["self"] is models[0] else models[0]
+        with pytest.raises(RuntimeError, match="nobody else may step or reset it until learn"):
+            other.learn(10)
+        return True
+
+    for _ in range(5):
+        threads = [threading.Thread(target=learn, args=(model,)) for model in models]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        # The two may have missed each other on a busy machine
+        assert all("nobody else may step or reset it until learn" in error for error in errors)
+        assert sum(model.num_timesteps == 400 for model in models) + len(errors) >= 2
+    for model in models:
+        assert model.learn(40, callback=learn_other).num_timesteps == 40
+    env.step(np.zeros(4, dtype=int))
+
+
 def test_the_eval_env_is_kept_in_sync(algorithm):
     env, eval_env = VecNormalize(make_env(4)), VecNormalize(make_env(1), training=False)
     callback = EvalCallback(eval_env, eval_freq=20, n_eval_episodes=1, verbose=0)

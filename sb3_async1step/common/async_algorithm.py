@@ -44,6 +44,7 @@ from sb3_async1step.common.update_log import UpdateLog
 from sb3_async1step.common.warn import warn_of_frames_skipped_twice, warn_of_what_is_not_followed
 from sb3_async1step.sb3_internals import close_progress_bars
 from sb3_async1step.vec_envs.guard import (
+    NOBODY_ELSE,
     PATIENCE,
     ProcessWatcher,
     guard_vec_env,
@@ -53,7 +54,7 @@ from sb3_async1step.vec_envs.guard import (
 from sb3_async1step.vec_envs.healing_vec_env import HealingVecEnv
 from sb3_async1step.vec_envs.observations import Observations, take_rows, to_arrays
 from sb3_async1step.workers.actor_learner import ActorLearner, WorkerRecipe
-from sb3_async1step.workers.gate import Call
+from sb3_async1step.workers.gate import Call, learning_on
 from sb3_async1step.workers.lanes import Lanes, SharedLanes
 from sb3_async1step.workers.pool import WorkerPool
 from sb3_async1step.workers.serial_pool import SerialWorkerPool
@@ -238,6 +239,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         :param reset_num_timesteps: whether to start counting at zero again
         :param progress_bar: whether to show a progress bar
         :return: the trained model
+        :raises RuntimeError: if ``learn()`` is running already, of this model or of another one with the same env
         :raises BaseException: the exception of an env, a worker or a callback, with its own traceback. All workers
             have been stopped by then, and the model can still predict, save and continue learning
         """
@@ -267,6 +269,8 @@ class AsyncAlgorithm(LiveAlgorithm):
     ) -> None:
         """Do what ``learn()`` promises, but for :meth:`_end_learning`; ``call`` is the call of ``learn()``."""
         assert self.env is not None
+        if not learning_on(self.env.unwrapped).claim(call):
+            raise RuntimeError(NOBODY_ELSE)
         # Attributes may have been set since the construction
         self._check_parameters()
         warn_of_a_single_lane(self.env, type(self).__name__)
@@ -337,7 +341,7 @@ class AsyncAlgorithm(LiveAlgorithm):
             self._process_watcher.hurry()
         if self._pool is not None:
             self._pool.stop()
-        if self.env is not None:
+        if self.env is not None and call in learning_on(self.env.unwrapped):
             unguard_vec_env(self.env)
         if self._process_watcher is not None:
             # Who presses Ctrl-C wants an end although a lane hangs
@@ -350,6 +354,8 @@ class AsyncAlgorithm(LiveAlgorithm):
             # The next learn() has to reset the env
             self._last_obs = self._worker_states = None
         self._pool = self._shared = self._process_watcher = self._callback = None
+        if self.env is not None:
+            learning_on(self.env.unwrapped).discard(call)
         self._gate.end_learning(call)
 
     def _follow(self, pool: WorkerPool, callback: BaseCallback, log_interval: int | None) -> None:

@@ -23,6 +23,10 @@ from sb3_async1step.vec_envs.healing_vec_env import HealingVecEnv
 # What callbacks may call on the training env. It would talk to envs (or to pipes) that workers use
 QUERIES = ("env_is_wrapped", "env_method", "get_attr", "get_images", "set_attr")
 STEPS = ("reset", "step_async")
+NOBODY_ELSE = (
+    "learn() steps this env: nobody else may step or reset it until learn() ends. "
+    "A callback that evaluates the model (EvalCallback) needs an env of its own."
+)
 # What to do with a VecEnv whose processes have ended
 MAKE_ANEW = "make the env anew and give it to the model by set_env()"
 #: Seconds that processes have to answer when a training was interrupted
@@ -62,10 +66,7 @@ def guard_vec_env(
     def refuse(method: Callable, *args: Any, **kwargs: Any) -> Any:
         if may_step():
             return method(*args, **kwargs)
-        raise RuntimeError(
-            "learn() steps this env: nobody else may step or reset it until learn() ends. "
-            "A callback that evaluates the model (EvalCallback) needs an env of its own."
-        )
+        raise RuntimeError(NOBODY_ELSE)
 
     for name in QUERIES:
         setattr(base, name, GuardedMethod(wait, getattr(base, name)))

@@ -136,6 +136,7 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         self._env_actions: Any = None
         # Of each part of the rollout whose gradient has been accumulated, and its number of time steps
         self._metrics: list[tuple[dict[str, float], float]] = []
+        self._graph_is_checked = False
 
     @property
     def n_lanes(self) -> int:
@@ -306,6 +307,9 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         if self.local.learning_network.training != mode:
             self.local.learning_network.set_training_mode(mode)
         loss, metrics = self.compute_loss(rollout)
+        if not self._graph_is_checked:
+            self.local.check_graph(loss)
+            self._graph_is_checked = True
         self.local.share_buffers()
         # Mean over the lanes, sum over the time steps
         n_steps = rollout.n_transitions / self.n_lanes

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
-from weakref import WeakSet
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 #: Seconds after which a waiting thread looks whether it waits for a call that was interrupted
 PATIENCE = 0.05
@@ -70,6 +71,18 @@ class Calls:
         """
         return self._calls.pop(call, self) is None
 
+    def claim(self, call: Call) -> bool:
+        """
+        :param call: it is added, unless another one is there that has not ended yet
+        :return: whether it was added
+        """
+        self.forget_ended()
+        self.add(call)
+        if self.list()[0] is call:
+            return True
+        self.discard(call)
+        return False
+
     def list(self) -> list[Call]:
         """
         :return: the calls
@@ -121,12 +134,7 @@ class Gate:
         :param call: a call of ``learn()``
         :return: whether no other call of it is running
         """
-        self._learning.forget_ended()
-        self._learning.add(call)
-        if self._learning.list()[0] is call:
-            return True
-        self._learning.discard(call)
-        return False
+        return self._learning.claim(call)
 
     def end_learning(self, call: Call) -> None:
         """
@@ -285,6 +293,18 @@ class _Passed:
         self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._gate.leave(self._call)
+
+
+# Calls of learn(), by the envs that they step
+_learning_on: WeakKeyDictionary[Any, Calls] = WeakKeyDictionary()
+
+
+def learning_on(env: Any) -> Calls:
+    """
+    :param env: a VecEnv, without its wrappers
+    :return: the calls of ``learn()``, of any model, that step it: one, or none
+    """
+    return _learning_on.setdefault(env, Calls())
 
 
 # A fork copies the locks that other threads hold inside of PyTorch, which nobody releases in the child

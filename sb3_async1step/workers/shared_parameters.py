@@ -2,6 +2,8 @@
 
 import copy
 import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
@@ -11,6 +13,9 @@ from stable_baselines3.common.policies import BaseModel, BasePolicy
 from torch import nn
 
 AnyNetwork = TypeVar("AnyNetwork", bound=BaseModel)
+
+# Attributes of modules: PyTorch's own, the distribution, which keeps what it was last called with, and what no copy has
+NO_STATISTICS = (*vars(nn.Module()), "call_super_init", "action_dist", "optimizer")
 
 
 class SharedParameters:
@@ -123,6 +128,21 @@ class LocalParameters:
             mine.grad = view.grad = None
         return n_updates_before - self._n_updates_when_pulled
 
+    def check_graph(self, loss: th.Tensor) -> None:
+        """
+        :param loss: a loss of the learning network
+        :raises TypeError: if it was computed with parameters of the shared network instead of the worker's, so that its
+            gradient would be lost; names them
+        """
+        leaves = find_leaves(loss)
+        foreign = [name for name, parameter in self._shared.network.named_parameters() if parameter in leaves]
+        if foreign:
+            raise TypeError(
+                f"Workers train copies of the network, but its forward pass uses the original's {', '.join(foreign)} "
+                "instead of the copy's: some attribute of a module is a lambda or an inner function that refers to "
+                "the module. Copies of the module keep that function as it is. Make it a method, or a module."
+            )
+
     def share_buffers(self) -> None:
         """Share those buffers (of BatchNorm) that a forward pass replaced instead of changing them in place."""
         if not self._shared.buffers:
@@ -136,14 +156,14 @@ class LocalParameters:
 
     def list_unshared_state(self) -> list[str]:
         """
-        :return: names of what the worker's modules have changed, but don't share: numbers and arrays that they keep as
-            plain attributes, and buffers that they have registered since the worker was made
+        :return: names of what the worker's modules have changed, but don't share: what they keep as plain attributes,
+            and buffers that they have registered since the worker was made
         """
         attributes = [
             f"{name}.{key}"
             for (name, mine), shared in zip(self.learning_network.named_modules(), self._shared.modules, strict=True)
             for key, value in vars(mine).items()
-            if has_changed(key, vars(shared).get(key, value), value)
+            if key not in NO_STATISTICS and have_changed(vars(shared).get(key, value), value)
         ]
         buffers = [name for name, _ in self.learning_network.named_buffers() if name not in self._shared.buffers]
         return attributes + buffers
@@ -176,20 +196,57 @@ class LocalParameters:
                 parameter.data.copy_(value)
 
 
-def has_changed(name: str, before: Any, after: Any) -> bool:
+def find_leaves(loss: th.Tensor) -> set[th.Tensor]:
     """
-    :param name: an attribute of a module
-    :param before: its value before the training
-    :param after: its value now
-    :return: whether it is a number or an array that a forward pass has changed
+    :param loss: what was computed with gradients
+    :return: the tensors that its gradient is for
     """
-    if not isinstance(after, (int, float, np.ndarray, th.Tensor)) or name in ("training", "call_super_init"):
-        return False
+    leaves, seen, nodes = set(), set(), [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(node.variable)
+        nodes += [following for following, _ in node.next_functions]
+    return leaves
+
+
+def have_changed(before: Any, after: Any, seen: frozenset[int] = frozenset()) -> bool:
+    """
+    :param before: statistics that a module kept before the training: a number, an array, a container or an object of
+        these
+    :param after: the same of a worker's copy of the module, now
+    :param seen: ids of the objects that these are part of, which may refer to themselves
+    :return: whether a forward pass has changed them. Functions, modules and the like are no statistics
+    """
     # Computed from parameters in each forward pass, as the weight of weight_norm is
-    if getattr(after, "grad_fn", None) is not None:
+    if getattr(after, "grad_fn", None) is not None or id(after) in seen:
         return False
-    before, after = (value.detach().cpu() if isinstance(value, th.Tensor) else value for value in (before, after))
-    return not np.array_equal(before, after)
+    if isinstance(after, (np.ndarray, np.generic, th.Tensor)):
+        before, after = (value.detach().cpu() if isinstance(value, th.Tensor) else value for value in (before, after))
+        return not np.array_equal(before, after)
+    if after is None or isinstance(after, (int, float, str, bytes, set)):
+        return type(before) is not type(after) or before != after
+    if isinstance(after, (nn.Module, type)) or callable(after):
+        return False
+    mine, other = list_parts(after), list_parts(before)
+    return mine.keys() != other.keys() or any(
+        have_changed(other[key], value, seen | {id(after)}) for key, value in mine.items()
+    )
+
+
+def list_parts(statistics: Any) -> dict[Any, Any]:
+    """
+    :param statistics: a container or an object
+    :return: what it consists of, by keys, indices or the names of attributes
+    """
+    if isinstance(statistics, Mapping):
+        return dict(statistics)
+    if isinstance(statistics, (Sequence, deque)):
+        return dict(enumerate(statistics))
+    return getattr(statistics, "__dict__", {})
 
 
 def copy_network(network: AnyNetwork) -> AnyNetwork:
@@ -311,6 +368,10 @@ def check_optimizer_state(policy: BasePolicy, state: Any) -> None:
     trial = rebuild_optimizer(policy, copies)
     try:
         trial.load_state_dict(copy.deepcopy(state))
+        for group in trial.param_groups:
+            # Fused kernels don't compare shapes: they would write beyond the end of a tensor that is too small
+            if "fused" in group:
+                group["fused"] = False
         for parameter in copies.values():
             parameter.grad = th.zeros_like(parameter)
         trial.step()
