@@ -11,7 +11,7 @@ import pytest
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback, ProgressBarCallback
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecCheckNan
+from stable_baselines3.common.vec_env import DummyVecEnv, VecCheckNan, VecEnvWrapper
 
 from sb3_async1step import AsyncOneStepQ
 from sb3_async1step.registry import ALGORITHMS
@@ -98,6 +98,37 @@ def test_all_envs_raise_at_once(algorithm, workers):
     with pytest.raises(ZeroDivisionError) as caught:
         algorithm("MlpPolicy", env, **workers).learn(10_000)
     assert len(caught.value.__notes__) == 1
+
+
+@pytest.mark.parametrize("reward", [1e39, None])
+def test_rewards_that_float32_does_not_hold(algorithm, reward):
+    """An env of the user's own may return what numpy makes float64 or objects from."""
+
+    class OtherRewards(VecEnvWrapper):
+        def reset(self):
+            return self.venv.reset()
+
+        def step_wait(self):
+            obs, rewards, dones, infos = self.venv.step_wait()
+            return obs, [reward if lane == 1 else float(r) for lane, r in enumerate(rewards)], dones, infos
+
+    model = algorithm("MlpPolicy", OtherRewards(make_env(2)), n_workers=1)
+    before = {name: value.clone() for name, value in model.policy.state_dict().items()}
+    with pytest.raises(ValueError, match=r"The reward of env lane 1 is not finite: (nan|inf)"):
+        model.learn(100)
+    assert all(th.equal(value, before[name]) for name, value in model.policy.state_dict().items())
+
+
+@with_workers
+def test_a_first_observation_that_is_not_finite(algorithm, workers):
+    class NonFiniteStartEnv(RandomWalkEnv):
+        def reset(self, **kwargs):
+            obs, info = super().reset(**kwargs)
+            return obs * np.float32("nan"), info
+
+    model = algorithm("MlpPolicy", with_one(NonFiniteStartEnv), **workers)
+    with pytest.raises(ValueError, match="The observation of env lane 1 is not finite"):
+        model.learn(100)
 
 
 @with_workers

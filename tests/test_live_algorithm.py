@@ -10,6 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
-from sb3_async1step import A3C, AsyncNStepQ, AsyncOneStepQ, HistogramCallback
+from sb3_async1step import A3C, AsyncNStepQ, AsyncOneStepQ, HistogramCallback, SharedRMSprop
 from tests.helpers import DEADLINE, meanwhile, wait_until
 
 SMALL = {"net_arch": [4]}
@@ -212,7 +213,174 @@ def test_replaced_modules_are_warned_of():
     def replace(callback: Any) -> None:
         model.policy.q_net.q_net = th.nn.Sequential(th.nn.Linear(4, 2))
 
-    with pytest.warns(UserWarning, match="replaced modules of the policy"):
+    with pytest.warns(UserWarning, match="replaced modules or parameters of the policy"):
+        model.learn(8, callback=Do(once(replace)))
+
+
+# ---------------------------------------------------------------------- parameters, hooks and the optimizer
+
+
+def learning_parameters(model: Any) -> list[th.nn.Parameter]:
+    return list(getattr(model, "q_net", model.policy).parameters())
+
+
+def in_callback_or_before(function: Callable[[Any], Any], in_callback: bool, model: Any) -> BaseCallback | None:
+    if in_callback:
+        return Do(once(lambda callback: function(callback.model)), first_step=8)
+    function(model)
+    return None
+
+
+with_optimizers = pytest.mark.parametrize("optimizer_class", [SharedRMSprop, th.optim.Adam])
+when = pytest.mark.parametrize("in_callback", [False, True])
+
+
+def make_with_optimizer(algorithm: Any, n_workers: int, optimizer_class: Any) -> Any:
+    policy_kwargs = {**SMALL, "optimizer_class": optimizer_class}
+    env = make_vec_env("CartPole-v1", n_envs=2, seed=0)
+    return algorithm("MlpPolicy", env, n_workers=n_workers, seed=0, policy_kwargs=policy_kwargs)
+
+
+@with_workers
+# Without a gradient, Adam goes on by its momentum
+@pytest.mark.parametrize(
+    ("optimizer_class", "in_callback"), [(SharedRMSprop, False), (SharedRMSprop, True), (th.optim.Adam, False)]
+)
+def test_gradients_follow_hooks_of_parameters(algorithm, n_workers, optimizer_class, in_callback):
+    """A mask, for example."""
+    model = make_with_optimizer(algorithm, n_workers, optimizer_class)
+    first, *others = learning_parameters(model)
+    handles, values = [], []
+
+    def mask(model: Any) -> None:
+        handles.append(first.register_hook(th.zeros_like))
+        # From its next segment on, a worker follows
+        values.append(None)
+
+    def look(callback: Any) -> None:
+        if handles:
+            values.append([p.detach().clone() for p in (first, *others)])
+
+    callbacks = [Do(look, first_step=60), in_callback_or_before(mask, in_callback, model)]
+    model.learn(200, callback=[callback for callback in callbacks if callback is not None])
+    masked, last = values[1], values[-1]
+    assert th.equal(masked[0], last[0])
+    assert not any(th.equal(*pair) for pair in zip(masked[1:], last[1:], strict=True) if pair[0].numel() > 4)
+    handles[0].remove()
+    model.learn(100, reset_num_timesteps=False)
+    assert not th.equal(first, last[0])
+
+
+@when
+@with_optimizers
+@with_workers
+def test_hooks_are_called(algorithm, n_workers, optimizer_class, in_callback):
+    model = make_with_optimizer(algorithm, n_workers, optimizer_class)
+    calls: dict[str, int] = dict.fromkeys(("forward", "gradient", "step", "patched"), 0)
+
+    def count(name: str) -> None:
+        calls[name] += 1
+
+    def add_hooks(model: Any) -> None:
+        modules = getattr(model, "q_net", model.policy).modules()
+        [module for module in modules if isinstance(module, th.nn.Linear)][-1].register_forward_hook(
+            lambda *args: count("forward")
+        )
+        learning_parameters(model)[0].register_post_accumulate_grad_hook(lambda parameter: count("gradient"))
+        optimizer = model.policy.optimizer
+        optimizer.register_step_post_hook(lambda *args: count("step"))
+        step = optimizer.step
+        optimizer.step = lambda *args: (count("patched"), step(*args))[1]
+
+    model.learn(100, callback=in_callback_or_before(add_hooks, in_callback, model))
+    assert all(n > 0 for n in calls.values()), calls
+    assert calls["step"] == calls["patched"] <= model._n_updates
+    if not in_callback:
+        assert calls["step"] == model._n_updates
+
+
+@with_optimizers
+@with_workers
+@pytest.mark.parametrize("change", ["replace", "clear", "add"])
+def test_the_optimizer_may_change_in_a_callback(algorithm, n_workers, optimizer_class, change):
+    model = make_with_optimizer(algorithm, n_workers, optimizer_class)
+    extra = th.nn.Parameter(th.zeros(2))
+
+    def act(callback: Any) -> None:
+        optimizer = model.policy.optimizer
+        if change == "replace":
+            model.policy.optimizer = th.optim.SGD(model.policy.parameters(), lr=0.01, momentum=0.9)
+        elif change == "clear":
+            optimizer.state.clear()
+        else:
+            optimizer.add_param_group({"params": [extra]})
+
+    model.learn(100, callback=Do(once(act), first_step=50))
+    optimizer = model.policy.optimizer
+    assert type(optimizer) is (th.optim.SGD if change == "replace" else optimizer_class)
+    names = {th.optim.SGD: "momentum_buffer", th.optim.Adam: "exp_avg", SharedRMSprop: "square_avg"}
+    assert all(names[type(optimizer)] in optimizer.state[parameter] for parameter in learning_parameters(model))
+    assert model.learn(20, reset_num_timesteps=False).num_timesteps == 120
+
+
+class ScaledSteps(th.optim.Optimizer):
+    """An optimizer whose constructor needs arguments, and which counts its steps."""
+
+    def __init__(self, params: Any, lr: float, scale: float) -> None:
+        super().__init__(params, {"lr": lr})
+        self.scale = scale
+        self.n_steps = 0
+
+    def step(self, closure: Any = None) -> None:
+        self.n_steps += 1
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data.add_(parameter.grad, alpha=-group["lr"] * self.scale)
+
+
+@with_workers
+@pytest.mark.parametrize("as_partial", [False, True])
+def test_an_optimizer_of_ones_own(algorithm, n_workers, as_partial, tmp_path):
+    kwargs = {"optimizer_class": partial(ScaledSteps, scale=2.0)} if as_partial else {
+        "optimizer_class": ScaledSteps, "optimizer_kwargs": {"scale": 2.0}
+    }  # fmt: skip
+    env = make_vec_env("CartPole-v1", n_envs=2, seed=0)
+    model = algorithm("MlpPolicy", env, n_workers=n_workers, policy_kwargs={**SMALL, **kwargs}).learn(100)
+    assert model.policy.optimizer.n_steps == model._n_updates > 0
+    model.save(tmp_path / "model")
+    loaded = algorithm.load(tmp_path / "model", env=env)
+    assert loaded.learn(20, reset_num_timesteps=False).num_timesteps == 120
+
+
+@with_workers
+@pytest.mark.parametrize("by", ["data", "vector_to_parameters"])
+def test_parameters_may_get_other_memory(algorithm, n_workers, by):
+    model = make_model(algorithm, n_workers)
+    changed: list[Any] = []
+
+    def change(callback: Any) -> None:
+        parameters = learning_parameters(model)
+        if by == "data":
+            for parameter in parameters:
+                parameter.data = parameter.data + 0.1
+        else:
+            th.nn.utils.vector_to_parameters(th.nn.utils.parameters_to_vector(parameters) + 0.1, parameters)
+        changed.extend(parameter.detach().clone() for parameter in parameters)
+
+    model.learn(200, callback=Do(once(change), first_step=8))
+    # The last layer's bias learns from every transition
+    assert not th.equal(changed[-1], learning_parameters(model)[-1])
+
+
+def test_new_parameters_are_warned_of():
+    model = make_model(AsyncOneStepQ, 2)
+
+    def replace(callback: Any) -> None:
+        layer = model.q_net.q_net[0]
+        layer.weight = th.nn.Parameter(layer.weight.detach() + 0.1)
+
+    with pytest.warns(UserWarning, match="replaced modules or parameters of the policy"):
         model.learn(8, callback=Do(once(replace)))
 
 

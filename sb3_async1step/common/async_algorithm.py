@@ -41,7 +41,7 @@ from sb3_async1step.common.parameter_checks import (
     check_whole,
 )
 from sb3_async1step.common.update_log import UpdateLog
-from sb3_async1step.common.warn import warn_of_frames_skipped_twice, warn_of_what_is_not_followed
+from sb3_async1step.common.warn import list_parts, warn_of_frames_skipped_twice, warn_of_what_is_not_followed
 from sb3_async1step.sb3_internals import close_progress_bars
 from sb3_async1step.vec_envs.guard import (
     NOBODY_ELSE,
@@ -59,6 +59,7 @@ from sb3_async1step.workers.lanes import Lanes, SharedLanes
 from sb3_async1step.workers.pool import WorkerPool
 from sb3_async1step.workers.serial_pool import SerialWorkerPool
 from sb3_async1step.workers.shared_parameters import SharedParameters
+from sb3_async1step.workers.step_result import check_finite
 from sb3_async1step.workers.thread_pool import ThreadWorkerPool
 from sb3_async1step.workers.transitions import Transitions
 
@@ -313,12 +314,14 @@ class AsyncAlgorithm(LiveAlgorithm):
         """Split the env among the workers, follow them until they have ended, and put the env together again."""
         env = self.env
         assert env is not None and self._last_obs is not None
+        observations = to_arrays(self._last_obs)
+        check_finite("observation", observations, np.arange(env.num_envs))
         shared_lanes = SharedLanes(env, n_workers, in_step=self.backend == "serial")
-        workers = self._make_workers(shared_lanes.make_lanes(), shared_lanes.groups, to_arrays(self._last_obs))
+        workers = self._make_workers(shared_lanes.make_lanes(), shared_lanes.groups, observations)
         on_threads = self.backend == "threads" and n_workers > 1
         if on_threads:
             keep_freed_memory()
-        modules = list(self.policy.modules())
+        parts = list_parts(self.policy)
         set_intra_op_threads(n_workers if on_threads else 1, n_multiplications, workers[0].n_lanes, call)
         if self.verbose >= 1:
             print(describe_workers(workers))
@@ -330,7 +333,7 @@ class AsyncAlgorithm(LiveAlgorithm):
             self._follow(self._pool, callback, log_interval)
         self._pool.stop()
         self._pool.finish_steps()
-        warn_of_what_is_not_followed(self.policy, modules, workers)
+        warn_of_what_is_not_followed(self.policy, parts, workers)
         self._remember_workers()
         shared_lanes.rejoin()
         self._lanes_may_be_anywhere = False

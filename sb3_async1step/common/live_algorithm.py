@@ -271,9 +271,6 @@ class LiveAlgorithm(BaseAlgorithm):
             params = {**params, "policy.optimizer": state}
         with self._gate.closed():
             super().set_parameters(params, exact_match, device)
-            for worker in [] if self._pool is None else self._pool.workers:
-                # Loading replaced the optimizer's statistics
-                worker.local.renew_optimizer()
 
     def get_vec_normalize_env(self) -> VecNormalize | None:
         """

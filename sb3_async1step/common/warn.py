@@ -29,16 +29,27 @@ def warn_of_frames_skipped_twice(env: VecEnv) -> None:
         )
 
 
-def warn_of_what_is_not_followed(policy: BasePolicy, modules: list[nn.Module], workers: Sequence[ActorLearner]) -> None:
+def list_parts(policy: BasePolicy) -> list[nn.Module | nn.Parameter]:
+    """
+    :param policy: a policy
+    :return: its modules and parameters
+    """
+    return [*policy.modules(), *policy.parameters()]
+
+
+def warn_of_what_is_not_followed(
+    policy: BasePolicy, parts: list[nn.Module | nn.Parameter], workers: Sequence[ActorLearner]
+) -> None:
     """
     :param policy: the policy after a training
-    :param modules: those that it had when the workers were made
+    :param parts: the modules and parameters that it had when the workers were made
     :param workers: the workers
     """
-    if modules != list(policy.modules()):
+    if list(map(id, parts)) != list(map(id, list_parts(policy))):
         warn_the_caller(
-            "A callback has replaced modules of the policy. The workers went on with those from before, and what "
-            "they learned is not in the new ones: replace modules between two calls of learn()."
+            "A callback has replaced modules or parameters of the policy. The workers went on with those from before, "
+            "and what they learned is not in the new ones: replace them between two calls of learn(), or change "
+            "parameters in place."
         )
     names = {name: None for worker in workers for name in worker.local.list_unshared_state()}
     if names:

@@ -3,7 +3,7 @@
 import copy
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
@@ -14,6 +14,10 @@ from torch import nn
 
 AnyNetwork = TypeVar("AnyNetwork", bound=BaseModel)
 
+HOOKS_OF_MODULES = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
 # Attributes of modules: PyTorch's own, the distribution, which keeps what it was last called with, and what no copy has
 NO_STATISTICS = (*vars(nn.Module()), "call_super_init", "action_dist", "optimizer")
 
@@ -34,42 +38,63 @@ class SharedParameters:
     def __init__(self, network: BaseModel, policy: BasePolicy, lock_updates: bool) -> None:
         self.network = network
         self.policy = policy
+        self._lock_updates = lock_updates
         # Of the modules that the network has now: workers can't follow if somebody replaces them
         self.modules = list(network.modules())
         self.parameters = list(network.parameters())
         self.buffers = dict(network.named_buffers())
-        # Adam divides the mean of the gradients by the root of their mean square. Without a lock, another worker may
-        # have added to the mean already, but not yet to the mean square: where that is still zero, the step is immense
-        self.lock_updates = lock_updates or not getattr(policy.optimizer, "is_lock_free", False)
         self.n_updates = 0
         #: From 1 (start) to 0 (end of the training), for the workers' schedules
         self.progress_remaining = 1.0
-        self._optimizer_has_state = False
         self._update_lock = threading.Lock()
         self._count_lock = threading.Lock()
 
-    def push(self, optimizer: th.optim.Optimizer, gradients: list[th.Tensor | None]) -> int:
-        """
-        Apply the gradient of a view to the online network.
+    @property
+    def lock_updates(self) -> bool:
+        """Whether updates wait for each other, by the policy's own optimizer."""
+        # Adam divides the mean of the gradients by the root of their mean square. Without a lock, another worker may
+        # have added to the mean already, but not yet to the mean square: where that is still zero, the step is immense
+        optimizer = self.policy.optimizer
+        return self._lock_updates or not getattr(optimizer, "is_lock_free", False) or is_observed(optimizer)
 
-        :param optimizer: the view's optimizer
+    def push(self, optimizer: th.optim.Optimizer | None, gradients: list[th.Tensor | None]) -> int:
+        """
+        Apply a gradient to the online network by the policy's optimizer, one at a time.
+
+        :param optimizer: a view of it that holds the gradient, for updates that need no lock
         :param gradients: the gradient of each parameter
         :return: how many updates all workers had applied before this one
         """
+        if optimizer is None or self.lock_updates:
+            with self._update_lock:
+                self._show(gradients)
+                self.policy.optimizer.step()
+                return self._count_update()
+        self._step_view(optimizer)
+        with self._count_lock:
+            self._show(gradients)
+            return self._count_update()
+
+    def _count_update(self) -> int:
+        self.n_updates += 1
+        return self.n_updates - 1
+
+    def _step_view(self, optimizer: th.optim.Optimizer) -> None:
+        has_state = any(self.policy.optimizer.state.values())
         for group, shared_group in zip(optimizer.param_groups, self.policy.optimizer.param_groups, strict=True):
             # The learning rate of the schedule, and whatever else a callback has changed
             group.update({name: value for name, value in shared_group.items() if name != "params"})
+            for view, parameter in zip(group["params"], shared_group["params"], strict=True):
+                # The same dict: what the optimizer of one worker keeps in it, all workers see
+                optimizer.state[view] = self.policy.optimizer.state[parameter]
         # The first update creates the statistics, which two workers must not do at the same time
-        exclusive = self.lock_updates or not self._optimizer_has_state
-        with self._update_lock if exclusive else nullcontext():
+        with nullcontext() if has_state else self._update_lock:
             optimizer.step()
-            self._optimizer_has_state = True
-        with self._count_lock:
-            for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                # Callbacks may look at it
-                parameter.grad = gradient
-            self.n_updates += 1
-            return self.n_updates - 1
+
+    def _show(self, gradients: list[th.Tensor | None]) -> None:
+        """Let the optimizer and callbacks see the gradient of each parameter."""
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
 
 
 class LocalParameters:
@@ -99,19 +124,29 @@ class LocalParameters:
         # Walking through the modules at each update would take as long as the backward pass of a small network
         self.parameters = list(self.learning_network.parameters())
         self._viewed = list(self._view.parameters())
+        self._acting = list(self.acting_network.parameters())
         self._n_updates_when_pulled = 0
-        self.renew_optimizer()
+        self._viewed_optimizer: th.optim.Optimizer | None = None
+        self._optimizer: th.optim.Optimizer | None = None
+        self._follow_optimizer()
 
-    def renew_optimizer(self) -> None:
-        """Use the shared optimizer's statistics again, after loading has replaced them."""
-        self._optimizer = view_optimizer(self._shared.policy, self._shared.network, self._view)
+    def _follow_optimizer(self) -> None:
+        """View the policy's optimizer, which a callback may have replaced or given further parameters."""
+        optimizer, mine = self._shared.policy.optimizer, self._optimizer
+        has_grown = mine is not None and len(mine.param_groups) != len(optimizer.param_groups)
+        if self._viewed_optimizer is not optimizer or has_grown:
+            self._optimizer = view_optimizer(self._shared.policy, self._shared.network, self._view)
+            self._viewed_optimizer = optimizer
 
     def pull(self) -> None:
-        """Read the shared parameters, theta' <- theta, and which of them are frozen."""
+        """Read the shared parameters, theta' <- theta, which of them are frozen, and their hooks."""
+        share_memory(self._viewed, self._shared.parameters)
         for mine, shared in zip(self.parameters, self._shared.parameters, strict=True):
             mine.requires_grad_(shared.requires_grad)
+            share_hooks(mine, shared)
             if self.thread_specific:
                 mine.data.copy_(shared.data)
+        share_memory(self._acting, self.parameters)
         self._n_updates_when_pulled = self._shared.n_updates
 
     def push(self) -> int:
@@ -123,6 +158,7 @@ class LocalParameters:
         gradients = [parameter.grad for parameter in self.parameters]
         for view, gradient in zip(self._viewed, gradients, strict=True):
             view.grad = gradient
+        self._follow_optimizer()
         n_updates_before = self._shared.push(self._optimizer, gradients)
         for mine, view in zip(self.parameters, self._viewed, strict=True):
             mine.grad = view.grad = None
@@ -269,6 +305,8 @@ def copy_modules(network: AnyNetwork) -> AnyNetwork:
     """
     memo: dict[int, Any] = {}
     for module in network.modules():
+        # The same hooks, also those that a callback registers later
+        memo.update((id(hooks), hooks) for hooks in (getattr(module, name) for name in HOOKS_OF_MODULES))
         if hasattr(module, "optimizer"):
             memo[id(module.optimizer)] = None
         if hasattr(module, "action_dist"):
@@ -318,39 +356,66 @@ def view_network(network: AnyNetwork) -> AnyNetwork:
     :return: a view of it: another module whose parameters share its memory, with gradients of their own
     """
     view = copy_network(network)
-    for mine, shared in zip(view.parameters(), network.parameters(), strict=True):
-        mine.data = shared.data
+    share_memory(view.parameters(), network.parameters())
     return view
 
 
-def view_optimizer(policy: BasePolicy, network: BaseModel, view: BaseModel) -> th.optim.Optimizer:
+def share_memory(views: Iterable[nn.Parameter], parameters: Iterable[nn.Parameter]) -> None:
+    """
+    :param views: parameters that from then on have the memory of...
+    :param parameters: these; a callback may have given them other memory, by assigning to ``data``
+    """
+    for view, parameter in zip(views, parameters, strict=True):
+        if view.data_ptr() != parameter.data_ptr():
+            view.data = parameter.data
+
+
+def is_observed(optimizer: th.optim.Optimizer) -> bool:
+    """
+    :param optimizer: the policy's
+    :return: whether somebody follows its steps: by hooks, or by a function in the place of its method, as schedulers do
+    """
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    return any(hooks) or "step" in vars(optimizer)
+
+
+def share_hooks(mine: nn.Parameter, shared: nn.Parameter) -> None:
+    """
+    :param mine: a worker's parameter, which gets the hooks by which others follow or change the gradient of...
+    :param shared: the parameter
+    """
+    for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        hooks = getattr(shared, name)
+        if getattr(mine, name) is not hooks:
+            setattr(mine, name, hooks)
+
+
+def view_optimizer(policy: BasePolicy, network: BaseModel, view: BaseModel) -> th.optim.Optimizer | None:
     """
     :param policy: the policy that has the shared optimizer
     :param network: the network whose parameters that optimizer changes
     :param view: a view of the network
-    :return: an optimizer that applies the gradients of the view, with the statistics of the shared optimizer
+    :return: an optimizer for the parameters of the view; None if the shared one's updates need a lock, and so no view
     """
-    shared = policy.optimizer
-    view_of: dict[th.Tensor, th.Tensor] = dict(zip(network.parameters(), view.parameters(), strict=True))
-    optimizer = rebuild_optimizer(policy, view_of)
-    for group in shared.param_groups:
-        for parameter in group["params"]:
-            # The same dict: what the optimizer of one worker keeps in it, all workers see
-            optimizer.state[view_of[parameter]] = shared.state[parameter]
-    return optimizer
+    if not getattr(policy.optimizer, "is_lock_free", False):
+        return None
+    return rebuild_optimizer(policy, dict(zip(network.parameters(), view.parameters(), strict=True)))
 
 
-def rebuild_optimizer(policy: BasePolicy, replacements: dict[th.Tensor, th.Tensor]) -> th.optim.Optimizer:
+def rebuild_optimizer(policy: BasePolicy, replacements: Mapping[Any, th.Tensor]) -> th.optim.Optimizer:
     """
     :param policy: a policy
-    :param replacements: by the parameters that its optimizer changes, those to change instead
+    :param replacements: by parameters that its optimizer changes, those to change instead
     :return: an optimizer with the same settings, and without statistics
+    :raises TypeError: if its class needs arguments that are not known
     """
     original = policy.optimizer
-    groups = [{**group, "params": [replacements[p] for p in group["params"]]} for group in original.param_groups]
-    # The groups hold all settings. If the user has replaced the optimizer, the policy's arguments may not fit
-    is_the_policys = type(original) is policy.optimizer_class
-    return type(original)(groups, **(policy.optimizer_kwargs if is_the_policys else {}))
+    groups = [{**group, "params": [replacements.get(p, p) for p in group["params"]]} for group in original.param_groups]
+    # The groups hold all settings, but a class may need arguments. If the user has replaced the optimizer, the policy's
+    # may not fit
+    is_the_policys = not isinstance(policy.optimizer_class, type) or type(original) is policy.optimizer_class
+    make: Any = policy.optimizer_class if is_the_policys else type(original)
+    return make(groups, lr=groups[0]["lr"], **(policy.optimizer_kwargs if is_the_policys else {}))
 
 
 def check_optimizer_state(policy: BasePolicy, state: Any) -> None:
@@ -365,7 +430,11 @@ def check_optimizer_state(policy: BasePolicy, state: Any) -> None:
     copies: dict[th.Tensor, th.Tensor] = {
         p: th.zeros_like(p, requires_grad=True) for group in policy.optimizer.param_groups for p in group["params"]
     }
-    trial = rebuild_optimizer(policy, copies)
+    try:
+        trial = rebuild_optimizer(policy, copies)
+    except TypeError:
+        # A class of the user's own that needs further arguments
+        return
     try:
         trial.load_state_dict(copy.deepcopy(state))
         for group in trial.param_groups:

@@ -43,7 +43,7 @@ def check_result(returned: Any, observations: Observations, lanes: np.ndarray) -
         to_lanes("dones", dones, len(lanes), dtype=bool),
         list(infos),
     )
-    check_finite("reward", result.rewards, lanes)
+    check_finite("reward", to_float32(result.rewards), lanes)
     check_finite("observation", result.new_obs, lanes)
     for new, old in zip(list_arrays(result.new_obs), list_arrays(observations), strict=True):
         if new.shape != old.shape:
@@ -66,6 +66,15 @@ def to_lanes(name: str, values: Any, n_lanes: int, dtype: type[bool] | None = No
             f"The env returned {name} of shape {array.shape} for {n_lanes} lane(s), each of which needs one."
         )
     return array.reshape(n_lanes)
+
+
+def to_float32(rewards: np.ndarray) -> np.ndarray:
+    """
+    :param rewards: as the env returned them
+    :return: as networks learn them; what is too large is infinite, and None not a number
+    """
+    with np.errstate(over="ignore"):
+        return np.asarray(rewards, dtype=np.float32)
 
 
 def check_finite(name: str, values: Observations, lanes: np.ndarray) -> None:
@@ -100,8 +109,9 @@ def describe_step(observations: Observations, actions: np.ndarray, result: StepR
     next_observations = replace_rows(result.new_obs, ends)
     if ends:
         check_finite("terminal observation", next_observations, lanes)
-    rewards = np.asarray(result.rewards, dtype=np.float32)
-    return Rollout(observations, actions, rewards, next_observations, result.dones & ~truncated, truncated)
+    return Rollout(
+        observations, actions, to_float32(result.rewards), next_observations, result.dones & ~truncated, truncated
+    )
 
 
 def get_terminal_observation(info: dict[str, Any], lane: int) -> Observations:
