@@ -6,6 +6,8 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 
+from sb3_async1step.common.parameter_checks import check_whole
+
 #: Outputs of SB3's logger that can't show a histogram
 TEXT_OUTPUTS = ("stdout", "log", "json", "csv")
 
@@ -17,10 +19,12 @@ class HistogramCallback(BaseCallback):
 
     :param freq: environment steps, over all lanes, between two sets of histograms; they are written with the next log
     :param verbose: see :class:`BaseCallback <stable_baselines3.common.callbacks.BaseCallback>`
+    :raises ValueError: if ``freq`` is not a whole number of at least 1
     """
 
     def __init__(self, freq: int = 10_000, verbose: int = 0) -> None:
         super().__init__(verbose)
+        check_whole(freq=freq)
         self.freq = freq
 
     def _on_step(self) -> bool:

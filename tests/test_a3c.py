@@ -39,6 +39,7 @@ SQUASHED = {"use_sde": True, "policy_kwargs": {"squash_output": True}}
 UNEVEN_BOX = spaces.Box(np.array([-0.2, 1.0], np.float32), np.array([0.1, 3.0], np.float32))
 ACTIONS = {
     "box": (UNEVEN_BOX, {}),
+    "box of no dimension": (spaces.Box(-0.5, 0.5, (), np.float32), {}),
     "box of two dimensions": (spaces.Box(-0.5, 0.5, (2, 3), np.float32), {}),
     "sde": (UNEVEN_BOX, {"use_sde": True, "sde_sample_freq": 2}),
     "squashed": (UNEVEN_BOX, SQUASHED),

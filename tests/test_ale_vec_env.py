@@ -168,6 +168,30 @@ def test_seeds_and_no_ops():
     assert len(set(frames)) > 2
 
 
+def test_actions_that_the_game_does_not_have():
+    """The engine's threads would not answer."""
+    env = make_atari_env("PongNoFrameskip-v4", 2, seed=0, vec_env_cls=AleVecEnv)
+    env.reset()
+    for actions in ([99, 0], [0, -1], [0], [0.0, 1.0], [[0], [1]]):
+        with pytest.raises(ValueError, match="need an action each, whole numbers from 0 to 5"):
+            env.step(np.array(actions))
+    env.step([0, 5])
+    env.close()
+
+
+def test_lanes_that_no_vec_env_can_have():
+    def make(game, **kwargs):
+        return lambda: AtariWrapper(gym.make(f"{game}NoFrameskip-v4"), **kwargs)
+
+    for other in (make("Breakout"), make("Pong", screen_size=42)):
+        with pytest.raises(ValueError, match="All lanes need the same spaces: lane 0 has"):
+            AleVecEnv([make("Pong"), other])
+    with pytest.raises(ValueError, match="needs at least one env"):
+        AleVecEnv([])
+    with pytest.raises(ValueError, match="at least one pixel, not 0x0"):
+        AleVecEnv([make("Pong", screen_size=0)])
+
+
 def test_no_game_stalls_after_a_lost_life():
     """Breakout waits for FIRE, which no action below is."""
     env = make_atari_env("BreakoutNoFrameskip-v4", 1, seed=0, vec_env_cls=AleVecEnv)
@@ -257,6 +281,7 @@ def test_images():
         (lambda: gym.make("PongNoFrameskip-v4"), "wrap the env in AtariWrapper"),
         (lambda: AtariWrapper(gym.make("ALE/Pong-v5")), "frameskip=4"),
         (lambda: AtariWrapper(gym.make("PongNoFrameskip-v4", mode=1)), "no mode=1"),
+        (lambda: AtariWrapper(gym.make("PongNoFrameskip-v4", obs_type="grayscale")), "no obs_type='grayscale'"),
         (lambda: AtariWrapper(gym.make("PongNoFrameskip-v4", render_mode="human")), "no render_mode='human'"),
         (lambda: gym.wrappers.TimeLimit(AtariWrapper(gym.make("PongNoFrameskip-v4")), 9), "the wrapper .*TimeLimit"),
         (

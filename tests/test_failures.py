@@ -396,7 +396,7 @@ def test_a_learning_rate_that_is_not_finite(algorithm, workers):
         return 1e-3 if progress > 0.5 else float("nan")
 
     model = algorithm("MlpPolicy", make_env(3), learning_rate=schedule, **workers)
-    with pytest.raises(ValueError, match="learning_rate must be a finite number at all times, got nan"):
+    with pytest.raises(ValueError, match=r"learning_rate must be a finite number .*, got nan"):
         model.learn(1000)
 
 

@@ -588,6 +588,16 @@ def test_arguments():
     for name in ("step_timeout", "start_timeout", "restart_window"):
         with pytest.raises(ValueError, match=f"{name} must be a positive number of seconds, got 0"):
             HealingVecEnv([SteadyEnv], **{name: 0})
+        with pytest.raises(ValueError, match=f"{name} must be a positive number of seconds, got '3'"):
+            HealingVecEnv([SteadyEnv], **{name: "3"})
+    with pytest.raises(ValueError, match="needs at least one env"):
+        HealingVecEnv([])
+    with pytest.raises(ValueError, match="max_restarts must be 0 or more, got '3'"):
+        HealingVecEnv([SteadyEnv], max_restarts="3")
+    # No longer than a pipe can wait
+    env = HealingVecEnv([SteadyEnv], start_method="fork", step_timeout=1e30, start_timeout=1e30)
+    assert env.reset().shape == (1, *SteadyEnv().observation_space.shape)
+    env.close()
     with pytest.raises(ValueError, match="max_restarts must be 0 or more, got -1"):
         HealingVecEnv([SteadyEnv], max_restarts=-1)
     env = make_vec_env(

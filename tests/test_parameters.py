@@ -1,12 +1,15 @@
 """Bad input gets an error that says what was wrong, what is allowed and what to do."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.torch_layers import FlattenExtractor
 
-from sb3_async1step import AsyncNStepQ, AsyncOneStepQ
+from sb3_async1step import AsyncNStepQ, AsyncOneStepQ, HistogramCallback
 from tests.envs import RandomWalkEnv, make_env
 from tests.test_vec_env_split import UnknownWrapper
 
@@ -159,3 +162,48 @@ def test_fewer_lanes_than_workers_after_loading(algorithm, tmp_path):
 def test_unknown_policies(algorithm):
     with pytest.raises(ValueError, match="Policy MlpLstmPolicy unknown"):
         algorithm("MlpLstmPolicy", make_env(1))
+
+
+@pytest.mark.parametrize("value", [2.5, "2", True, None])
+def test_a_number_of_workers_set_as_an_attribute(algorithm, value):
+    model = algorithm("MlpPolicy", make_env(4))
+    model.n_workers = value
+    with pytest.raises(ValueError, match='n_workers must be "auto" or from 1 to the number of env lanes, got'):
+        model.learn(8)
+
+
+def test_steps_that_are_not_a_number(algorithm):
+    with pytest.raises(ValueError, match="total_timesteps must be a number, got nan"):
+        algorithm("MlpPolicy", make_env(4)).learn(float("nan"))
+
+
+def test_a_negative_learning_rate_in_a_callback(algorithm):
+    def change(locals_, globals_):
+        locals_["self"].learning_rate = -1.0
+        return True
+
+    with pytest.raises(ValueError, match=r"learning_rate must be .* not negative, got -1"):
+        algorithm("MlpPolicy", make_env(4)).learn(100, callback=change)
+
+
+@pytest.mark.parametrize("extractor", [partial(FlattenExtractor), lambda space: FlattenExtractor(space)])
+def test_a_features_extractor_made_by_a_function(algorithm, extractor):
+    policy_kwargs = {"features_extractor_class": extractor}
+    assert algorithm("MlpPolicy", make_env(4), policy_kwargs=policy_kwargs).learn(40).num_timesteps == 40
+
+
+def test_a_layer_of_no_units(algorithm):
+    assert algorithm("MlpPolicy", make_env(4), policy_kwargs={"net_arch": [0]}).learn(40).num_timesteps == 40
+
+
+def test_numpys_numbers_of_optimizers_can_be_loaded(algorithm, tmp_path):
+    policy_kwargs = {"optimizer_class": th.optim.Adam, "optimizer_kwargs": {"eps": np.float64(1e-5)}}
+    model = algorithm("MlpPolicy", make_env(4), policy_kwargs=policy_kwargs).learn(40)
+    model.save(tmp_path / "model")
+    assert algorithm.load(tmp_path / "model").policy.optimizer.param_groups[0]["eps"] == 1e-5
+
+
+@pytest.mark.parametrize("freq", [0, -1, 1.5])
+def test_how_often_histograms_are_written(freq):
+    with pytest.raises(ValueError, match="freq must be a whole number of at least 1"):
+        HistogramCallback(freq)

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import VecEnvWrapper
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
 
 from tests.envs import make_env
 from tests.helpers import are_equal, weights_of
+from tests.test_vec_env_split import DictEnv
 
 
 class Changed(VecEnvWrapper):
@@ -67,8 +68,15 @@ REFUSED = {
     ),
     r"The env returned rewards of shape \(2,\) for 3 lane": lambda obs, r, d, i: (obs, r[:2], d, i),
     r"The env returned dones of shape \(\) for 3 lane": lambda obs, r, d, i: (obs, r, False, i),
-    r"The observations of 3 lane\(s\) had the shape \(3, 4\), now \(3, 1\)": lambda obs, *rest: (obs[:, :1], *rest),
-}
+    r"observations of env lanes 0 to 2 had the shape \(3, 4\), now \(3, 1\)": lambda obs, *rest: (obs[:, :1], *rest),
+    r"The observation of env lanes 0 to 2 is a dict, but the observation space is not": lambda obs, *rest: (
+        {"a": obs}, *rest
+    ),
+    r"infos of env lanes 0 to 2 have to be a dict for each lane, got None": lambda obs, r, d, i: (obs, r, d, None),
+    r"infos of env lanes 0 to 2 have to be .* got \[None, None, None\]": lambda obs, r, d, i: (obs, r, d, [None] * 3),
+    r"infos of env lanes 0 to 2 have to be .* got \[\{": lambda obs, r, d, i: (obs, r, d, i[:2]),
+    r"infos of env lanes 0 to 2 have to be .* got \{": lambda obs, r, d, i: (obs, r, d, dict(enumerate(i))),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("message", REFUSED)
@@ -101,3 +109,91 @@ def test_observation_spaces_that_are_not_supported(algorithm, space):
     policy = "MultiInputPolicy" if isinstance(space, spaces.Dict) else "MlpPolicy"
     with pytest.raises(AssertionError, match=r"only supports .*MultiBinary.* as observation spaces but .* was"):
         algorithm(policy, env)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda obs: None, r"reset\(\) returned None"),
+        (
+            lambda obs: obs[:2],
+            r"returned observations of the shape \(2, 4\): 3 lane\(s\) of .* need \(3, 4\)",
+        ),
+        (lambda obs: obs[:, :1], r"reset\(\) returned observations of the shape \(3, 1\)"),
+        (lambda obs: {"a": obs}, "The first observation is a dict, but the observation space is not one"),
+    ],
+)
+def test_first_observations_that_no_one_can_convert(algorithm, change, message):
+    env = Changed(make_env(3), lambda *result: result, change)
+    with pytest.raises(ValueError, match=message):
+        algorithm("MlpPolicy", env, n_workers=1).learn(20)
+
+
+def test_flags_of_truncations_may_be_arrays(algorithm):
+    """An array would be broadcast to all lanes."""
+
+    def change(kind):
+        def change_flags(obs, rewards, dones, infos):
+            flag = "TimeLimit.truncated"
+            return obs, rewards, dones, [{**info, flag: kind(info.get(flag, False))} for info in infos]
+
+        return change_flags
+
+    weights = [
+        weights_of(algorithm("MlpPolicy", Changed(make_env(3), change(kind)), n_workers=1, seed=0).learn(120))
+        for kind in (bool, lambda flag: np.array([flag]), lambda flag: th.tensor(flag))
+    ]
+    assert are_equal(*weights[:2]) and are_equal(weights[0], weights[2])
+
+
+# ---------------------------------------------------------------------- dicts
+
+
+def in_order(observations):
+    return observations
+
+
+def reversed_keys(observations):
+    return {key: observations[key] for key in reversed(list(observations))}
+
+
+def with_another(observations):
+    return {"another": np.zeros(1), **observations}
+
+
+def without_vector(observations):
+    return {"image": observations["image"]}
+
+
+def change_dicts(change):
+    def change_step(obs, rewards, dones, infos):
+        key = "terminal_observation"
+        return change(obs), rewards, dones, [{**i, key: change(i[key])} if key in i else i for i in infos]
+
+    return change_step, change
+
+
+def test_keys_of_dicts_may_be_in_any_order_and_more(algorithm):
+    weights = [
+        weights_of(
+            algorithm(
+                "MultiInputPolicy", Changed(DummyVecEnv([DictEnv] * 3), *change_dicts(change)), n_workers=1, seed=0
+            ).learn(120)
+        )
+        for change in (in_order, reversed_keys, with_another)
+    ]
+    assert are_equal(*weights[:2]) and are_equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("where", ["step", "reset", "end"])
+def test_a_missing_key(algorithm, where):
+    key = "terminal_observation"
+
+    def change_end(obs, rewards, dones, infos):
+        return obs, rewards, dones, [{**i, key: without_vector(i[key])} if key in i else i for i in infos]
+
+    change = {"step": lambda obs, *rest: (without_vector(obs), *rest), "end": change_end}.get(where, lambda *all_: all_)
+    env = Changed(DummyVecEnv([DictEnv] * 3), change, without_vector if where == "reset" else in_order)
+    name = {"step": "observation of env lanes 0 to 2", "reset": "first observation"}.get(where, r"terminal .* lane \d")
+    with pytest.raises(ValueError, match=f"The {name} lacks vector: it needs the keys of the observation space"):
+        algorithm("MultiInputPolicy", env, n_workers=1).learn(200)

@@ -161,6 +161,19 @@ def test_parts_share_the_running_statistics():
     np.testing.assert_array_equal(env.get_original_reward(), np.concatenate([part.old_reward for part in parts]))
 
 
+@pytest.mark.parametrize(("name", "value"), [("gamma", 0.0), ("epsilon", 100.0), ("clip_reward", 0.01)])
+def test_parts_follow_all_numbers_of_the_whole(name, value):
+    rewards = []
+    for in_parts in (False, True):
+        env = make(RandomWalkEnv, [VecNormalize], DummyVecEnv, 4)
+        env.seed(0)
+        env.reset()
+        steppers = split_vec_env(env, [range(4)]) if in_parts else [env]
+        setattr(env, name, value)
+        rewards.append([steppers[0].step(np.zeros(4, dtype=int))[1] for _ in range(8)])
+    np.testing.assert_array_equal(*rewards)
+
+
 def test_parts_follow_the_settings_of_the_whole():
     env = make(RandomWalkEnv, [VecNormalize], DummyVecEnv, 4)
     env.reset()

@@ -92,7 +92,7 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
         assert isinstance(policy, ActorCriticPolicy)
         actions = self.to_batch(rollout, rollout.actions)
         if isinstance(self.settings.action_space, spaces.Box):
-            actions = actions.flatten(start_dim=1)
+            actions = actions.reshape(len(actions), -1)
         values, log_prob, entropy = policy.evaluate_actions(self.to_batch(rollout, rollout.observations), actions)
         values = values.flatten()
 

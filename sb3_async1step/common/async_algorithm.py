@@ -52,14 +52,14 @@ from sb3_async1step.vec_envs.guard import (
     unguard_vec_env,
 )
 from sb3_async1step.vec_envs.healing_vec_env import HealingVecEnv
-from sb3_async1step.vec_envs.observations import Observations, take_rows, to_arrays
+from sb3_async1step.vec_envs.observations import Observations, take_rows
 from sb3_async1step.workers.actor_learner import ActorLearner, WorkerRecipe
 from sb3_async1step.workers.gate import Call, learning_on
 from sb3_async1step.workers.lanes import Lanes, SharedLanes
 from sb3_async1step.workers.pool import WorkerPool
 from sb3_async1step.workers.serial_pool import SerialWorkerPool
 from sb3_async1step.workers.shared_parameters import SharedParameters
-from sb3_async1step.workers.step_result import check_finite
+from sb3_async1step.workers.step_result import check_first_observations
 from sb3_async1step.workers.thread_pool import ThreadWorkerPool
 from sb3_async1step.workers.transitions import Transitions
 
@@ -272,6 +272,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         assert self.env is not None
         if not learning_on(self.env.unwrapped).claim(call):
             raise RuntimeError(NOBODY_ELSE)
+        check("total_timesteps", total_timesteps, not math.isnan(total_timesteps), "a number")
         # Attributes may have been set since the construction
         self._check_parameters()
         warn_of_a_single_lane(self.env, type(self).__name__)
@@ -313,9 +314,8 @@ class AsyncAlgorithm(LiveAlgorithm):
     ) -> None:
         """Split the env among the workers, follow them until they have ended, and put the env together again."""
         env = self.env
-        assert env is not None and self._last_obs is not None
-        observations = to_arrays(self._last_obs)
-        check_finite("observation", observations, np.arange(env.num_envs))
+        assert env is not None
+        observations = check_first_observations(self._last_obs, self.observation_space, env.num_envs)
         shared_lanes = SharedLanes(env, n_workers, in_step=self.backend == "serial")
         workers = self._make_workers(shared_lanes.make_lanes(), shared_lanes.groups, observations)
         on_threads = self.backend == "threads" and n_workers > 1
@@ -437,7 +437,8 @@ class AsyncAlgorithm(LiveAlgorithm):
         self._update_current_progress_remaining(self.num_timesteps, max(self._total_timesteps, 1))
         self._update_learning_rate(self.policy.optimizer)
         learning_rate = self.policy.optimizer.param_groups[0]["lr"]
-        check("learning_rate", learning_rate, np.isfinite(learning_rate), "a finite number at all times")
+        is_valid = np.isfinite(learning_rate) and learning_rate >= 0
+        check("learning_rate", learning_rate, is_valid, "a finite number at all times, and not negative")
         if self._shared is not None:
             self._shared.progress_remaining = self._current_progress_remaining
 

@@ -86,8 +86,11 @@ def count_workers(n_workers: int | str, env: VecEnv, n_multiplications: int) -> 
     :param env: the training env
     :param n_multiplications: of the network for each observation
     :return: number of workers for this env
+    :raises ValueError: if the number is none
     :raises TypeError: if the env can't be split among them
     """
+    # Set as an attribute, perhaps
+    check_n_workers(n_workers, None)
     if n_workers != "auto":
         if int(n_workers) > env.num_envs:
             # The model was loaded with another env than it was made for

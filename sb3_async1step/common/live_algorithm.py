@@ -209,7 +209,11 @@ class LiveAlgorithm(BaseAlgorithm):
         excluded |= {name.split(".")[0] for name in (*state_dicts, *variables)}
         attributes = {name: value for name, value in self.__dict__.items() if name not in excluded}
         others = {name: recursive_getattr(self, name) for name in variables}
-        return attributes, {"pytorch_variables": others, **self.get_parameters()}
+        parameters = self.get_parameters()
+        for group in (group for state in parameters.values() for group in state.get("param_groups", ())):
+            # SB3 could not load numpy's numbers
+            group.update((name, value.item()) for name, value in list(group.items()) if isinstance(value, np.generic))
+        return attributes, {"pytorch_variables": others, **parameters}
 
     @classmethod
     def load(

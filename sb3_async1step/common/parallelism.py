@@ -42,7 +42,7 @@ def count_multiplications(network: nn.Module, forward: Callable[[], Any]) -> int
         # Each weight is used once for each output of its filter or unit
         weight = module.weight
         assert isinstance(weight, th.Tensor)
-        n_multiplications += weight.numel() * output.numel() // weight.shape[0]
+        n_multiplications += weight.numel() * output.numel() // max(weight.shape[0], 1)
 
     layers = [m for m in network.modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))]
     hooks = [layer.register_forward_hook(count) for layer in layers]

@@ -119,19 +119,22 @@ class MlpPolicy(DQNPolicy):
         mixed_precision: bool = False,
         **kwargs: Any,
     ) -> None:
+        # A partial, or any other function, is fine as well
+        extractor = getattr(features_extractor_class, "func", features_extractor_class)
+        extractor = extractor if isinstance(extractor, type) else BaseFeaturesExtractor
         if net_arch is None:
-            net_arch = [] if issubclass(features_extractor_class, CNNS_WITH_HIDDEN_LAYER) else [256, 256]
-        extractor_takes_layer_norm = issubclass(features_extractor_class, CNNS_WITH_LAYER_NORM)
+            net_arch = [] if issubclass(extractor, CNNS_WITH_HIDDEN_LAYER) else [256, 256]
+        extractor_takes_layer_norm = issubclass(extractor, CNNS_WITH_LAYER_NORM)
         if layer_norm is None:
             layer_norm = extractor_takes_layer_norm
         if extractor_takes_layer_norm:
             features_extractor_kwargs = {"layer_norm": layer_norm, **(features_extractor_kwargs or {})}
         elif layer_norm and len(net_arch) == 0:
             raise ValueError(
-                f"layer_norm=True normalizes hidden layers, but {features_extractor_class.__name__}'s are its own and "
+                f"layer_norm=True normalizes hidden layers, but {extractor.__name__}'s are its own and "
                 "net_arch is empty: give it some, as in policy_kwargs=dict(net_arch=[256], layer_norm=True)."
             )
-        if issubclass(features_extractor_class, NipsCNN) and not normalize_images:
+        if issubclass(extractor, NipsCNN) and not normalize_images:
             # As SB3 does for its own CNNs
             features_extractor_kwargs = {"normalized_image": True, **(features_extractor_kwargs or {})}
         if optimizer_kwargs is None and optimizer_class is th.optim.Adam:

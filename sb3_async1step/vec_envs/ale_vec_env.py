@@ -7,6 +7,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from ale_py.vector_env import AtariVectorEnv
+from gymnasium import spaces
 from stable_baselines3.common.monitor import ResultsWriter
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
@@ -177,11 +178,19 @@ class AleVecEnv(VecEnv):
 
     :param env_fns: functions that make Atari envs with an ``AtariWrapper``; their settings are read, but they are not
         stepped
-    :raises ValueError: if the engine cannot reproduce an env
+    :raises ValueError: if the engine cannot reproduce an env, there is none, or the lanes' spaces differ
     """
 
     def __init__(self, env_fns: Sequence[Callable[[], gym.Env]]) -> None:
+        if len(env_fns) == 0:
+            raise ValueError("AleVecEnv needs at least one env.")
         envs = [make() for make in env_fns]
+        for lane, env in enumerate(envs):
+            if (env.observation_space, env.action_space) != (envs[0].observation_space, envs[0].action_space):
+                raise ValueError(
+                    f"All lanes need the same spaces: lane 0 has {envs[0].observation_space} and "
+                    f"{envs[0].action_space}, lane {lane} has {env.observation_space} and {env.action_space}."
+                )
         # Read all settings first: an env that cannot be replaced is refused before any engine starts
         settings = [read_settings(env) for env in envs]
         self._attributes = {"render_mode": envs[0].render_mode, "spec": envs[0].spec}
@@ -201,7 +210,17 @@ class AleVecEnv(VecEnv):
     def step_async(self, actions: np.ndarray) -> None:
         """
         :param actions: actions, shape ``(num_envs,)``
+        :raises ValueError: if there is not one of the action space for each lane
         """
+        actions = np.asarray(actions)
+        assert isinstance(self.action_space, spaces.Discrete)
+        # The engine's threads would never answer to others
+        are_whole = actions.shape == (self.num_envs,) and actions.dtype.kind in "iu"
+        if not are_whole or not np.all((actions >= 0) & (actions < self.action_space.n)):
+            raise ValueError(
+                f"{self.num_envs} lane(s) need an action each, whole numbers from 0 to {self.action_space.n - 1}, got "
+                f"{actions}."
+            )
         for lane, action in zip(self.lanes, actions.tolist(), strict=True):
             lane.send(action)
 

@@ -26,6 +26,7 @@ NEEDED_OPTIONS: dict[str, tuple[Any, ...]] = {
     "mode": (None,),
     "difficulty": (None,),
     "continuous": (False,),
+    "obs_type": ("rgb",),
     "render_mode": (None, "rgb_array"),
 }
 # Wrappers that change nothing that the learner sees
@@ -99,6 +100,8 @@ def read_settings(env: gym.Env) -> AtariSettings:
     if WarpFrame not in wrappers:
         _refuse("its observations are small grey images: wrap the env in AtariWrapper")
     warp = wrappers[WarpFrame]
+    if warp.width < 1:
+        _refuse(f"its observations have at least one pixel, not {warp.width}x{warp.height}")
     if warp.width != warp.height:
         _refuse(f"its observations are square, not {warp.width}x{warp.height}")
     options = read_options(base)

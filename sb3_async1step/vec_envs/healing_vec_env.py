@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import gymnasium as gym
@@ -16,6 +17,8 @@ from sb3_async1step.vec_envs.split import split_vec_env, take_lanes
 
 #: Seconds that lanes still have to answer when a training has been interrupted
 PATIENCE = 1.0
+# Seconds; pipes count milliseconds with 32 bits
+LONGEST_TIMEOUT = 1e6
 
 
 class HealingVecEnv(SubprocVecEnv):
@@ -63,6 +66,8 @@ class HealingVecEnv(SubprocVecEnv):
         max_restarts: int = 10,
         restart_window: float = 600.0,
     ) -> None:
+        if len(env_fns) == 0:
+            raise ValueError("HealingVecEnv needs at least one env.")
         self.waiting = False
         self.closed = False
         self.settings = make_settings(start_method, step_timeout, start_timeout, max_restarts, restart_window)
@@ -134,20 +139,28 @@ def make_settings(
     for name, value in {
         "step_timeout": step_timeout, "start_timeout": start_timeout, "restart_window": restart_window
     }.items():  # fmt: skip
-        if value is not None and not value > 0:
+        if value is not None and not (isinstance(value, Real) and value > 0):
             raise ValueError(f"{name} must be a positive number of seconds, got {value!r}.")
-    if not max_restarts >= 0:
+    if not (isinstance(max_restarts, Integral) and max_restarts >= 0):
         raise ValueError(f"max_restarts must be 0 or more, got {max_restarts!r}.")
     if start_method is None:
         # SubprocVecEnv's choice
         start_method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     return LaneSettings(
         multiprocessing.get_context(start_method),
-        math.inf if step_timeout is None else step_timeout,
-        math.inf if start_timeout is None else start_timeout,
+        to_limit(step_timeout),
+        to_limit(start_timeout),
         max_restarts,
         restart_window,
     )
+
+
+def to_limit(timeout: float | None) -> float:
+    """
+    :param timeout: seconds, None for no limit
+    :return: the same, infinite if a pipe could not wait that long
+    """
+    return math.inf if timeout is None or timeout > LONGEST_TIMEOUT else timeout
 
 
 @split_vec_env.register

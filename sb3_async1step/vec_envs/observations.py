@@ -4,7 +4,7 @@ Observations of several lanes, in the order of the lanes: an array, or a dict of
 Only this module asks which of the two they are.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,32 @@ def to_arrays(observations: Any) -> Observations:
     :return: the same as arrays; those that are arrays already are not copied
     """
     return map_arrays(np.asarray, observations)
+
+
+def arrange(observations: Any, like: Any, what: str) -> Any:
+    """
+    :param observations: what a VecEnv returned
+    :param like: an observation of the same space, or a dict with its keys
+    :param what: these observations, for an error
+    :return: the same, but a dict has the keys that it shall have, in their order
+    :raises ValueError: if one of the two is a dict and the other is not, or a key is missing
+    """
+    if not isinstance(like, dict):
+        if isinstance(observations, Mapping):
+            raise ValueError(f"The {what} is a dict, but the observation space is not one.")
+        return observations
+    missing = sorted(key for key in like if not isinstance(observations, Mapping) or key not in observations)
+    if missing:
+        raise ValueError(f"The {what} lacks {', '.join(missing)}: it needs the keys of the observation space.")
+    return {key: observations[key] for key in like}
+
+
+def keys_of(space: spaces.Space) -> Any:
+    """
+    :param space: an observation space
+    :return: a dict with the keys of its observations, None if these are no dicts
+    """
+    return dict.fromkeys(space.spaces) if isinstance(space, spaces.Dict) else None
 
 
 def list_spaces(space: spaces.Space) -> list[spaces.Space]:

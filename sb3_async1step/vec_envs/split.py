@@ -174,6 +174,10 @@ class _HeldStep(VecEnvWrapper):
         return self.venv.reset()
 
 
+# What a part of a VecNormalize has of its own
+OF_ITS_LANES = ("num_envs", "venv", "returns", "old_reward", "old_obs", *VEC_ENV_ATTRIBUTES_PER_LANE)
+
+
 class _VecNormalizePart(VecNormalize):
     """
     Part of a VecNormalize. It uses the original's settings and running statistics, which one part updates at a time.
@@ -190,10 +194,8 @@ class _VecNormalizePart(VecNormalize):
         # Without the lock, so that the environments of several parts can step at the same time
         self.venv.take_step()
         with self.statistics_lock:
-            # Callbacks may have changed these
-            for name in ("training", "norm_obs", "norm_reward", "clip_obs", "clip_reward", "obs_rms", "ret_rms"):
-                if name in self.whole.__dict__:
-                    setattr(self, name, getattr(self.whole, name))
+            # Callbacks may have changed its settings
+            self.__dict__.update((n, value) for n, value in vars(self.whole).items() if n not in OF_ITS_LANES)
             result = super().step_wait()
             self._give_back()
         return result

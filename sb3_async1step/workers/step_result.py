@@ -1,11 +1,21 @@
 """What an env has returned from a step: checked, and told as a time step of a rollout."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 
-from sb3_async1step.vec_envs.observations import Observations, list_arrays, replace_rows, to_arrays
+from sb3_async1step.vec_envs.observations import (
+    Observations,
+    arrange,
+    keys_of,
+    list_arrays,
+    list_spaces,
+    replace_rows,
+    to_arrays,
+)
 from sb3_async1step.workers.rollout import Rollout
 
 
@@ -38,17 +48,60 @@ def check_result(returned: Any, observations: Observations, lanes: np.ndarray) -
     """
     new_obs, rewards, dones, infos = returned
     result = StepResult(
-        to_arrays(new_obs),
+        to_arrays(arrange(new_obs, observations, f"observation of {describe(lanes)}")),
         to_lanes("rewards", rewards, len(lanes)),
         to_lanes("dones", dones, len(lanes), dtype=bool),
-        list(infos),
+        to_infos(infos, lanes),
     )
     check_finite("reward", to_float32(result.rewards), lanes)
     check_finite("observation", result.new_obs, lanes)
     for new, old in zip(list_arrays(result.new_obs), list_arrays(observations), strict=True):
         if new.shape != old.shape:
-            raise ValueError(f"The observations of {len(lanes)} lane(s) had the shape {old.shape}, now {new.shape}.")
+            raise ValueError(f"The observations of {describe(lanes)} had the shape {old.shape}, now {new.shape}.")
     return result
+
+
+def check_first_observations(returned: Any, space: spaces.Space, n_lanes: int) -> Observations:
+    """
+    :param returned: what ``VecEnv.reset()`` returned
+    :param space: the observation space
+    :param n_lanes: number of lanes
+    :return: the same as arrays
+    :raises ValueError: if an observation is not finite, there is not one for each lane, or a key is missing
+    """
+    if returned is None:
+        raise ValueError("The env's reset() returned None instead of the first observations.")
+    observations = to_arrays(arrange(returned, keys_of(space), "first observation"))
+    for array, part in zip(list_arrays(observations), list_spaces(space), strict=True):
+        expected = (n_lanes, *part.shape) if isinstance(part, spaces.Box) else (n_lanes, *array.shape[1:])
+        if array.shape != expected:
+            raise ValueError(
+                f"The env's reset() returned observations of the shape {array.shape}: {n_lanes} lane(s) of {part} need "
+                f"{expected}."
+            )
+    check_finite("observation", observations, np.arange(n_lanes))
+    return observations
+
+
+def describe(lanes: np.ndarray) -> str:
+    """
+    :param lanes: numbers of some lanes
+    :return: in words
+    """
+    return f"env lane {lanes[0]}" if len(lanes) == 1 else f"env lanes {lanes[0]} to {lanes[-1]}"
+
+
+def to_infos(infos: Any, lanes: np.ndarray) -> list[dict[str, Any]]:
+    """
+    :param infos: what the env returned
+    :param lanes: numbers of the lanes
+    :return: a list
+    :raises ValueError: if it is not a dict for each lane
+    """
+    listed = list(infos) if isinstance(infos, Iterable) and not isinstance(infos, Mapping) else []
+    if len(listed) != len(lanes) or not all(isinstance(info, Mapping) for info in listed):
+        raise ValueError(f"The infos of {describe(lanes)} have to be a dict for each lane, got {infos!r}.")
+    return listed
 
 
 def to_lanes(name: str, values: Any, n_lanes: int, dtype: type[bool] | None = None) -> np.ndarray:
@@ -102,10 +155,13 @@ def describe_step(observations: Observations, actions: np.ndarray, result: StepR
     :return: the time step; its arrays lack the first axis
     :raises ValueError: if the last observation of a truncated episode is missing, or not finite
     """
-    flags = [info.get("TimeLimit.truncated", False) for info in result.infos]
+    # An array of one flag, too
+    flags = [bool(info.get("TimeLimit.truncated", False)) for info in result.infos]
     truncated = np.array(flags, dtype=bool) & result.dones
     # Only truncated lanes need their terminal observation: after a termination, nothing is bootstrapped
-    ends = {i: get_terminal_observation(result.infos[i], lanes[i]) for i in np.flatnonzero(truncated).tolist()}
+    ends = {
+        i: get_terminal_observation(result.infos[i], observations, lanes[i]) for i in np.flatnonzero(truncated).tolist()
+    }
     next_observations = replace_rows(result.new_obs, ends)
     if ends:
         check_finite("terminal observation", next_observations, lanes)
@@ -114,16 +170,17 @@ def describe_step(observations: Observations, actions: np.ndarray, result: StepR
     )
 
 
-def get_terminal_observation(info: dict[str, Any], lane: int) -> Observations:
+def get_terminal_observation(info: dict[str, Any], observations: Observations, lane: int) -> Observations:
     """
     :param info: the info of a truncated episode's last step
+    :param observations: others, whose keys it needs
     :param lane: number of the lane, for an error
     :return: the last observation of the episode
-    :raises ValueError: if it is missing
+    :raises ValueError: if it, or a key of it, is missing
     """
     if info.get("terminal_observation") is None:
         raise ValueError(
             f'The info of env lane {lane} says "TimeLimit.truncated", but its "terminal_observation" is missing: the '
             "last observation of the episode, on which the return is bootstrapped."
         )
-    return info["terminal_observation"]
+    return arrange(info["terminal_observation"], observations, f"terminal observation of env lane {lane}")
