@@ -67,7 +67,7 @@ report: $(INSTALLED)
 
 $(INSTALLED): setup.cfg setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --constraint constraints.txt --editable '.[zoo,atari,box2d,minatar,tests,docs]'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[zoo,atari,box2d,minatar,ray,tests,docs]'
 	touch $@
 
 $(LOWEST_INSTALLED): setup.cfg setup.py pyproject.toml constraints-lowest.txt

@@ -10,6 +10,7 @@ from sb3_async1step.callbacks import HistogramCallback
 from sb3_async1step.common.background_eval import BackgroundEvalCallback
 from sb3_async1step.common.optimizers import SharedRMSprop
 from sb3_async1step.common.torch_layers import MinAtarCNN, NipsCNN
+from sb3_async1step.nodes.ray_vec_env import RayVecEnv
 from sb3_async1step.vec_envs.healing_vec_env import HealingVecEnv
 from sb3_async1step.vec_envs.split import rejoin_vec_env, split_vec_env
 
@@ -25,6 +26,7 @@ __all__ = [
     "HistogramCallback",
     "MinAtarCNN",
     "NipsCNN",
+    "RayVecEnv",
     "SharedRMSprop",
     "__version__",
     "rejoin_vec_env",

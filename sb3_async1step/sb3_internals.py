@@ -4,6 +4,7 @@ What we rely on in other packages beyond their public interfaces: private names,
 ``tests/test_sb3_internals.py`` fails if a release has changed one of them, and says which.
 """
 
+import inspect
 import runpy
 import subprocess
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from importlib import import_module
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
 from stable_baselines3.common import monitor
 from stable_baselines3.common.atari_wrappers import MaxAndSkipEnv
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -23,7 +25,7 @@ from stable_baselines3.common.callbacks import (
 )
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.vec_env import CloudpickleWrapper, DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import CloudpickleWrapper, DummyVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 from stable_baselines3.common.vec_env.subproc_vec_env import _worker
 
 # ---------------------------------------------------------------------- stable_baselines3
@@ -122,6 +124,29 @@ def dump_logs_by_iterations(algorithm: BaseAlgorithm, iteration: int) -> None:
     OnPolicyAlgorithm.dump_logs(algorithm, iteration)  # type: ignore[arg-type]
 
 
+def read_wrapper(wrapper: VecEnvWrapper) -> dict[str, Any]:
+    """
+    :param wrapper: a wrapper of a VecEnv
+    :return: its attributes that can be pickled: neither the VecEnv that it wraps nor what it keeps of its class
+    """
+    return {name: value for name, value in vars(wrapper).items() if name not in ("venv", "class_attributes")}
+
+
+def rebuild_wrapper(wrapper_class: type[VecEnvWrapper], attributes: dict[str, Any], env: VecEnv) -> VecEnvWrapper:
+    """
+    :param wrapper_class: class of a wrapper
+    :param attributes: what :func:`read_wrapper` returned
+    :param env: the VecEnv to wrap, which has not been reset
+    :return: the wrapper
+    """
+    wrapper = wrapper_class.__new__(wrapper_class)
+    class_attributes = dict(inspect.getmembers(wrapper_class))
+    vars(wrapper).update(attributes, venv=env, num_envs=env.num_envs, class_attributes=class_attributes)
+    if isinstance(wrapper, VecNormalize):
+        wrapper.returns = np.zeros(env.num_envs)
+    return wrapper
+
+
 def read_frame_skip(wrapper: MaxAndSkipEnv) -> int:
     """
     :param wrapper: SB3's wrapper
@@ -139,6 +164,26 @@ def read_options(env: Any) -> dict[str, Any]:
     :return: the arguments of its constructor
     """
     return env._ezpickle_kwargs
+
+
+# ---------------------------------------------------------------------- ray
+# An optional extra: the function imports it
+
+
+def start_ray_on_loopback(**arguments: Any) -> None:
+    """
+    Start Ray on this machine so that nobody on the network can reach it. Asked for 127.0.0.1, ``ray.init`` takes the
+    machine's address instead, and listens on all of them.
+
+    :param arguments: further arguments of ``ray.init``
+    """
+    services: Any = import_module("ray._private.services")
+    original = services.resolve_ip_for_localhost
+    services.resolve_ip_for_localhost = lambda host: host
+    try:
+        import_module("ray").init(address="local", _node_ip_address="127.0.0.1", **arguments)
+    finally:
+        services.resolve_ip_for_localhost = original
 
 
 # ---------------------------------------------------------------------- rl_zoo3

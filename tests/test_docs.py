@@ -32,6 +32,8 @@ DOCUMENTS = (
 )
 # The examples of these pages are one program: each uses what the examples before it define
 PROGRAMS = (DOCS / "guide" / "tutorial.md",)
+# The commands of the results train in several ways, half a minute in all; Ray starts a cluster
+SLOW_DOCUMENTS = (DOCS / "results.md", DOCS / "guide" / "more_machines.md")
 
 
 def read_blocks(path, language):
@@ -45,7 +47,10 @@ def python_examples():
         blocks = read_blocks(path, "python")
         for i, code in enumerate(["\n".join(blocks)] if path in PROGRAMS and blocks else blocks, start=1):
             examples.setdefault(code, f"{path.relative_to(ROOT)}-{i}")
-    return [pytest.param(code, id=name) for code, name in examples.items()]
+    slow = {code for path in SLOW_DOCUMENTS for code in read_blocks(path, "python")}
+    return [
+        pytest.param(code, id=name, marks=[pytest.mark.slow] if code in slow else []) for code, name in examples.items()
+    ]
 
 
 def read_commands(path):
@@ -76,10 +81,6 @@ def shorten(words):
     if words[:3] == ["python", "-m", "benchmarks.defaults"]:
         words += ["--results", "results", "--steps", "200"]
     return words
-
-
-# The commands of the results train in several ways, half a minute in all
-SLOW_DOCUMENTS = (ROOT / "docs" / "results.md",)
 
 
 @pytest.mark.parametrize(

@@ -463,6 +463,15 @@ def atari_vector_env() -> set[str]:
     return changed | {"lives", "episode_frame_number"} - set(infos)
 
 
+# ---------------------------------------------------------------------- ray
+
+
+def ray_on_loopback() -> set[str]:
+    """That a cluster of ours listens on 127.0.0.1 is seen in ``test_ray.py``."""
+    services = pytest.importorskip("ray._private.services", reason="Ray is not installed")
+    return set() if services.resolve_ip_for_localhost("1.2.3.4") == "1.2.3.4" else {"resolve_ip_for_localhost"}
+
+
 # ---------------------------------------------------------------------- the table
 
 #: Distribution, what we rely on, and the function that looks for it
@@ -492,6 +501,7 @@ RELIED_ON: list[tuple[str, str, Callable[[], Iterable[str]]]] = [
     ("stable_baselines3", "VecFrameStack and StackedObservations", vec_frame_stack),
     ("stable_baselines3", "AtariWrapper", wrappers_of_atari),
     ("gymnasium", "EzPickle", ez_pickle),
+    ("ray", "services.resolve_ip_for_localhost", ray_on_loopback),
     ("ale-py", "AtariEnv", atari_env),
     ("ale-py", "AtariVectorEnv", atari_vector_env),
 ]

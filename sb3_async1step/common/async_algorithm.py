@@ -1,5 +1,6 @@
 """What makes the paper's methods SB3 algorithms: constructor, checks, and learn()."""
 
+import io
 import math
 import sys
 from abc import abstractmethod
@@ -42,6 +43,9 @@ from sb3_async1step.common.parameter_checks import (
 )
 from sb3_async1step.common.update_log import UpdateLog
 from sb3_async1step.common.warn import list_parts, warn_of_frames_skipped_twice, warn_of_what_is_not_followed
+from sb3_async1step.nodes.node import NodeRecipe
+from sb3_async1step.nodes.ray_pool import RayWorkerPool
+from sb3_async1step.nodes.ray_vec_env import RayVecEnv
 from sb3_async1step.sb3_internals import close_progress_bars
 from sb3_async1step.vec_envs.guard import (
     NOBODY_ELSE,
@@ -56,7 +60,7 @@ from sb3_async1step.vec_envs.observations import Observations, take_rows
 from sb3_async1step.workers.actor_learner import ActorLearner, WorkerRecipe
 from sb3_async1step.workers.gate import Call, learning_on
 from sb3_async1step.workers.lanes import Lanes, SharedLanes
-from sb3_async1step.workers.pool import WorkerPool
+from sb3_async1step.workers.pool import Pool, WorkerPool
 from sb3_async1step.workers.serial_pool import SerialWorkerPool
 from sb3_async1step.workers.shared_parameters import SharedParameters
 from sb3_async1step.workers.step_result import check_first_observations
@@ -281,6 +285,9 @@ class AsyncAlgorithm(LiveAlgorithm):
             # The env is about to be reset
             self._worker_states = None
         self._lanes_may_be_anywhere = True
+        if isinstance(self.env.unwrapped, RayVecEnv) and self.env.unwrapped.restart_dead_nodes():
+            # The new lanes have to be reset
+            self._last_obs = None
         self._process_watcher = make_process_watcher(self.env)
         try:
             self._process_watcher.start()
@@ -294,7 +301,10 @@ class AsyncAlgorithm(LiveAlgorithm):
             self._update_schedules()
             try:
                 callback.on_training_start(locals(), globals())
-                self._run_workers(call, n_workers, n_multiplications, total_timesteps, callback, log_interval)
+                if isinstance(self.env.unwrapped, RayVecEnv):
+                    self._run_nodes(call, n_workers, total_timesteps, callback, log_interval)
+                else:
+                    self._run_workers(call, n_workers, n_multiplications, total_timesteps, callback, log_interval)
             except BaseException:
                 close_progress_bars(callback)
                 raise
@@ -338,6 +348,63 @@ class AsyncAlgorithm(LiveAlgorithm):
         shared_lanes.rejoin()
         self._lanes_may_be_anywhere = False
 
+    def _run_nodes(
+        self, call: Call, n_workers: int, total_timesteps: int, callback: BaseCallback, log_interval: int | None
+    ) -> None:
+        """Let the nodes of a ``RayVecEnv`` learn, and follow them until they have ended."""
+        env = self.env
+        assert env is not None
+        self._shared = self._share_parameters()
+        self._pool = RayWorkerPool(
+            env, self._make_node_recipe(n_workers, total_timesteps), self._shared, self._sync_after_jump
+        )
+        if self.verbose >= 1:
+            print(self._pool.describe())
+        guard_vec_env(env, self._gate.closed, self._pool.settle, lambda: not call.is_running)
+        with th.enable_grad():
+            self._follow(self._pool, callback, log_interval)
+        self._pool.stop()
+
+    def _make_node_recipe(self, n_workers: int, total_timesteps: int) -> NodeRecipe:
+        file = io.BytesIO()
+        # What belongs to the driver's lanes and logs
+        self.save(
+            file, exclude=["_last_obs", "_last_original_obs", "_worker_states", "ep_info_buffer", "_random_generators"]
+        )
+        seed = np.random.randint(2**31) if self.seed is None else self.seed
+        return NodeRecipe(
+            type(self),
+            file.getvalue(),
+            # As many as there are CPUs, unless one is enough
+            None if self.n_workers == "auto" and n_workers > 1 else n_workers,
+            self.num_timesteps,
+            total_timesteps,
+            seed,
+            self.n_envs,
+        )
+
+    def get_workers(self) -> tuple[Pool | None, SharedParameters | None]:
+        """
+        :return: the workers and what they share, None if ``learn()`` does not run
+        """
+        return self._pool, self._shared
+
+    def learn_from_lanes(self, lanes: range, num_envs: int) -> None:
+        """
+        Be one of several models that learn together. The model's env has but some of the lanes of all of them.
+
+        :param lanes: which these are
+        :param num_envs: number of all lanes
+        """
+
+    def _sync_after_jump(self, before: int, after: int) -> None:
+        """
+        Do what is due when the parameters were replaced by those of a later step.
+
+        :param before: environment steps (the paper's T) of the parameters before
+        :param after: those of the new ones
+        """
+
     def _end_learning(self, call: Call) -> None:
         """Undo what the call of ``learn()`` has begun. If this is interrupted, it can be done again."""
         if self._process_watcher is not None:
@@ -361,7 +428,7 @@ class AsyncAlgorithm(LiveAlgorithm):
             learning_on(self.env.unwrapped).discard(call)
         self._gate.end_learning(call)
 
-    def _follow(self, pool: WorkerPool, callback: BaseCallback, log_interval: int | None) -> None:
+    def _follow(self, pool: Pool, callback: BaseCallback, log_interval: int | None) -> None:
         """Count, log and call back, once for every ``num_envs`` transitions that the workers make."""
         assert self.env is not None
         base = self.env.unwrapped
@@ -445,7 +512,8 @@ class AsyncAlgorithm(LiveAlgorithm):
     # ------------------------------------------------------------------ logging
 
     def _count(self, transitions: Transitions) -> None:
-        self.num_timesteps += len(transitions)
+        pace = 1 if self._shared is None else self._shared.pace
+        self.num_timesteps += round(len(transitions) * pace)
         self._n_updates += len(transitions.updates)
         self._episode_num += int(transitions.dones.sum())
         self._update_log.add(transitions.updates)
@@ -458,9 +526,8 @@ class AsyncAlgorithm(LiveAlgorithm):
             self.logger.record(key, value)
         if n_updates > 0:
             self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        if self._pool is not None:
-            self.logger.record("async/worker_idle_fraction", self._pool.take_idle_fraction())
-            self.logger.record("async/n_workers", len(self._pool.workers))
+        for key, value in ({} if self._pool is None else self._pool.take_metrics()).items():
+            self.logger.record(key, value)
         base = None if self.env is None else self.env.unwrapped
         if isinstance(base, HealingVecEnv):
             self.logger.record("async/lane_restarts", base.n_restarts)

@@ -26,7 +26,7 @@ from sb3_async1step.common.model_file import (
 )
 from sb3_async1step.workers.actor_learner import Settings, WorkerState
 from sb3_async1step.workers.gate import Gate
-from sb3_async1step.workers.pool import WorkerPool
+from sb3_async1step.workers.pool import Pool
 from sb3_async1step.workers.shared_parameters import check_optimizer_state
 
 SelfLiveAlgorithm = TypeVar("SelfLiveAlgorithm", bound="LiveAlgorithm")
@@ -84,7 +84,7 @@ class LiveAlgorithm(BaseAlgorithm):
     def _setup_runtime(self) -> None:
         """Set the attributes that are never saved."""
         # The pool of workers, while learn() runs
-        self._pool: WorkerPool | None = None
+        self._pool: Pool | None = None
 
     # ------------------------------------------------------------------ attributes
 
@@ -108,6 +108,7 @@ class LiveAlgorithm(BaseAlgorithm):
     def _change_setting(self, name: str, value: Any) -> None:
         """Change an attribute which workers follow, if its value is allowed."""
         assert self._pool is not None
+        self._pool.check_change(name)
         with self._gate.closed():
             value_before = getattr(self, name)
             self.__dict__[name] = value
@@ -162,6 +163,7 @@ class LiveAlgorithm(BaseAlgorithm):
         :return: the actions, and the state
         """
         with self._gate.closed():
+            self._refresh()
             return super().predict(observation, state, episode_start, deterministic)
 
     def save(
@@ -184,6 +186,7 @@ class LiveAlgorithm(BaseAlgorithm):
             # SB3's errors for what it can't write to
             open_path(path, "w")
         with self._gate.closed():
+            self._refresh()
             if self._is_learning():
                 self._remember_workers()
             # Files of different algorithms hold the same attributes
@@ -246,6 +249,7 @@ class LiveAlgorithm(BaseAlgorithm):
         :return: state dicts of the policy and of its optimizer. As in SB3 they are views: copy them to keep them
         """
         with self._gate.closed():
+            self._refresh()
             return super().get_parameters()
 
     def set_parameters(
@@ -273,6 +277,8 @@ class LiveAlgorithm(BaseAlgorithm):
             state = copy.deepcopy(params["policy.optimizer"])
             check_optimizer_state(self.policy, state)
             params = {**params, "policy.optimizer": state}
+        if self._pool is not None:
+            self._pool.check_change("The parameters")
         with self._gate.closed():
             super().set_parameters(params, exact_match, device)
 
@@ -283,6 +289,12 @@ class LiveAlgorithm(BaseAlgorithm):
         """
         with self._gate.closed():
             return super().get_vec_normalize_env()
+
+    def _refresh(self) -> None:
+        """Somebody is about to look at the parameters, which may be elsewhere."""
+        pool = self.__dict__.get("_pool")
+        if pool is not None:
+            pool.refresh()
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """

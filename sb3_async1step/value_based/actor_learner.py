@@ -119,15 +119,15 @@ class ValueBasedActorLearner(ActorLearner[AnySettings, AnyRollout]):
         """
         return rollout.unflatten(self.shared.target_network(self.to_batch(rollout, rollout.next_observations)))
 
-    def end_step(self, num_timesteps: int, n_new: int) -> None:
+    def end_step(self, num_timesteps: int | float, n_new: int | float) -> None:
         """
         Update the target network once for each multiple of the interval that this step crossed.
 
         :param num_timesteps: environment steps of all lanes, including these (the paper's T)
-        :param n_new: number of lanes that took this step
+        :param n_new: by how many of them T has grown by this step
         """
         interval = self.settings.target_update_interval
-        n_syncs = num_timesteps // interval - (num_timesteps - n_new) // interval
+        n_syncs = int(num_timesteps // interval - (num_timesteps - n_new) // interval)
         if n_syncs > 0:
             self.before_target_sync()
             self.shared.sync_target(n_syncs, self.settings.tau)

@@ -229,6 +229,24 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
     def _share_parameters(self) -> SharedQNetworks:
         return SharedQNetworks(self.policy, self.lock_updates)
 
+    def learn_from_lanes(self, lanes: range, num_envs: int) -> None:
+        """
+        Be one of several models that learn together. The model's env has but some of the lanes of all of them, with the
+        final epsilons that these would have in an env of all lanes.
+
+        :param lanes: which these are
+        :param num_envs: number of all lanes
+        """
+        finals = allot_final_epsilons(self.exploration_final_eps, self.exploration_final_probs, num_envs)
+        self.exploration_final_eps = finals[lanes.start : lanes.stop].tolist()
+        self.exploration_final_probs = [1.0 / len(lanes)] * len(lanes)
+
+    def _sync_after_jump(self, before: int, after: int) -> None:
+        n_syncs = after // self.target_update_interval - before // self.target_update_interval
+        if n_syncs > 0:
+            assert isinstance(self._shared, SharedQNetworks)
+            self._shared.sync_target(n_syncs, self.tau)
+
     def _forward_once(self, observation: Any) -> None:
         self.q_net(observation)
 

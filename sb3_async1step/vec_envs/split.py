@@ -118,7 +118,7 @@ def _(env: VecEnvWrapper, groups: Sequence[range]) -> list[VecEnv]:
 def _(env: VecFrameStack, groups: Sequence[range]) -> list[VecEnv]:
     parts = _split_wrapper(env, groups)
     for part, lanes in zip(parts, groups, strict=True):
-        part.stacked_obs = _take_stack(env.stacked_obs, lanes)
+        part.stacked_obs = take_stack(env.stacked_obs, lanes)
     return parts
 
 
@@ -257,11 +257,16 @@ def take_lanes(env: AnyVecEnv, lanes: range, *per_lane: str) -> AnyVecEnv:
     return part
 
 
-def _take_stack(whole: StackedObservations, lanes: range) -> StackedObservations:
+def take_stack(whole: StackedObservations, lanes: range) -> StackedObservations:
+    """
+    :param whole: the stacked observations of all lanes
+    :param lanes: some of these
+    :return: a copy with these lanes only
+    """
     part = copy(whole)
     if hasattr(whole, "sub_stacked_observations"):
         part.sub_stacked_observations = {
-            key: _take_stack(stack, lanes) for key, stack in whole.sub_stacked_observations.items()
+            key: take_stack(stack, lanes) for key, stack in whole.sub_stacked_observations.items()
         }
     else:
         part.stacked_obs = whole.stacked_obs[lanes.start : lanes.stop].copy()

@@ -180,12 +180,12 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         """Do what is due before the first step after an update."""
         self.local.pull()
 
-    def end_step(self, num_timesteps: int, n_new: int) -> None:
+    def end_step(self, num_timesteps: int | float, n_new: int | float) -> None:
         """
         Do what is due after each step, before an update.
 
         :param num_timesteps: environment steps of all lanes, including these (the paper's T)
-        :param n_new: number of lanes that took this step
+        :param n_new: by how many of them T has grown by this step
         """
 
     @property
@@ -236,7 +236,7 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         self._env_actions = self._put(self._env_actions, lanes, env_actions)
         self.env.begin_step(lanes, env_actions)
 
-    def finish_step(self, count: Callable[[int], int]) -> Transitions | None:
+    def finish_step(self, count: Callable[[int], int | float]) -> Transitions | None:
         """
         Take the results of the lanes that are ready, and update the parameters if an update is due.
 
@@ -261,7 +261,7 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         is_due = self._is_update_due(arrived.dones)
         if is_due:
             self.accumulate_gradient()
-        self.end_step(count(n_new), n_new)
+        self.end_step(count(n_new), n_new * self.shared.pace)
         updates = [self._update()] if is_due else []
         return Transitions(self._env_actions[lanes], **vars(arrived), updates=updates)
 

@@ -10,6 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from sb3_async1step.sb3_internals import find_lane_of_exception
@@ -20,7 +21,64 @@ from sb3_async1step.workers.gate import Gate
 from sb3_async1step.workers.transitions import Transitions, join
 
 
-class WorkerPool(ABC):
+class Pool(ABC):
+    """
+    What ``learn()`` runs: workers, or nodes that have workers of their own.
+    """
+
+    #: Workers in this process
+    workers: Sequence[ActorLearner]
+    #: Number of env lanes
+    num_envs: int
+
+    @property
+    @abstractmethod
+    def observations(self) -> Observations | None:
+        """The current observations of all lanes, None if they are elsewhere."""
+
+    @property
+    @abstractmethod
+    def reset_infos(self) -> list[dict[str, Any]]:
+        """What the envs of all lanes said at their last resets."""
+
+    @abstractmethod
+    def batches(self) -> Iterator[Transitions]:
+        """
+        Run the workers.
+
+        :return: batches of ``num_envs`` transitions; the last one may be smaller if the groups of lanes are unequal
+        :raises BaseException: the first exception that a worker raised, with its own traceback
+        """
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Stop all workers, and wait until they have ended. It can be called again if it was interrupted."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Wait until no lane steps. The workers stand still meanwhile."""
+
+    @abstractmethod
+    def finish_steps(self) -> None:
+        """Once all workers have ended, take what their lanes have begun, so that the envs are where the workers are."""
+
+    @abstractmethod
+    def take_metrics(self) -> dict[str, float]:
+        """
+        :return: what the logger shall record of the workers, since the last call
+        """
+
+    def refresh(self) -> None:  # noqa: B027
+        """Give the model the newest parameters, if they are elsewhere: somebody looks at it."""
+
+    def check_change(self, name: str) -> None:  # noqa: B027
+        """
+        :param name: what somebody wants to change while the workers learn
+        :raises RuntimeError: if they would not follow
+        """
+
+
+class WorkerPool(Pool):
     """
     A group of workers and their common step counter.
 
@@ -41,8 +99,10 @@ class WorkerPool(ABC):
         self._process_id = os.getpid()
         # Of all workers: steps begun, and steps taken (the paper's T)
         self._claimed_timesteps = num_timesteps
-        self._taken_timesteps = num_timesteps
+        self._taken_timesteps: int | float = num_timesteps
         self._is_stopping = False
+        # Of each worker: steps that it may still claim, None if only total_timesteps limits them
+        self._quotas: dict[ActorLearner, int] | None = None
         # Transitions for the calling thread. The workers write the first number, that thread the second
         self._unreported: deque[Transitions] = deque()
         self._n_reported = 0
@@ -57,18 +117,38 @@ class WorkerPool(ABC):
         """The current observations of all lanes."""
         return concatenate([worker.observations for worker in self.workers])
 
-    @abstractmethod
-    def batches(self) -> Iterator[Transitions]:
+    def grant(self, n_vector_steps: int) -> None:
         """
-        Run the workers.
+        Let each worker take so many more steps in its lanes, whatever ``total_timesteps`` is. When all have taken them,
+        the workers stand still, and all of their transitions are in batches that the calling thread has been given.
 
-        :return: batches of ``num_envs`` transitions; the last one may be smaller if the groups of lanes are unequal
-        :raises BaseException: the first exception that a worker raised, with its own traceback
+        :param n_vector_steps: number of steps for each lane, on average over the lanes of a worker
         """
+        quotas = self._quotas or dict.fromkeys(self.workers, 0)
+        self._quotas = {worker: quotas[worker] + n_vector_steps * worker.n_lanes for worker in self.workers}
 
-    @abstractmethod
-    def stop(self) -> None:
-        """Stop all workers, and wait until they have ended. It can be called again if it was interrupted."""
+    def jump(self, num_timesteps: int) -> None:
+        """
+        Count what others have learned, while the workers stand still: a target network is updated if the jump crossed a
+        multiple of its interval.
+
+        :param num_timesteps: environment steps of all pools (the paper's T); nothing happens if it is not later
+        """
+        n_new = num_timesteps - self._taken_timesteps
+        if n_new > 0:
+            self._taken_timesteps = num_timesteps
+            self.workers[0].end_step(num_timesteps, n_new)
+
+    @property
+    def num_timesteps(self) -> int | float:
+        """Environment steps taken (the paper's T), those that other nodes may have taken meanwhile included."""
+        return self._taken_timesteps
+
+    def take_metrics(self) -> dict[str, float]:
+        """
+        :return: what the logger shall record of the workers, since the last call
+        """
+        return {"async/worker_idle_fraction": self.take_idle_fraction(), "async/n_workers": len(self.workers)}
 
     @property
     def reset_infos(self) -> list[dict[str, Any]]:
@@ -118,7 +198,7 @@ class WorkerPool(ABC):
         """
         while True:
             self._waiting_since[worker] = time.perf_counter()
-            with self._gate.passed(self._may_step):
+            with self._gate.passed(partial(self._may_begin, worker)):
                 self._idle_seconds[worker] += time.perf_counter() - self._waiting_since.pop(worker)
                 n_lanes = 0 if self._is_stopping else self._claim(worker)
                 if self._is_stopping or (n_lanes == 0 and worker.env.n_idle == worker.n_lanes):
@@ -128,6 +208,11 @@ class WorkerPool(ABC):
                 return transitions
             # Outside of the gate: somebody may want the model to stand still while an env takes its time
             worker.env.wait()
+
+    def _may_begin(self, worker: ActorLearner) -> bool:
+        """Whether a worker may step, has steps to finish, or has to notice that the training is over."""
+        has_quota = self._quotas is None or self._quotas[worker] > 0 or worker.env.n_idle < worker.n_lanes
+        return self._may_step() and (has_quota or self._is_stopping)
 
     def _may_step(self) -> bool:
         return True
@@ -162,6 +247,11 @@ class WorkerPool(ABC):
         :return: number of lanes that may take a step, 0 if none waits for it or the training is over
         """
         n_lanes = worker.env.n_idle
+        if self._quotas is not None:
+            n_lanes = min(n_lanes, self._quotas[worker])
+            self._quotas[worker] -= n_lanes
+            self._claimed_timesteps += n_lanes
+            return n_lanes
         # The steps of groups of unequal size may not add up exactly: once total_timesteps is reached, do not go beyond
         # the last vector step
         n_left = self._last_timestep - self._claimed_timesteps
@@ -172,16 +262,16 @@ class WorkerPool(ABC):
         self._claimed_timesteps += n_lanes
         return n_lanes
 
-    def _count(self, n_lanes: int) -> int:
+    def _count(self, n_lanes: int) -> int | float:
         """
         :param n_lanes: number of lanes that have taken a step
         :return: number of environment steps up to and including these (the paper's T)
         """
-        self._taken_timesteps += n_lanes
+        self._taken_timesteps += n_lanes * self.workers[0].shared.pace
         return self._taken_timesteps
 
 
-def run_step(worker: ActorLearner, n_lanes: int, count: Callable[[int], int]) -> Transitions | None:
+def run_step(worker: ActorLearner, n_lanes: int, count: Callable[[int], int | float]) -> Transitions | None:
     """
     Let a worker learn from the lanes that are ready, and act in those that wait for an action.
 

@@ -46,6 +46,8 @@ class SharedParameters:
         self.n_updates = 0
         #: From 1 (start) to 0 (end of the training), for the workers' schedules
         self.progress_remaining = 1.0
+        #: By how much T grows when these workers take a step: by more than 1 if other nodes learn as well
+        self.pace: int | float = 1
         self._update_lock = threading.Lock()
         self._count_lock = threading.Lock()
 

@@ -100,7 +100,7 @@ class ThreadWorkerPool(WorkerPool):
         with self._worker_lock:
             return super()._claim(worker)
 
-    def _count(self, n_lanes: int) -> int:
+    def _count(self, n_lanes: int) -> int | float:
         with self._worker_lock:
             return super()._count(n_lanes)
 

@@ -21,6 +21,7 @@ from rl_zoo3 import ALGOS
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import StoreDict
 
+from sb3_async1step.nodes.ray_module import import_ray
 from sb3_async1step.registry import ALGORITHMS
 from sb3_async1step.sb3_internals import (
     ZOO_USER_ERRORS,
@@ -43,6 +44,7 @@ COMMANDS = ("train", "enjoy", *SCRIPTS, *PLOTS)
 VEC_ENVS = {
     "ale": ("sb3_async1step.vec_envs.ale_vec_env", "AleVecEnv"),
     "healing": ("sb3_async1step.vec_envs.healing_vec_env", "HealingVecEnv"),
+    "ray": ("sb3_async1step.nodes.ray_vec_env", "RayVecEnv"),
 }
 
 # Messages of exceptions that the user's command line causes, and that are printed without a traceback
@@ -74,6 +76,8 @@ def take_vec_env_options(arguments: list[str]) -> list[str]:
         return others
     if options.vec_env not in VEC_ENVS:
         return [*others, "--vec-env", options.vec_env]
+    if options.vec_env == "ray":
+        check_ray()
     module, name = VEC_ENVS[options.vec_env]
     replace_vec_env_class(AsyncExperimentManager, getattr(import_module(module), name))
     return others
@@ -118,6 +122,14 @@ def fail(problem: str) -> NoReturn:
     """
     print(f"sb3-async1step: error: {problem}", file=sys.stderr)
     sys.exit(2)
+
+
+def check_ray() -> None:
+    """Say how to install Ray before the Zoo makes an env."""
+    try:
+        import_ray()
+    except ImportError as error:
+        fail(str(error))
 
 
 def register_minatar() -> None:

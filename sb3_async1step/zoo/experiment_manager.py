@@ -6,7 +6,9 @@ from typing import Any, ClassVar
 
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
+from sb3_async1step.nodes.ray_vec_env import RayVecEnv
 from sb3_async1step.registry import ALGORITHMS
 
 
@@ -69,6 +71,23 @@ class AsyncExperimentManager(ExperimentManager):
             kwargs["config"] = hyperparams_path(algo)
         super().__init__(args, algo, *positional, **kwargs)
         self.vec_env_kwargs = {**self.vec_env_kwargs, **self.default_vec_env_kwargs}
+
+    def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
+        """
+        Make a VecEnv with its wrappers. That of an evaluation is on this machine: of Ray's, a step takes milliseconds.
+
+        :param n_envs: number of lanes
+        :param eval_env: whether it is for evaluations
+        :param no_log: whether not to write a monitor file
+        :return: the VecEnv
+        """
+        original = self.vec_env_class, self.vec_env_kwargs
+        if eval_env and self.vec_env_class is RayVecEnv:
+            self.vec_env_class, self.vec_env_kwargs = DummyVecEnv, {}
+        try:
+            return super().create_envs(n_envs, eval_env, no_log)
+        finally:
+            self.vec_env_class, self.vec_env_kwargs = original
 
     def learn(self, model: BaseAlgorithm) -> None:
         """

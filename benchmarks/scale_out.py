@@ -1,0 +1,298 @@
+"""
+Training on Ray with 1, 2 and 4 nodes, which are simulated on this machine: a cluster has a machine of one logical CPU
+for each of them.
+
+``python -m benchmarks.scale_out throughput`` counts steps per second on CartPole whose steps sleep: 10 ms on average,
+log-normally distributed; the lanes of a node step together, so that a step takes as long as the slowest of 16.
+``learning`` prints the mean return of greedy episodes after the same number of steps of all nodes. ``kills`` kills a
+node, the server and a simulated machine in each training, and says whether it reached its steps. ``traffic`` prints
+bytes per second of the paper's Atari network for several numbers of steps between exchanges.
+"""
+
+import argparse
+import os
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import ray
+from ray.cluster_utils import Cluster
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import FakeImageEnv
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
+
+from sb3_async1step import AsyncOneStepQ, NipsCNN, RayVecEnv
+from sb3_async1step.registry import ALGORITHMS
+
+LANES_PER_NODE = 16
+MEAN_PAUSE = 0.01
+SPREAD = 0.6
+
+
+class SleepingLanes(DummyVecEnv):
+    """
+    Lanes whose steps sleep at the same time, as if each had a core of its own: a vector step takes as long as the
+    slowest of them. Processes for 64 lanes would need more cores than this machine has.
+
+    :param env_fns: functions that make the envs
+    """
+
+    def __init__(self, env_fns: list[Callable[[], gym.Env]]) -> None:
+        super().__init__(env_fns)
+        self.rng = np.random.default_rng()
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """
+        :return: what the envs return
+        """
+        # The mean of exp(SPREAD * a normal number) is exp(SPREAD ** 2 / 2)
+        pauses = MEAN_PAUSE * np.exp(SPREAD * self.rng.standard_normal(self.num_envs) - SPREAD**2 / 2)
+        time.sleep(float(pauses.max()))
+        return super().step_wait()
+
+
+def make_cartpole() -> gym.Env:
+    """
+    :return: CartPole
+    """
+    return gym.make("CartPole-v1")
+
+
+def make_images() -> gym.Env:
+    """
+    :return: noise in the size of four stacked Atari frames
+    """
+    return FakeImageEnv(action_dim=6, screen_height=84, screen_width=84, n_channels=4, channel_first=True)
+
+
+@contextmanager
+def simulated_machines(n_machines: int) -> Iterator[Cluster]:
+    """
+    Inside the ``with`` block, Ray has so many machines of one CPU, and the one of this program without any.
+
+    :param n_machines: number of simulated machines
+    """
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(n_machines):
+            cluster.add_node(num_cpus=1)
+        ray.init(address=cluster.address, log_to_driver=False)
+        cluster.wait_for_nodes()
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def make_lanes(make: Callable[[], gym.Env], n_nodes: int, **settings: Any) -> RayVecEnv:
+    """
+    :param make: makes an env
+    :param n_nodes: number of nodes, which have ``LANES_PER_NODE`` lanes each
+    :param settings: further arguments of ``RayVecEnv``
+    :return: the lanes
+    """
+    kwargs = {"lanes_per_node": LANES_PER_NODE, **settings}
+    vec_env_cls: Any = RayVecEnv
+    lanes: Any = make_vec_env(make, n_nodes * LANES_PER_NODE, vec_env_cls=vec_env_cls, vec_env_kwargs=kwargs)
+    return lanes
+
+
+class Clock(BaseCallback):
+    """
+    Ends a training after some seconds, and counts the steps that were reported after the first ones.
+
+    :param warm_up: seconds that do not count
+    :param seconds: seconds that do
+    """
+
+    def __init__(self, warm_up: float, seconds: float) -> None:
+        super().__init__()
+        self._warm_up, self._seconds = warm_up, seconds
+        self._begin: tuple[float, int] | None = None
+        self.steps_per_second = 0.0
+
+    def _on_training_start(self) -> None:
+        self._start = time.monotonic()
+
+    def _on_step(self) -> bool:
+        now = time.monotonic()
+        if now - self._start < self._warm_up:
+            return True
+        if self._begin is None:
+            self._begin = now, self.num_timesteps
+            return True
+        then, n_steps = self._begin
+        self.steps_per_second = (self.num_timesteps - n_steps) / max(now - then, 1e-9)
+        return now - then < self._seconds
+
+
+def measure_throughput(numbers: list[int], seconds: float, repeats: int, sync_interval: int) -> None:
+    """
+    :param numbers: of nodes
+    :param seconds: duration of each measurement
+    :param repeats: measurements of each number
+    :param sync_interval: steps of a node between two exchanges
+    """
+    first = 0.0
+    print("| nodes (simulated) | steps/s | x |\n|---|---|---|")
+    for n_nodes in numbers:
+        with simulated_machines(n_nodes):
+            env = make_lanes(make_cartpole, n_nodes, vec_env_cls=SleepingLanes, sync_interval=sync_interval)
+            rates = []
+            for _ in range(repeats):
+                clock = Clock(5.0, seconds)
+                AsyncOneStepQ("MlpPolicy", env).learn(10**9, clock, log_interval=None)
+                rates.append(clock.steps_per_second)
+            env.close()
+        median = statistics.median(rates)
+        first = first or median
+        print(f"| {n_nodes} | {median:.0f} ({min(rates):.0f} to {max(rates):.0f}) | {median / first:.2f} |", flush=True)
+
+
+def compare_learning(
+    numbers: list[int], algo: str, env_id: str, n_steps: int, n_seeds: int, sync_interval: int
+) -> None:
+    """
+    :param numbers: of nodes
+    :param algo: id of the algorithm
+    :param env_id: id of the env
+    :param n_steps: steps of all nodes
+    :param n_seeds: number of trainings
+    :param sync_interval: steps of a node between two exchanges
+    """
+    print("| nodes (simulated) | mean return of each seed | mean |\n|---|---|---|")
+    for n_nodes in numbers:
+        returns = []
+        with simulated_machines(n_nodes):
+            env = make_lanes(lambda: gym.make(env_id), n_nodes, sync_interval=sync_interval)
+            for seed in range(n_seeds):
+                model_class: Any = ALGORITHMS[algo].model_class
+                model = model_class("MlpPolicy", env, seed=seed)
+                model.learn(n_steps, log_interval=None)
+                mean, _ = evaluate_policy(model, make_vec_env(env_id, 4), 20)
+                returns.append(float(np.mean(mean)))
+            env.close()
+        each = ", ".join(f"{value:.1f}" for value in returns)
+        print(f"| {n_nodes} | {each} | {statistics.mean(returns):.1f} |", flush=True)
+
+
+class Killer(BaseCallback):
+    """
+    Kills the process of a node, that of the server, and a simulated machine, a quarter of the training after another.
+
+    :param cluster: the simulated machines
+    :param env: the lanes
+    :param n_steps: steps of the training
+    """
+
+    def __init__(self, cluster: Cluster, env: RayVecEnv, n_steps: int) -> None:
+        super().__init__()
+        self._cluster, self._env = cluster, env
+        self._due = [
+            (n_steps // 4, self._kill_node),
+            (n_steps // 2, self._kill_server),
+            (3 * n_steps // 4, self._kill_machine),
+        ]
+
+    def _on_step(self) -> bool:
+        if self._due and self.num_timesteps >= self._due[0][0]:
+            self._due.pop(0)[1]()
+        return True
+
+    def _kill_node(self) -> None:
+        os.kill(ray.get(self._env.nodes[0].actor.describe.remote())[2], signal.SIGKILL)
+
+    def _kill_server(self) -> None:
+        pool: Any = self.model._pool  # type: ignore[attr-defined]
+        os.kill(ray.get(pool._server.get_process_id.remote()), signal.SIGKILL)
+
+    def _kill_machine(self) -> None:
+        self._cluster.remove_node(next(iter(self._cluster.worker_nodes)), allow_graceful=False)
+        self._cluster.add_node(num_cpus=1)
+
+
+def kill(n_trainings: int, n_nodes: int, n_steps: int) -> None:
+    """
+    :param n_trainings: number of trainings
+    :param n_nodes: number of nodes
+    :param n_steps: steps of each training
+    """
+    for seed in range(n_trainings):
+        with simulated_machines(n_nodes) as cluster:
+            env = make_lanes(make_cartpole, n_nodes, node_timeout=120.0)
+            model, begin = AsyncOneStepQ("MlpPolicy", env, seed=seed), time.monotonic()
+            model.learn(n_steps, Killer(cluster, env, n_steps), log_interval=None)
+            seconds = time.monotonic() - begin
+            mean, _ = evaluate_policy(model, make_vec_env("CartPole-v1", 4), 20)
+            print(f"seed {seed}: {model.num_timesteps} steps, {seconds:.0f} s, mean return {mean:.1f}", flush=True)
+            env.close()
+
+
+class Traffic(BaseCallback):
+    """Keeps the bytes per second of the whole training."""
+
+    bytes_per_second = 0.0
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        model: Any = self.model
+        pool, _ = model.get_workers()
+        self.bytes_per_second = pool.take_metrics()["ray/bytes_per_second"]
+
+
+def measure_traffic(intervals: list[int], n_steps: int) -> None:
+    """
+    :param intervals: steps of a node between two exchanges
+    :param n_steps: steps of each training of one node
+    """
+    print("| sync_interval | steps/s | bytes/s | bytes of an exchange |\n|---|---|---|---|")
+    for interval in intervals:
+        with simulated_machines(1):
+            env = make_lanes(make_images, 1, sync_interval=interval)
+            policy_kwargs = {"features_extractor_class": NipsCNN, "net_arch": []}
+            model, traffic = AsyncOneStepQ("CnnPolicy", env, policy_kwargs=policy_kwargs), Traffic()
+            begin = time.monotonic()
+            model.learn(n_steps, traffic, log_interval=None)
+            rate = model.num_timesteps / (time.monotonic() - begin)
+            n_bytes = 2 * 4 * sum(parameter.numel() for parameter in model.q_net.parameters())
+            env.close()
+        print(f"| {interval} | {rate:.0f} | {traffic.bytes_per_second:.0f} | {n_bytes} |", flush=True)
+
+
+def main() -> None:
+    """Run one of the benchmarks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmark", choices=["throughput", "learning", "kills", "traffic"])
+    parser.add_argument("--nodes", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--seconds", type=float, default=15.0, help="duration of each measurement of throughput")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements, seeds or trainings")
+    parser.add_argument("--algo", choices=list(ALGORITHMS), default="async_one_step_q")
+    parser.add_argument("--env", default="CartPole-v1", help="of learning")
+    parser.add_argument("--steps", type=int, default=150_000, help="of all nodes, in each training")
+    parser.add_argument("--sync-interval", nargs="+", type=int, default=[500])
+    options = parser.parse_args()
+    if options.benchmark == "throughput":
+        measure_throughput(options.nodes, options.seconds, options.repeats, options.sync_interval[0])
+    elif options.benchmark == "learning":
+        compare_learning(
+            options.nodes, options.algo, options.env, options.steps, options.repeats, options.sync_interval[0]
+        )
+    elif options.benchmark == "kills":
+        kill(options.repeats, options.nodes[-1], options.steps)
+    else:
+        measure_traffic(options.sync_interval, options.steps)
+
+
+if __name__ == "__main__":
+    main()

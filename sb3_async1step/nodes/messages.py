@@ -1,0 +1,74 @@
+"""What nodes, server and driver tell each other. Observations and actions are not among it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sb3_async1step.nodes.moments import Moments
+from sb3_async1step.workers.transitions import UpdateStats
+
+
+@dataclass
+class Report:
+    """
+    What the driver's callbacks and logger need of a node's steps.
+
+    :param dones: whether an episode ended, for each step, shape ``(n,)``
+    :param infos: the infos of those that did
+    :param updates: statistics of the updates
+    """
+
+    dones: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    infos: list[dict[str, Any]] = field(default_factory=list)
+    updates: list[UpdateStats] = field(default_factory=list)
+
+
+@dataclass
+class Push:
+    """
+    What a node sends to the server.
+
+    :param node: number of the node
+    :param epoch: how often that node was restarted
+    :param number: number of this push in its epoch
+    :param version: version of the parameters that the node had pulled
+    :param delta: by how much the node has changed the parameters since, None if it has not pulled any yet
+    :param buffers: what the network keeps besides (the statistics of BatchNorm)
+    :param moments: what the running statistics have gained since
+    :param report: the steps since
+    """
+
+    node: int
+    epoch: int
+    number: int
+    version: int
+    delta: np.ndarray | None
+    buffers: list[np.ndarray]
+    moments: dict[str, Moments]
+    report: Report
+
+
+@dataclass
+class Pull:
+    """
+    What the server answers.
+
+    :param version: version of the parameters
+    :param values: the parameters
+    :param buffers: the network's buffers
+    :param moments: the running statistics
+    :param num_timesteps: environment steps of all nodes (the paper's T)
+    :param n_granted: vector steps that the node shall take next; 0 to ask again in a moment
+    :param n_nodes: number of nodes that take steps at present
+    :param is_over: whether the training is over
+    """
+
+    version: int
+    values: np.ndarray
+    buffers: list[np.ndarray]
+    moments: dict[str, Moments]
+    num_timesteps: int
+    n_granted: int
+    n_nodes: int
+    is_over: bool

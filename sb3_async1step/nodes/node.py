@@ -1,0 +1,281 @@
+"""A node: a process that has some of the lanes, and learns from them with threads of its own."""
+
+import io
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+
+from sb3_async1step.nodes.messages import Pull, Push, Report
+from sb3_async1step.nodes.moments import read_moments, store_moments
+from sb3_async1step.nodes.parameters import read_buffers, read_values, store_buffers, store_values
+from sb3_async1step.nodes.ray_module import import_ray
+from sb3_async1step.nodes.wrappers import PackedWrapper, find_wrapper, wrap
+from sb3_async1step.vec_envs.exceptions import add_note
+from sb3_async1step.workers.transitions import Transitions, UpdateStats
+
+#: Seconds after which a node asks again, if the server is away or has nothing to do for it
+PATIENCE = 0.05
+
+
+@dataclass
+class NodeRecipe:
+    """
+    What a node learns with.
+
+    :param model_class: class of the model
+    :param model: a file of the model
+    :param n_workers: number of its workers, None for as many as it has CPUs
+    :param num_timesteps: environment steps before (the paper's T)
+    :param total_timesteps: T at the end of the training
+    :param seed: of the node's random generators and lanes
+    :param num_envs: number of lanes of all nodes
+    :param lanes: those of this node
+    :param wrappers: those of these lanes
+    :param n_cpus: number of its CPUs
+    :param node: its number
+    :param epoch: how often it was restarted
+    """
+
+    model_class: Any
+    model: bytes
+    n_workers: int | None
+    num_timesteps: int
+    total_timesteps: int
+    seed: int
+    num_envs: int
+    lanes: range = range(0)
+    wrappers: list[PackedWrapper] = field(default_factory=list)
+    n_cpus: int = 1
+    node: int = 0
+    epoch: int = 0
+
+    def build(self, lanes: VecEnv) -> Any:
+        """
+        :param lanes: the node's lanes
+        :return: the model that learns from them
+        """
+        model = self.model_class.load(io.BytesIO(self.model), env=wrap(lanes, self.wrappers))
+        model.verbose, model.tensorboard_log = 0, None
+        model.n_workers = min(self.n_workers or self.n_cpus, lanes.num_envs)
+        model.learn_from_lanes(self.lanes, self.num_envs)
+        model.set_random_seed(self.seed)
+        model.num_timesteps = self.num_timesteps
+        return model
+
+
+class Node:
+    """
+    Has some lanes, in its own process, and learns from them when it is told to. Ray makes it an actor, whose methods
+    are called on several threads.
+
+    :param env_fns: functions that make the envs
+    :param vec_env_cls: class of the VecEnv that holds them
+    """
+
+    def __init__(
+        self, env_fns: Sequence[Callable[[], gym.Env]], vec_env_cls: Callable[..., VecEnv] = DummyVecEnv
+    ) -> None:
+        self._env: Any = vec_env_cls(list(env_fns))
+        self._exchange: DeltaExchange | None = None
+
+    def describe(self) -> tuple[gym.Space, gym.Space, int]:
+        """
+        :return: the spaces of observations and actions, and the process's id
+        """
+        return self._env.observation_space, self._env.action_space, os.getpid()
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """
+        :param method: name of a method of the VecEnv
+        :param args: its arguments
+        :param kwargs: its keyword arguments
+        :return: what it returns
+        """
+        return getattr(self._env, method)(*args, **kwargs)
+
+    def reset(self, seeds: list[int | None], options: list[dict[str, Any]]) -> tuple[Any, list[dict[str, Any]]]:
+        """
+        :param seeds: of each lane
+        :param options: of each lane
+        :return: the first observations, and what the envs said
+        """
+        self._env._seeds, self._env._options = seeds, options
+        return self._env.reset(), self._env.reset_infos
+
+    def learn(self, recipe: NodeRecipe, server: Any) -> BaseException | None:
+        """
+        Learn until the training is over.
+
+        :param recipe: what to learn with
+        :param server: the server's actor
+        :return: the exception that ended it, None if there was none
+        """
+        try:
+            random.seed(recipe.seed)
+            model = recipe.build(self._env)
+            n_left = recipe.total_timesteps - recipe.num_timesteps
+            self._exchange = DeltaExchange(server, recipe, model)
+            model.learn(n_left, NodeCallback(self._exchange), log_interval=None, reset_num_timesteps=False)
+        except Exception as exception:
+            first, last = recipe.lanes[0], recipe.lanes[-1]
+            add_note(exception, f"It was raised on node {recipe.node}, whose lanes are {first} to {last} of all lanes.")
+            return exception
+        return None
+
+    def stop(self) -> None:
+        """End :meth:`learn` as soon as the lanes have taken a step."""
+        if self._exchange is not None:
+            self._exchange.is_stopped = True
+
+
+class NodeCallback(BaseCallback):
+    """
+    Exchanges parameters with the server whenever the node has taken the steps that it was granted. Its workers stand
+    still meanwhile.
+
+    :param exchange: the node's way to the server
+    """
+
+    def __init__(self, exchange: "DeltaExchange") -> None:
+        super().__init__()
+        self._exchange = exchange
+        self._n_left = 0
+        self._dones: list[np.ndarray] = []
+        self._infos: list[dict[str, Any]] = []
+        self._updates: list[UpdateStats] = []
+
+    def _on_rollout_start(self) -> None:
+        if self._exchange.begin() and not self._go_on():
+            self._exchange.stop()
+
+    def _on_step(self) -> bool:
+        transitions: Transitions = self.locals["transitions"]
+        self._dones.append(transitions.dones.copy())
+        self._infos.extend(strip(transitions.infos[i]) for i in np.flatnonzero(transitions.dones))
+        self._updates.extend(transitions.updates)
+        self._n_left -= 1
+        if self._exchange.is_stopped:
+            return False
+        return self._n_left > 0 or self._go_on()
+
+    def _go_on(self) -> bool:
+        """
+        :return: whether the training goes on
+        """
+        report = Report(np.concatenate([np.zeros(0, dtype=bool), *self._dones]), self._infos, self._updates)
+        self._dones, self._infos, self._updates = [], [], []
+        pull = self._exchange.exchange(report)
+        if pull is None:
+            return False
+        self._n_left = pull.n_granted
+        return not pull.is_over
+
+
+class DeltaExchange:
+    """
+    Pushes by how much the node has changed the parameters since it pulled them last, and pulls what has become of all
+    nodes' changes.
+
+    :param server: the server's actor
+    :param recipe: what the node learns with
+    :param model: the node's model, which has not begun to learn
+    """
+
+    def __init__(self, server: Any, recipe: NodeRecipe, model: Any) -> None:
+        #: Whether the driver waits for the node's end
+        self.is_stopped = False
+        self._server, self._model = server, model
+        self._node, self._epoch = recipe.node, recipe.epoch
+        self._number = 0
+        self._version = 0
+        self._seconds = 0.0
+        self._pulled: Any = None
+        self._normalize = find_wrapper(model.env, VecNormalize)
+        self._moments = read_moments(self._normalize)
+        self._pool: Any = None
+        self._shared: Any = None
+
+    def begin(self) -> bool:
+        """
+        Find the workers, which have been made by now.
+
+        :return: whether this was the first call
+        """
+        is_first = self._pool is None
+        self._pool, self._shared = self._model.get_workers()
+        return is_first
+
+    def stop(self) -> None:
+        """Let the workers end."""
+        self._pool.stop()
+
+    def exchange(self, report: Report) -> Pull | None:
+        """
+        :param report: the steps since the last exchange
+        :return: the server's answer, which the model has taken over; None if the node was stopped before it came
+        """
+        pull = self._call(self._make_push(report))
+        while pull is not None and pull.n_granted == 0 and not pull.is_over:
+            # All steps have been promised to others, who may fail
+            time.sleep(PATIENCE)
+            pull = self._call(self._make_push(Report()))
+        if pull is not None:
+            self._take(pull)
+        return pull
+
+    def _make_push(self, report: Report) -> Push:
+        moments = read_moments(self._normalize)
+        gained = {name: value - self._moments[name] for name, value in moments.items()}
+        self._moments = moments
+        delta = None
+        if self._pulled is not None and len(report.dones) > 0:
+            delta = read_values(self._shared.parameters) - self._pulled
+        self._number += 1
+        return Push(
+            self._node, self._epoch, self._number, self._version, delta, read_buffers(self._shared), gained, report
+        )
+
+    def _call(self, push: Push) -> Pull | None:
+        """Send a push again and again until a server has answered, which applies it once."""
+        ray = import_ray()
+        while not self.is_stopped:
+            start = time.perf_counter()
+            try:
+                pull = ray.get(self._server.exchange.remote(push, self._seconds))
+            except ray.exceptions.RayActorError:
+                pull = None
+            if pull is not None:
+                self._seconds = time.perf_counter() - start
+                return pull
+            time.sleep(PATIENCE)
+        return None
+
+    def _take(self, pull: Pull) -> None:
+        model, shared, pool = self._model, self._shared, self._pool
+        self._pulled, self._version = np.array(pull.values), pull.version
+        store_values(shared.parameters, self._pulled)
+        store_buffers(shared, pull.buffers)
+        store_moments(self._normalize, pull.moments)
+        self._moments = read_moments(self._normalize)
+        pool.jump(pull.num_timesteps)
+        model.num_timesteps = pull.num_timesteps
+        if pull.n_granted > 0:
+            n_expected = pull.num_timesteps + pull.n_granted * pool.num_envs * pull.n_nodes
+            shared.pace = max(0.0, (n_expected - pool.num_timesteps) / (pull.n_granted * pool.num_envs))
+            pool.grant(pull.n_granted)
+
+
+def strip(info: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param info: what an env said at the end of an episode
+    :return: the same without the observation
+    """
+    return {key: value for key, value in info.items() if key != "terminal_observation"}

@@ -1,0 +1,15 @@
+"""Ray, which is an optional extra."""
+
+from importlib import import_module
+from typing import Any
+
+
+def import_ray() -> Any:
+    """
+    :return: the package ``ray``
+    :raises ImportError: if it is not installed
+    """
+    try:
+        return import_module("ray")
+    except ModuleNotFoundError as error:
+        raise ImportError("RayVecEnv needs Ray, which is not installed: pip install 'sb3-async1step[ray]'") from error

@@ -1,0 +1,395 @@
+"""Runs nodes in the place of workers."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
+
+from sb3_async1step.nodes.messages import Report
+from sb3_async1step.nodes.moments import read_moments, store_moments
+from sb3_async1step.nodes.node import NodeRecipe
+from sb3_async1step.nodes.parameters import read_buffers, read_values, store_buffers, store_values
+from sb3_async1step.nodes.ray_module import import_ray
+from sb3_async1step.nodes.ray_vec_env import PATIENCE, RayVecEnv, unwrap
+from sb3_async1step.nodes.server import News, ServerState, grant_size
+from sb3_async1step.nodes.wrappers import find_wrapper, pack_wrappers
+from sb3_async1step.workers.pool import Pool
+from sb3_async1step.workers.shared_parameters import SharedParameters
+from sb3_async1step.workers.transitions import Transitions, UpdateStats
+
+#: Seconds between two looks at what the nodes have done
+POLL_INTERVAL = 0.05
+
+
+class NotCarried:
+    """
+    Takes the place of what stays on the nodes.
+
+    :param name: what a callback knows it as
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            f"locals['{self._name}'] stays on the nodes of a RayVecEnv: callbacks get 'dones' and the 'infos' of "
+            "finished episodes."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and not name.startswith("__array"):
+            raise AttributeError(name)
+        return self._refuse()
+
+    __array__ = __getitem__ = __iter__ = __len__ = __bool__ = __float__ = __eq__ = _refuse
+    __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = __lt__ = __gt__ = _refuse
+    __hash__ = None  # type: ignore[assignment]
+
+
+class ReportedSteps:
+    """The steps that nodes have reported, on their way to callbacks."""
+
+    def __init__(self) -> None:
+        self._dones: deque[bool] = deque()
+        self._infos: deque[dict[str, Any]] = deque()
+        self._updates: list[UpdateStats] = []
+
+    def __len__(self) -> int:
+        return len(self._dones)
+
+    def add(self, report: Report) -> None:
+        """
+        :param report: what a node has reported
+        """
+        self._dones.extend(report.dones.tolist())
+        self._infos.extend(report.infos)
+        self._updates.extend(report.updates)
+
+    def take(self, n_steps: int) -> Transitions:
+        """
+        :param n_steps: number of steps, or more than there are
+        :return: so many of them
+        """
+        n_steps = min(n_steps, len(self))
+        dones = np.array([self._dones.popleft() for _ in range(n_steps)], dtype=bool)
+        infos = [self._infos.popleft() if done else {} for done in dones]
+        updates, self._updates = self._updates, []
+        actions, new_obs, rewards = (NotCarried(name) for name in ("actions", "new_obs", "rewards"))
+        return Transitions(actions, new_obs, rewards, dones, infos, updates)  # type: ignore[arg-type]
+
+
+class RayWorkerPool(Pool):
+    """
+    The nodes of a :class:`~sb3_async1step.RayVecEnv` and their server. Unlike workers, nodes go on while the calling
+    thread processes a batch.
+
+    :param env: the training env
+    :param recipe: what each node learns with; its lanes and numbers are set here
+    :param shared: the model's parameters
+    :param on_jump: called with T before and after the model's parameters were replaced
+    """
+
+    def __init__(
+        self, env: VecEnv, recipe: NodeRecipe, shared: SharedParameters, on_jump: Callable[[int, int], None]
+    ) -> None:
+        base = env.unwrapped
+        assert isinstance(base, RayVecEnv)
+        self._ray = import_ray()
+        self.num_envs = env.num_envs
+        self.workers = []
+        self.settings = base.settings
+        self._base, self._recipe, self._shared, self._on_jump = base, recipe, shared, on_jump
+        self._wrappers = [pack_wrappers(env, node.lanes) for node in base.nodes]
+        self._monitor = find_wrapper(env, VecMonitor)
+        self._normalize = find_wrapper(env, VecNormalize)
+        self._steps = ReportedSteps()
+        # T that the server had when it was last asked, and when the model's parameters were last replaced
+        self._num_timesteps = self._num_timesteps_when_pulled = recipe.num_timesteps
+        self._version = self._pulled_version = 0
+        self._is_stopped = False
+        # By the nodes' numbers: their learn(), the numbers of their last pushes, and when these came
+        self._learning: dict[int, Any] = {}
+        self._last_numbers: dict[int, int] = {}
+        self._last_exchanges: dict[int, float] = {}
+        self._n_restarts = self._n_server_restarts = 0
+        self._metrics = Metrics()
+        self._checkpoint = self._make_state()
+        self._checkpoint_time = time.monotonic()
+        self._server = base.server
+        # If the server is away, it is given the checkpoint when it is back
+        with suppress(self._ray.exceptions.RayActorError):
+            self._ray.get(self._server.load.remote(self._checkpoint, self.settings))
+
+    @property
+    def observations(self) -> None:
+        """The nodes keep them."""
+        return None
+
+    @property
+    def reset_infos(self) -> list[dict[str, Any]]:
+        """What the envs said when the driver reset them."""
+        return self._base.reset_infos
+
+    def settle(self) -> None:
+        """Nodes answer when their workers stand still."""
+
+    def finish_steps(self) -> None:
+        """Take the parameters of the end."""
+        self.refresh()
+
+    def check_change(self, name: str) -> None:
+        """
+        :param name: what somebody wants to change while the nodes learn
+        :raises RuntimeError: always
+        """
+        raise RuntimeError(
+            f"{name} can't be changed while the nodes of a RayVecEnv learn: end the training (by a callback that "
+            "returns False), change it, and call learn(reset_num_timesteps=False)."
+        )
+
+    def describe(self) -> str:
+        """
+        :return: which nodes there are
+        """
+        numbers = ", ".join(str(len(node.lanes)) for node in self._base.nodes)
+        return f"Learning on {len(self._base.nodes)} node(s) with {numbers} of {self.num_envs} env lane(s)"
+
+    # ------------------------------------------------------------------ starting
+
+    def _make_state(self) -> ServerState:
+        recipe = self._recipe
+        n_vector_steps = -(-(recipe.total_timesteps - recipe.num_timesteps) // self.num_envs)
+        return ServerState(
+            read_values(self._shared.parameters),
+            read_buffers(self._shared),
+            read_moments(self._normalize),
+            [len(node.lanes) for node in self._base.nodes],
+            recipe.num_timesteps,
+            recipe.total_timesteps,
+            recipe.num_timesteps + n_vector_steps * self.num_envs,
+            epochs={number: node.epoch for number, node in enumerate(self._base.nodes)},
+        )
+
+    def _start_node(self, number: int) -> None:
+        node = self._base.nodes[number]
+        recipe = replace(
+            self._recipe,
+            wrappers=self._wrappers[number],
+            lanes=node.lanes,
+            n_cpus=node.place.n_cpus,
+            num_timesteps=self._num_timesteps,
+            seed=derive_seed(self._recipe.seed, self._recipe.num_timesteps, number, node.epoch),
+            node=number,
+            epoch=node.epoch,
+        )
+        self._last_exchanges.pop(number, None)
+        self._learning[number] = node.actor.learn.remote(recipe, self._server)
+
+    # ------------------------------------------------------------------ following the nodes
+
+    def batches(self) -> Iterator[Transitions]:
+        """
+        Run the nodes.
+
+        :return: batches of ``num_envs`` steps; the last one may be smaller
+        :raises BaseException: the first exception that a node raised
+        """
+        for number in range(len(self._base.nodes)):
+            self._start_node(number)
+        while self._learning:
+            self._watch_nodes()
+            self._take_news()
+            while len(self._steps) >= self.num_envs:
+                yield self._steps.take(self.num_envs)
+        while len(self._steps) > 0:
+            yield self._steps.take(self.num_envs)
+
+    def _watch_nodes(self) -> None:
+        """Wait for a moment, and see to nodes that have ended or hang."""
+        requests = list(self._learning.values())
+        ended, _ = self._ray.wait(requests, timeout=POLL_INTERVAL)
+        for number, request in list(self._learning.items()):
+            if request in ended:
+                self._see_to(number, request)
+            elif self._hangs(number):
+                self._restart_node(number, f"has not exchanged parameters for {self.settings.node_timeout:g} seconds")
+
+    def _see_to(self, number: int, request: Any) -> None:
+        del self._learning[number]
+        try:
+            exception = self._ray.get(request)
+        except self._ray.exceptions.RayActorError as error:
+            self._restart_node(number, f"has ended ({str(error).splitlines()[0]})")
+            return
+        except self._ray.exceptions.RayTaskError as error:
+            raise unwrap(error) from error
+        if exception is not None:
+            raise exception
+
+    def _hangs(self, number: int) -> bool:
+        timeout = self.settings.node_timeout
+        last = self._last_exchanges.get(number)
+        return timeout is not None and last is not None and time.monotonic() - last > timeout
+
+    def _restart_node(self, number: int, reason: str) -> None:
+        if self._n_restarts == self.settings.max_restarts:
+            raise RuntimeError(f"Node {number} {reason}, after max_restarts={self._n_restarts} restarts of nodes.")
+        self._n_restarts += 1
+        node = self._base.nodes[number]
+        node.restart()
+        with suppress(self._ray.exceptions.RayActorError):
+            self._ray.get(self._server.begin_epoch.remote(number, node.epoch))
+        self._start_node(number)
+
+    # ------------------------------------------------------------------ the server
+
+    def _take_news(self) -> None:
+        now = time.monotonic()
+        with_state = now - self._checkpoint_time > self.settings.checkpoint_interval
+        try:
+            news = self._ray.get(self._server.take_news.remote(with_state))
+            if news is None:
+                self._reload()
+                return
+        except self._ray.exceptions.RayActorError:
+            # It starts again
+            time.sleep(POLL_INTERVAL)
+            return
+        if news.state is not None:
+            self._checkpoint, self._checkpoint_time = news.state, now
+        self._count(news)
+
+    def _count(self, news: News) -> None:
+        for report in news.reports:
+            self._steps.add(report)
+            self._write_episodes(report)
+        self._num_timesteps, self._version = news.num_timesteps, news.version
+        store_moments(self._normalize, news.moments)
+        self._metrics.add(news)
+        for number, last in news.last_numbers.items():
+            if last >= 0 and last != self._last_numbers.get(number):
+                self._last_exchanges[number] = time.monotonic()
+        self._last_numbers = news.last_numbers
+
+    def _reload(self) -> None:
+        """Give a server that was started again the last checkpoint. T is what the nodes have reported since then."""
+        self._n_server_restarts += 1
+        state = self._checkpoint
+        nodes = self._base.nodes
+        state.num_timesteps = self._num_timesteps
+        state.version = self._version = self._version + 1
+        state.epochs = {number: node.epoch for number, node in enumerate(nodes)}
+        # What was counted must not be counted again
+        state.last_numbers = dict(self._last_numbers)
+        n_left = state.last_timestep - state.num_timesteps
+        # Nobody knows what was granted since, but no node has got more
+        state.granted = {
+            number: min(n_left, grant_size(self.settings.sync_interval, len(nodes[number].lanes)))
+            for number in self._learning
+        }
+        self._ray.get(self._server.load.remote(state, self.settings))
+
+    def _write_episodes(self, report: Report) -> None:
+        if self._monitor is None:
+            return
+        episodes = [info["episode"] for info in report.infos if "episode" in info]
+        self._monitor.episode_count += len(episodes)
+        if self._monitor.results_writer is not None:
+            for episode in episodes:
+                self._monitor.results_writer.write_row(episode)
+
+    def refresh(self) -> None:
+        """Give the model the server's parameters, if they have changed. If the server is away, it keeps its own."""
+        if self._version == self._pulled_version or self._is_stopped:
+            return
+        try:
+            answer = self._ray.get(self._server.get_values.remote())
+        except self._ray.exceptions.RayActorError:
+            answer = None
+        if answer is None:
+            return
+        self._pulled_version, values, buffers = answer
+        store_values(self._shared.parameters, values)
+        store_buffers(self._shared, buffers)
+        self._on_jump(self._num_timesteps_when_pulled, self._num_timesteps)
+        self._num_timesteps_when_pulled = self._num_timesteps
+
+    def stop(self) -> None:
+        """Let all nodes end, and restart those that do not; the model gets the parameters of the end."""
+        if self._is_stopped:
+            return
+        for number in self._learning:
+            self._base.nodes[number].actor.stop.remote()
+        if self._learning:
+            self._ray.wait(list(self._learning.values()), num_returns=len(self._learning), timeout=PATIENCE)
+        self.refresh()
+        self._is_stopped = True
+        for number, request in list(self._learning.items()):
+            if not self._has_ended(request):
+                self._base.nodes[number].restart()
+        self._learning.clear()
+
+    def _has_ended(self, request: Any) -> bool:
+        ended, _ = self._ray.wait([request], timeout=0)
+        return bool(ended)
+
+    def take_metrics(self) -> dict[str, float]:
+        """
+        :return: what the logger shall record of the nodes and the server, since the last call
+        """
+        return {
+            "ray/nodes": len(self._learning),
+            "ray/node_restarts": self._n_restarts,
+            "ray/server_restarts": self._n_server_restarts,
+            **self._metrics.take(),
+        }
+
+
+class Metrics:
+    """Statistics of the exchanges since the last log."""
+
+    def __init__(self) -> None:
+        self._n_dropped = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._staleness: list[int] = []
+        self._pull_seconds: list[float] = []
+        self._n_bytes = 0
+        self._since = time.monotonic()
+
+    def add(self, news: News) -> None:
+        """
+        :param news: what the server says
+        """
+        self._staleness += news.staleness
+        self._pull_seconds += news.pull_seconds
+        self._n_bytes += news.n_bytes
+        self._n_dropped += news.n_dropped
+
+    def take(self) -> dict[str, float]:
+        """
+        :return: means and rates since the last call, and the number of dropped pushes
+        """
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        metrics = {"ray/bytes_per_second": self._n_bytes / seconds, "ray/dropped_pushes": float(self._n_dropped)}
+        if self._staleness:
+            metrics["ray/staleness"] = float(np.mean(self._staleness))
+        if self._pull_seconds:
+            metrics["ray/pull_seconds"] = float(np.mean(self._pull_seconds))
+        self._clear()
+        return metrics
+
+
+def derive_seed(*numbers: int) -> int:
+    """
+    :param numbers: what the seed shall depend on
+    :return: a seed
+    """
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0] % 2**31)

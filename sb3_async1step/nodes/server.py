@@ -1,0 +1,248 @@
+"""The server that holds what the nodes learn together: parameters, T and running statistics."""
+
+import os
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sb3_async1step.nodes.messages import Pull, Push, Report
+from sb3_async1step.nodes.moments import Moments
+from sb3_async1step.nodes.settings import ExchangeSettings
+
+
+@dataclass
+class ServerState:
+    """
+    All that a server needs to go on from.
+
+    :param values: the parameters
+    :param buffers: the network's buffers
+    :param moments: running statistics
+    :param n_lanes: number of lanes of each node
+    :param num_timesteps: environment steps that were pushed (the paper's T)
+    :param total_timesteps: T at which the training is over
+    :param last_timestep: T that is not exceeded: ``total_timesteps``, rounded up to a vector step of all lanes
+    :param version: number of pushes that were applied
+    :param momentum: running mean of the deltas
+    :param epochs: of each node, how often it was restarted
+    :param last_numbers: of each node, the number of its last push in that epoch
+    :param granted: of each node that takes steps, how many it may take until its next push
+    """
+
+    values: np.ndarray
+    buffers: list[np.ndarray]
+    moments: dict[str, Moments]
+    n_lanes: list[int]
+    num_timesteps: int
+    total_timesteps: int
+    last_timestep: int
+    version: int = 0
+    momentum: np.ndarray | None = None
+    epochs: dict[int, int] = field(default_factory=dict)
+    last_numbers: dict[int, int] = field(default_factory=dict)
+    granted: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass
+class News:
+    """
+    What the driver learns from the server.
+
+    :param reports: those of the pushes since the last time
+    :param num_timesteps: environment steps, with those of the reports
+    :param version: version of the parameters
+    :param moments: running statistics
+    :param staleness: of the pushes since the last time
+    :param pull_seconds: what exchanges took the nodes
+    :param n_bytes: of parameters that were pushed and pulled since the last time
+    :param n_dropped: number of pushes since the last time that were too stale
+    :param last_numbers: of each node, the number of its last push
+    :param state: a checkpoint, if the driver asked for one
+    """
+
+    reports: list[Report]
+    num_timesteps: int
+    version: int
+    moments: dict[str, Moments]
+    staleness: list[int]
+    pull_seconds: list[float]
+    n_bytes: int
+    n_dropped: int
+    last_numbers: dict[int, int]
+    state: ServerState | None = None
+
+
+class ParameterServer:
+    """
+    Holds the parameters. Its methods are called one at a time. A new one, which Ray makes in the place of one that has
+    died, knows nothing, and answers None until the driver has loaded the last checkpoint.
+
+    """
+
+    def __init__(self) -> None:
+        self.settings = ExchangeSettings()
+        self.state: ServerState | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._is_stopped = False
+        self._reports: deque[Report] = deque()
+        self._staleness: list[int] = []
+        self._pull_seconds: list[float] = []
+        self._n_bytes = self._n_dropped = 0
+
+    def get_process_id(self) -> int:
+        """
+        :return: the id of its process
+        """
+        return os.getpid()
+
+    def load(self, state: ServerState, settings: ExchangeSettings) -> None:
+        """
+        Begin a training, or go on with it.
+
+        :param state: where
+        :param settings: how the nodes exchange parameters
+        """
+        self._clear()
+        self.state, self.settings = state, settings
+
+    def stop(self) -> None:
+        """Tell each node that exchanges from now on that the training is over."""
+        self._is_stopped = True
+
+    def begin_epoch(self, node: int, epoch: int) -> None:
+        """
+        Forget what was granted to a node that has ended, and refuse what it may still send.
+
+        :param node: the node
+        :param epoch: how often it was restarted
+        """
+        if self.state is not None:
+            self.state.epochs[node], self.state.last_numbers[node] = epoch, -1
+            self.state.granted.pop(node, None)
+
+    def exchange(self, push: Push, seconds: float = 0.0) -> Pull | None:
+        """
+        Apply a push, unless it was applied before, and let the node go on.
+
+        :param push: what the node has learned
+        :param seconds: what its last exchange took
+        :return: the parameters, and how many steps to take; None if this server has no state yet
+        """
+        state = self.state
+        if state is None:
+            return None
+        if push.epoch < state.epochs.get(push.node, 0):
+            return self._answer(push.node, 0, is_over=True)
+        if push.epoch > state.epochs.get(push.node, 0):
+            # The checkpoint is older than the node
+            self.begin_epoch(push.node, push.epoch)
+        if push.number > state.last_numbers.get(push.node, -1):
+            self._apply(push)
+            self._pull_seconds.append(seconds)
+            state.last_numbers[push.node] = push.number
+            state.granted.pop(push.node, None)
+        is_over = self._is_stopped or self._is_complete()
+        if is_over:
+            return self._answer(push.node, 0, is_over)
+        if push.node not in state.granted:
+            self._grant(push.node)
+        return self._answer(push.node, state.granted.get(push.node, 0) // state.n_lanes[push.node], is_over)
+
+    def _apply(self, push: Push) -> None:
+        state = self.state
+        assert state is not None
+        state.num_timesteps += len(push.report.dones)
+        self._reports.append(push.report)
+        for name, gained in push.moments.items():
+            state.moments[name] = state.moments[name] + gained
+        if push.delta is None:
+            return
+        self._n_bytes += push.delta.nbytes
+        staleness = max(0, state.version - push.version)
+        self._staleness.append(staleness)
+        if self.settings.max_staleness is not None and staleness > self.settings.max_staleness:
+            self._n_dropped += 1
+            return
+        self._add(push.delta)
+        state.buffers = push.buffers
+        state.version += 1
+
+    def _add(self, delta: np.ndarray) -> None:
+        state, momentum = self.state, self.settings.outer_momentum
+        assert state is not None
+        if momentum > 0:
+            before = np.zeros_like(delta) if state.momentum is None else state.momentum
+            delta = state.momentum = momentum * before + delta
+        factor = self.settings.outer_learning_rate
+        if factor is None:
+            # All nodes began near the same parameters: the sum of their deltas goes too far, their mean does not
+            factor = 1.0 / max(1, len(state.granted))
+        # A new array: the old one may be on its way to a node
+        state.values = state.values + np.float32(factor) * delta
+
+    def _grant(self, node: int) -> None:
+        """Let a node take steps, but not more than are left when all others have taken theirs."""
+        state = self.state
+        assert state is not None
+        n_lanes = state.n_lanes[node]
+        n_promised = state.num_timesteps + sum(state.granted.values())
+        n_steps = grant_size(self.settings.sync_interval, n_lanes)
+        n_left = (state.last_timestep - n_promised) // n_lanes * n_lanes
+        if n_left == 0 and n_promised < state.total_timesteps:
+            # The steps of nodes with unequal numbers of lanes may not add up exactly
+            n_left = n_lanes
+        if n_left > 0:
+            state.granted[node] = min(n_steps, n_left)
+
+    def _is_complete(self) -> bool:
+        """Whether all steps have been taken, but for those that no node has few enough lanes for."""
+        state = self.state
+        assert state is not None
+        n_left = state.last_timestep - state.num_timesteps
+        is_enough = state.num_timesteps >= state.total_timesteps and n_left < min(state.n_lanes)
+        return is_enough and not state.granted
+
+    def _answer(self, node: int, n_granted: int, is_over: bool) -> Pull:
+        state = self.state
+        assert state is not None
+        self._n_bytes += state.values.nbytes
+        return Pull(
+            state.version, state.values, state.buffers, state.moments, state.num_timesteps, n_granted,
+            max(1, len(state.granted)), is_over,
+        )  # fmt: skip
+
+    def get_values(self) -> tuple[int, np.ndarray, list[np.ndarray]] | None:
+        """
+        :return: the version, the parameters and the buffers
+        """
+        state = self.state
+        return None if state is None else (state.version, state.values, state.buffers)
+
+    def take_news(self, with_state: bool) -> News | None:
+        """
+        :param with_state: whether to add a checkpoint
+        :return: what has happened since the last call, None if this server has no state yet
+        """
+        state = self.state
+        if state is None:
+            return None
+        news = News(
+            list(self._reports), state.num_timesteps, state.version, state.moments, self._staleness,
+            self._pull_seconds, self._n_bytes, self._n_dropped, state.last_numbers,
+            state if with_state else None,
+        )  # fmt: skip
+        self._reports.clear()
+        self._staleness, self._pull_seconds, self._n_bytes, self._n_dropped = [], [], 0, 0
+        return news
+
+
+def grant_size(sync_interval: int, n_lanes: int) -> int:
+    """
+    :param sync_interval: steps of a node between two exchanges
+    :param n_lanes: number of its lanes
+    :return: the same, rounded up to a step of all lanes
+    """
+    return -(-sync_interval // n_lanes) * n_lanes

@@ -1,0 +1,75 @@
+"""How nodes learn together."""
+
+import math
+import numbers
+from dataclasses import dataclass
+from typing import Any
+
+EXCHANGES = ("deltas",)
+
+
+def check_number(
+    name: str,
+    value: Any,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    whole: bool = False,
+) -> None:
+    """
+    :param name: name of a parameter
+    :param value: its value
+    :param at_least: the smallest that is allowed
+    :param above: what it has to be greater than
+    :param below: what it has to be less than
+    :param whole: whether it must be a whole number
+    :raises ValueError: if it is out of range, or no such number
+    """
+    kind = numbers.Integral if whole else numbers.Real
+    if isinstance(value, kind) and not isinstance(value, bool):
+        number = float(value)
+        if at_least <= number and above < number < below:
+            return
+    limits = [("at least", at_least), ("greater than", above), ("less than", below)]
+    allowed = " and ".join(f"{words} {limit}" for words, limit in limits if math.isfinite(limit))
+    raise ValueError(f"{name} must be a {'whole ' if whole else ''}number {allowed}, got {value!r}.")
+
+
+@dataclass(frozen=True)
+class ExchangeSettings:
+    """
+    How the nodes of a :class:`~sb3_async1step.RayVecEnv` exchange parameters; see there.
+
+    :param exchange: one of ``EXCHANGES``
+    :param sync_interval: steps of a node between two exchanges
+    :param outer_learning_rate: factor of a node's delta, None for 1 divided by the number of nodes that learn
+    :param outer_momentum: momentum of the deltas
+    :param max_staleness: pushes of others between a node's pull and its push, beyond which the push is dropped
+    :param checkpoint_interval: seconds between two checkpoints of the server
+    :param max_restarts: restarts of nodes that do not end the training
+    :param node_timeout: seconds without an exchange after which a node is restarted, None for no limit
+    :raises ValueError: if a parameter is out of range
+    """
+
+    exchange: str = "deltas"
+    sync_interval: int = 500
+    outer_learning_rate: float | None = None
+    outer_momentum: float = 0.0
+    max_staleness: int | None = None
+    checkpoint_interval: float = 10.0
+    max_restarts: int = 10
+    node_timeout: float | None = 300.0
+
+    def __post_init__(self) -> None:
+        if self.exchange not in EXCHANGES:
+            raise ValueError(f"exchange must be one of {', '.join(map(repr, EXCHANGES))}, got {self.exchange!r}.")
+        check_number("sync_interval", self.sync_interval, at_least=1, whole=True)
+        if self.outer_learning_rate is not None:
+            check_number("outer_learning_rate", self.outer_learning_rate, above=0)
+        check_number("outer_momentum", self.outer_momentum, at_least=0, below=1)
+        check_number("checkpoint_interval", self.checkpoint_interval, above=0)
+        check_number("max_restarts", self.max_restarts, at_least=0, whole=True)
+        if self.max_staleness is not None:
+            check_number("max_staleness", self.max_staleness, at_least=0, whole=True)
+        if self.node_timeout is not None:
+            check_number("node_timeout", self.node_timeout, above=0)
