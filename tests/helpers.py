@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch as th
@@ -126,12 +126,15 @@ def functions_of(thread: threading.Thread) -> list[str]:
     :param thread: a thread
     :return: names of the functions that it is inside of, innermost first
     """
-    frame = sys._current_frames().get(thread.ident or 0)
-    names = []
-    while frame is not None:
-        names.append(frame.f_code.co_name)
-        frame = frame.f_back
-    return names
+    # Of a thread that goes on meanwhile, frames may be anything (CPython 3.11): then look again
+    while True:
+        frame = sys._current_frames().get(thread.ident or 0)
+        names = []
+        with suppress(AttributeError):
+            while frame is not None:
+                names.append(frame.f_code.co_name)
+                frame = frame.f_back
+            return names
 
 
 def is_waiting(thread: threading.Thread) -> bool:

@@ -504,7 +504,8 @@ class AsyncAlgorithm(LiveAlgorithm):
         self._update_current_progress_remaining(self.num_timesteps, max(self._total_timesteps, 1))
         self._update_learning_rate(self.policy.optimizer)
         learning_rate = self.policy.optimizer.param_groups[0]["lr"]
-        is_valid = np.isfinite(learning_rate) and learning_rate >= 0
+        # The last vector step may exceed total_timesteps, and a schedule zero
+        is_valid = np.isfinite(learning_rate) and (learning_rate >= 0 or self._current_progress_remaining <= 0)
         check("learning_rate", learning_rate, is_valid, "a finite number at all times, and not negative")
         if self._shared is not None:
             self._shared.progress_remaining = self._current_progress_remaining
