@@ -350,10 +350,10 @@ def test_updates_overlap_only_if_they_may(optimizer_class, lock_updates, may_ove
             super().step(closure)
             running.remove(self)
 
-    def push(shared, optimizer, gradients):
-        coming.append(optimizer)
-        n_updates = push_of_shared(shared, optimizer, gradients)
-        coming.remove(optimizer)
+    def push(shared, optimizer, view, gradients):
+        coming.append(view)
+        n_updates = push_of_shared(shared, optimizer, view, gradients)
+        coming.remove(view)
         return n_updates
 
     push_of_shared = SharedParameters.push

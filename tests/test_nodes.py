@@ -9,7 +9,14 @@ import pytest
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMonitor, VecNormalize, VecTransposeImage
+from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    VecFrameStack,
+    VecMonitor,
+    VecNormalize,
+    VecTransposeImage,
+    unwrap_vec_wrapper,
+)
 
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa, RayVecEnv
 from sb3_async1step.nodes import cluster
@@ -20,7 +27,7 @@ from sb3_async1step.nodes.parameters import read_values, store_values
 from sb3_async1step.nodes.ray_pool import NotCarried, ReportedSteps
 from sb3_async1step.nodes.server import ParameterServer, ServerState
 from sb3_async1step.nodes.settings import ExchangeSettings
-from sb3_async1step.nodes.wrappers import find_wrapper, pack_wrappers, wrap
+from sb3_async1step.nodes.wrappers import pack_wrappers, wrap
 from sb3_async1step.workers.transitions import UpdateStats
 from sb3_async1step.zoo import cli
 
@@ -299,7 +306,7 @@ def test_wrappers_are_sent_without_the_lanes_inside(tmp_path):
     assert part.num_envs == 2 and part.reset().shape == (2, 8)
     observations, rewards, dones, infos = part.step(np.zeros(2, dtype=int))
     assert observations.shape == (2, 8) and len(infos) == len(dones) == len(rewards) == 2
-    assert find_wrapper(part, VecFrameStack) is part.venv and find_wrapper(part, VecTransposeImage) is None
+    assert unwrap_vec_wrapper(part, VecFrameStack) is part.venv and unwrap_vec_wrapper(part, VecTransposeImage) is None
     # The original is as it was
     assert whole.reset().shape == (4, 8) and whole.venv.venv.results_writer is not None
     whole.close()

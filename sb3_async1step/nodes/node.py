@@ -11,13 +11,13 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, unwrap_vec_wrapper
 
 from sb3_async1step.nodes.messages import Pull, Push, Report
 from sb3_async1step.nodes.moments import read_moments, store_moments
 from sb3_async1step.nodes.parameters import read_buffers, read_values, store_buffers, store_values
 from sb3_async1step.nodes.ray_module import import_ray
-from sb3_async1step.nodes.wrappers import PackedWrapper, find_wrapper, wrap
+from sb3_async1step.nodes.wrappers import PackedWrapper, wrap
 from sb3_async1step.vec_envs.exceptions import add_note
 from sb3_async1step.workers.transitions import Transitions, UpdateStats
 
@@ -198,7 +198,7 @@ class DeltaExchange:
         self._version = 0
         self._seconds = 0.0
         self._pulled: Any = None
-        self._normalize = find_wrapper(model.env, VecNormalize)
+        self._normalize = unwrap_vec_wrapper(model.env, VecNormalize)
         self._moments = read_moments(self._normalize)
         self._pool: Any = None
         self._shared: Any = None

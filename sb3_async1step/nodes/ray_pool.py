@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize, unwrap_vec_wrapper
 
 from sb3_async1step.nodes.messages import Report
 from sb3_async1step.nodes.moments import read_moments, store_moments
@@ -17,7 +17,7 @@ from sb3_async1step.nodes.parameters import read_buffers, read_values, store_buf
 from sb3_async1step.nodes.ray_module import import_ray
 from sb3_async1step.nodes.ray_vec_env import PATIENCE, RayVecEnv, unwrap
 from sb3_async1step.nodes.server import News, ServerState, grant_size
-from sb3_async1step.nodes.wrappers import find_wrapper, pack_wrappers
+from sb3_async1step.nodes.wrappers import pack_wrappers
 from sb3_async1step.workers.pool import Pool
 from sb3_async1step.workers.shared_parameters import SharedParameters
 from sb3_async1step.workers.transitions import Transitions, UpdateStats
@@ -106,8 +106,8 @@ class RayWorkerPool(Pool):
         self.settings = base.settings
         self._base, self._recipe, self._shared, self._on_jump = base, recipe, shared, on_jump
         self._wrappers = [pack_wrappers(env, node.lanes) for node in base.nodes]
-        self._monitor = find_wrapper(env, VecMonitor)
-        self._normalize = find_wrapper(env, VecNormalize)
+        self._monitor = unwrap_vec_wrapper(env, VecMonitor)
+        self._normalize = unwrap_vec_wrapper(env, VecNormalize)
         self._steps = ReportedSteps()
         # T that the server had when it was last asked, and when the model's parameters were last replaced
         self._num_timesteps = self._num_timesteps_when_pulled = recipe.num_timesteps

@@ -3,7 +3,6 @@
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from stable_baselines3.common.vec_env import (
     VecCheckNan,
@@ -18,8 +17,6 @@ from stable_baselines3.common.vec_env import (
 
 from sb3_async1step.sb3_internals import read_wrapper, rebuild_wrapper
 from sb3_async1step.vec_envs.split import take_lanes, take_stack
-
-AnyWrapper = TypeVar("AnyWrapper", bound=VecEnvWrapper)
 
 #: Wrappers that nodes can have; subclasses may keep more for each lane
 WRAPPERS = (VecCheckNan, VecExtractDictObs, VecFrameStack, VecMonitor, VecNormalize, VecTransposeImage)
@@ -78,16 +75,3 @@ def wrap(env: VecEnv, wrappers: Sequence[PackedWrapper]) -> VecEnv:
     for wrapper in wrappers:
         env = rebuild_wrapper(wrapper.wrapper_class, pickle.loads(wrapper.attributes), env)
     return env
-
-
-def find_wrapper(env: VecEnv, kind: type[AnyWrapper]) -> AnyWrapper | None:
-    """
-    :param env: a VecEnv with its wrappers
-    :param kind: class of a wrapper
-    :return: the wrapper of this class, None if there is none
-    """
-    while isinstance(env, VecEnvWrapper):
-        if isinstance(env, kind):
-            return env
-        env = env.venv
-    return None

@@ -33,21 +33,21 @@ def to_arrays(observations: Any) -> Observations:
     return map_arrays(np.asarray, observations)
 
 
-def arrange(observations: Any, like: Any, what: str) -> Any:
+def arrange(observations: Any, like: Any, describe: Callable[[], str]) -> Any:
     """
     :param observations: what a VecEnv returned
     :param like: an observation of the same space, or a dict with its keys
-    :param what: these observations, for an error
+    :param describe: names these observations, for an error
     :return: the same, but a dict has the keys that it shall have, in their order
     :raises ValueError: if one of the two is a dict and the other is not, or a key is missing
     """
     if not isinstance(like, dict):
         if isinstance(observations, Mapping):
-            raise ValueError(f"The {what} is a dict, but the observation space is not one.")
+            raise ValueError(f"The {describe()} is a dict, but the observation space is not one.")
         return observations
     missing = sorted(key for key in like if not isinstance(observations, Mapping) or key not in observations)
     if missing:
-        raise ValueError(f"The {what} lacks {', '.join(missing)}: it needs the keys of the observation space.")
+        raise ValueError(f"The {describe()} lacks {', '.join(missing)}: it needs the keys of the observation space.")
     return {key: observations[key] for key in like}
 
 

@@ -51,28 +51,23 @@ class SharedParameters:
         self._update_lock = threading.Lock()
         self._count_lock = threading.Lock()
 
-    @property
-    def lock_updates(self) -> bool:
-        """Whether updates wait for each other, by the policy's own optimizer."""
-        # Adam divides the mean of the gradients by the root of their mean square. Without a lock, another worker may
-        # have added to the mean already, but not yet to the mean square: where that is still zero, the step is immense
-        optimizer = self.policy.optimizer
-        return self._lock_updates or not getattr(optimizer, "is_lock_free", False) or is_observed(optimizer)
-
-    def push(self, optimizer: th.optim.Optimizer | None, gradients: list[th.Tensor | None]) -> int:
+    def push(
+        self, optimizer: th.optim.Optimizer, view: th.optim.Optimizer | None, gradients: list[th.Tensor | None]
+    ) -> int:
         """
-        Apply a gradient to the online network by the policy's optimizer, one at a time.
+        Apply a gradient to the online network.
 
-        :param optimizer: a view of it that holds the gradient, for updates that need no lock
+        :param optimizer: the policy's, in whose place a callback may put another one meanwhile
+        :param view: a view of it that holds the gradient, None if its updates need a lock
         :param gradients: the gradient of each parameter
         :return: how many updates all workers had applied before this one
         """
-        if optimizer is None or self.lock_updates:
+        if view is None or self._lock_updates or is_observed(optimizer):
             with self._update_lock:
                 self._show(gradients)
-                self.policy.optimizer.step()
+                optimizer.step()
                 return self._count_update()
-        self._step_view(optimizer)
+        self._step_view(optimizer, view)
         with self._count_lock:
             self._show(gradients)
             return self._count_update()
@@ -81,17 +76,17 @@ class SharedParameters:
         self.n_updates += 1
         return self.n_updates - 1
 
-    def _step_view(self, optimizer: th.optim.Optimizer) -> None:
-        has_state = any(self.policy.optimizer.state.values())
-        for group, shared_group in zip(optimizer.param_groups, self.policy.optimizer.param_groups, strict=True):
+    def _step_view(self, optimizer: th.optim.Optimizer, view: th.optim.Optimizer) -> None:
+        has_state = any(optimizer.state.values())
+        for group, shared_group in zip(view.param_groups, optimizer.param_groups, strict=True):
             # The learning rate of the schedule, and whatever else a callback has changed
             group.update({name: value for name, value in shared_group.items() if name != "params"})
-            for view, parameter in zip(group["params"], shared_group["params"], strict=True):
+            for viewed, parameter in zip(group["params"], shared_group["params"], strict=True):
                 # The same dict: what the optimizer of one worker keeps in it, all workers see
-                optimizer.state[view] = self.policy.optimizer.state[parameter]
+                view.state[viewed] = optimizer.state[parameter]
         # The first update creates the statistics, which two workers must not do at the same time
         with nullcontext() if has_state else self._update_lock:
-            optimizer.step()
+            view.step()
 
     def _show(self, gradients: list[th.Tensor | None]) -> None:
         """Let the optimizer and callbacks see the gradient of each parameter."""
@@ -128,17 +123,17 @@ class LocalParameters:
         self._viewed = list(self._view.parameters())
         self._acting = list(self.acting_network.parameters())
         self._n_updates_when_pulled = 0
-        self._viewed_optimizer: th.optim.Optimizer | None = None
-        self._optimizer: th.optim.Optimizer | None = None
-        self._follow_optimizer()
+        # The policy's optimizer, and the view of it
+        self._optimizer = shared.policy.optimizer
+        self._optimizer_view = view_optimizer(shared.policy, shared.network, self._view)
 
     def _follow_optimizer(self) -> None:
         """View the policy's optimizer, which a callback may have replaced or given further parameters."""
-        optimizer, mine = self._shared.policy.optimizer, self._optimizer
-        has_grown = mine is not None and len(mine.param_groups) != len(optimizer.param_groups)
-        if self._viewed_optimizer is not optimizer or has_grown:
-            self._optimizer = view_optimizer(self._shared.policy, self._shared.network, self._view)
-            self._viewed_optimizer = optimizer
+        optimizer, view = self._shared.policy.optimizer, self._optimizer_view
+        has_grown = view is not None and len(view.param_groups) != len(optimizer.param_groups)
+        if self._optimizer is not optimizer or has_grown:
+            self._optimizer = optimizer
+            self._optimizer_view = view_optimizer(self._shared.policy, self._shared.network, self._view)
 
     def pull(self) -> None:
         """Read the shared parameters, theta' <- theta, which of them are frozen, and their hooks."""
@@ -161,7 +156,7 @@ class LocalParameters:
         for view, gradient in zip(self._viewed, gradients, strict=True):
             view.grad = gradient
         self._follow_optimizer()
-        n_updates_before = self._shared.push(self._optimizer, gradients)
+        n_updates_before = self._shared.push(self._optimizer, self._optimizer_view, gradients)
         for mine, view in zip(self.parameters, self._viewed, strict=True):
             mine.grad = view.grad = None
         return n_updates_before - self._n_updates_when_pulled
@@ -399,6 +394,8 @@ def view_optimizer(policy: BasePolicy, network: BaseModel, view: BaseModel) -> t
     :param view: a view of the network
     :return: an optimizer for the parameters of the view; None if the shared one's updates need a lock, and so no view
     """
+    # Adam divides the mean of the gradients by the root of their mean square. Without a lock, another worker may have
+    # added to the mean already, but not yet to the mean square: where that is still zero, the step is immense
     if not getattr(policy.optimizer, "is_lock_free", False):
         return None
     return rebuild_optimizer(policy, dict(zip(network.parameters(), view.parameters(), strict=True)))

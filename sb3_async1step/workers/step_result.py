@@ -48,7 +48,7 @@ def check_result(returned: Any, observations: Observations, lanes: np.ndarray) -
     """
     new_obs, rewards, dones, infos = returned
     result = StepResult(
-        to_arrays(arrange(new_obs, observations, f"observation of {describe(lanes)}")),
+        to_arrays(arrange(new_obs, observations, lambda: f"observation of {describe(lanes)}")),
         to_lanes("rewards", rewards, len(lanes)),
         to_lanes("dones", dones, len(lanes), dtype=bool),
         to_infos(infos, lanes),
@@ -71,7 +71,7 @@ def check_first_observations(returned: Any, space: spaces.Space, n_lanes: int) -
     """
     if returned is None:
         raise ValueError("The env's reset() returned None instead of the first observations.")
-    observations = to_arrays(arrange(returned, keys_of(space), "first observation"))
+    observations = to_arrays(arrange(returned, keys_of(space), lambda: "first observation"))
     for array, part in zip(list_arrays(observations), list_spaces(space), strict=True):
         expected = (n_lanes, *part.shape) if isinstance(part, spaces.Box) else (n_lanes, *array.shape[1:])
         if array.shape != expected:
@@ -183,4 +183,4 @@ def get_terminal_observation(info: dict[str, Any], observations: Observations, l
             f'The info of env lane {lane} says "TimeLimit.truncated", but its "terminal_observation" is missing: the '
             "last observation of the episode, on which the return is bootstrapped."
         )
-    return arrange(info["terminal_observation"], observations, f"terminal observation of env lane {lane}")
+    return arrange(info["terminal_observation"], observations, lambda: f"terminal observation of env lane {lane}")
