@@ -34,6 +34,7 @@ from rl_zoo3.utils import create_test_env, get_saved_hyperparams
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import load_results
+from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_async1step.common.parallelism import count_usable_cores
@@ -47,8 +48,8 @@ N_FINAL_EPISODES = 100
 # Agent steps of the Zoo's benchmark, and number of lanes among which they are divided
 BENCHMARK_STEPS = 150_000
 BENCHMARK_LANES = 10
-# Name of the file with the peak memory of a training, in MiB
-PEAK_MEMORY = "peak_memory.txt"
+# Name of the file that says how a training was made. There is none if it was interrupted
+RECORD = "record.json"
 
 
 @dataclass
@@ -57,9 +58,9 @@ class Run:
     The results of a training.
 
     :param command: command of the training
-    :param date: date of the evaluation
-    :param hardware: processor and number of cores
-    :param versions: versions of the main packages
+    :param date: date of the end of the training
+    :param hardware: processor and number of cores of the training
+    :param versions: versions of the main packages in the training
     :param n_steps: number of agent steps
     :param n_env_steps: number of environment steps in finished episodes, which is larger if actions are repeated
     :param seconds: seconds from the construction of the envs to the file of the last model
@@ -119,14 +120,15 @@ def find_checkpoints(folder: Path) -> dict[int, Path]:
     return dict(sorted(files.items()))
 
 
-def train(options: list[str], n_steps: int, folder: Path) -> None:
+def train(options: list[str], n_steps: int, folder: Path, name: str) -> None:
     """
     Train, or continue a training that was interrupted.
 
     :param options: options of the Zoo's ``train``
     :param n_steps: number of agent steps in total
     :param folder: folder for the logs
-    :raises RuntimeError: if the training fails
+    :param name: name of the file of the last model
+    :raises RuntimeError: if the training fails, or is interrupted (then, too, the Zoo saves the model)
     """
     checkpoints = {steps: path for part in find_parts(folder) for steps, path in find_checkpoints(part).items()}
     n_done = max(checkpoints, default=0)
@@ -140,8 +142,21 @@ def train(options: list[str], n_steps: int, folder: Path) -> None:
         _, status, usage = os.wait4(process.pid, 0)
     if status != 0:
         raise RuntimeError(f"The training failed:\n{(folder / 'output.txt').read_text()[-5000:]}")
-    # Kibibytes on Linux
-    (folder / PEAK_MEMORY).write_text(f"{usage.ru_maxrss / 1024:.1f}")
+    data, _, _ = load_from_zip_file(find_parts(folder)[-1] / name)
+    assert data is not None
+    if data["num_timesteps"] < n_steps:
+        raise RuntimeError(
+            f"The training was interrupted after {data['num_timesteps']} of {n_steps} steps. If the command is given "
+            "again, it goes on from its last checkpoint."
+        )
+    record = {
+        "date": str(date.today()),
+        "hardware": describe_hardware(),
+        "versions": {name: version(name) for name in ("stable-baselines3", "torch", "gymnasium", "rl_zoo3")},
+        # Kibibytes on Linux
+        "peak_memory_mib": round(usage.ru_maxrss / 1024, 1),
+    }
+    (folder / RECORD).write_text(json.dumps(record))
 
 
 def read_start(folder: Path) -> float:
@@ -249,8 +264,8 @@ def run_and_evaluate(env_id: str, algo: str, options: list[str], n_steps: int, n
     :return: the results
     """
     name = f"{env_id.replace('/', '-')}.zip"
-    if not list(folder.glob(f"*/*/{name}")):
-        train(options, n_steps, folder)
+    if not (folder / RECORD).exists():
+        train(options, n_steps, folder, name)
     parts = find_parts(folder)
     checkpoints, last = list_saved(parts, name)
     is_atari = ExperimentManager.is_atari(env_id)
@@ -266,13 +281,10 @@ def run_and_evaluate(env_id: str, algo: str, options: list[str], n_steps: int, n
         final_returns = evaluate(model, n_episodes=N_FINAL_EPISODES)
     return Run(
         command=" ".join(["sb3-async1step", "train", *options, "-n", str(n_steps)]),
-        date=str(date.today()),
-        hardware=describe_hardware(),
-        versions={name: version(name) for name in ("stable-baselines3", "torch", "gymnasium", "rl_zoo3")},
+        **json.loads((folder / RECORD).read_text()),
         n_steps=model.num_timesteps,
         n_env_steps=int(sum(load_results(str(part))["l"].sum() for part in parts)),
         seconds=last.seconds,
-        peak_memory_mib=float((folder / PEAK_MEMORY).read_text()),
         curve_steps=list(checkpoints),
         curve_seconds=[saved.seconds for saved in checkpoints.values()],
         curve_returns=[round(float(value), 3) for value in curve],

@@ -1,3 +1,4 @@
+import multiprocessing
 import signal
 from collections.abc import Generator, Iterator
 
@@ -11,6 +12,9 @@ from tests.helpers import DEADLINE, actor_learners, insistent_ctrl_c, wait_until
 
 # Shells start background jobs with Ctrl-C ignored, and tests press it
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Else each process of a SubprocVecEnv takes seconds to import PyTorch
+multiprocessing.set_forkserver_preload(["stable_baselines3"])
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)

@@ -49,14 +49,18 @@ def algorithm_1(network, target, threads, *, total, i_update, i_target, lr, frac
         return np.where(explores, thread.rng.integers(3, size=len(states)), greedy)
 
     def accumulate(thread):
+        if not thread.transitions:
+            return
+        total_loss = 0.0
         for s, a, r, s_next, a_next, terminated in thread.transitions:
             with th.no_grad():
                 value = q(target, s_next)[a_next] if sarsa else q(target, s_next).max()
                 y = r if terminated else r + GAMMA * value
-            loss = (y - q(network, s)[a]) ** 2
-            for d, g in zip(thread.d_theta, th.autograd.grad(loss, theta), strict=True):
-                d += g / len(thread.envs)
+            total_loss += (y - q(network, s)[a]) ** 2
         thread.transitions.clear()
+        gradient = th.autograd.grad(total_loss / len(thread.envs), theta)
+        for d, g in zip(thread.d_theta, gradient, strict=True):
+            d += g
 
     for thread in threads:
         thread.d_theta = [th.zeros_like(p) for p in theta]

@@ -43,7 +43,7 @@ def algorithm_2(network, target, threads, *, total, t_max, i_target, lr, fractio
 
     def d_theta(thread):
         theta_local = list(thread.local.parameters())
-        total_gradient = [th.zeros_like(p) for p in theta_local]
+        total_loss = 0.0
         for segment in thread.segments:
             R = None
             for s, a, r, s_next, terminated, truncated in reversed(segment):
@@ -53,11 +53,9 @@ def algorithm_2(network, target, threads, *, total, t_max, i_target, lr, fractio
                 if R is None or truncated:
                     R = bootstrap
                 R = r + (0.0 if terminated else GAMMA * (q_lambda * R + (1 - q_lambda) * bootstrap))
-                loss = (R - q(thread.local, s)[a]) ** 2
-                for d, g in zip(total_gradient, th.autograd.grad(loss, theta_local), strict=True):
-                    d += g / len(thread.envs)
+                total_loss += (R - q(thread.local, s)[a]) ** 2
             segment.clear()
-        return total_gradient
+        return th.autograd.grad(total_loss / len(thread.envs), theta_local)
 
     while T < total:  # noqa: SIM300 (not a constant)
         # Schedules are evaluated when all lanes have made a step

@@ -69,7 +69,7 @@ def algorithm_3(net, threads, *, total, t_max, lr, gae_lambda, alpha=0.99, rms_e
 
     def d_theta(thread):
         theta_local = list(thread.local.parameters())
-        total_gradient = [th.zeros_like(p) for p in theta_local]
+        total_loss = 0.0
         for segment in thread.segments:
             advantage, goes_on = 0.0, False
             for s, a, r, s_next, terminated, truncated in reversed(segment):
@@ -84,11 +84,9 @@ def algorithm_3(net, threads, *, total, t_max, lr, gae_lambda, alpha=0.99, rms_e
                 R = advantage + v.item()
                 pi = thread.local.pi(s)
                 log_prob, entropy = pi.log_prob(th.as_tensor(a)).sum(), pi.entropy().sum()
-                loss = -log_prob * (R - v.item()) - BETA * entropy + VF_COEF * (R - v) ** 2
-                for d, g in zip(total_gradient, th.autograd.grad(loss, theta_local), strict=True):
-                    d += g / len(thread.envs)
+                total_loss += -log_prob * (R - v.item()) - BETA * entropy + VF_COEF * (R - v) ** 2
             segment.clear()
-        return total_gradient
+        return th.autograd.grad(total_loss / len(thread.envs), theta_local)
 
     while T < total:  # noqa: SIM300 (not a constant)
         learning_rate = lr * (1 - T / total)

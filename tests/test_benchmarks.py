@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from dataclasses import asdict, replace
 
 import pytest
@@ -27,6 +28,7 @@ from benchmarks.report.results import NAMES, read_runs, seconds_to
 from benchmarks.report.tables import actor_learners_table, make_learning_tables, make_speed_tables, race_table
 from sb3_async1step.registry import ALGORITHMS
 from sb3_async1step.zoo import register
+from tests.helpers import wait_until
 
 SETTING = actor_learners.Setting("a worker for each", n_lanes=2, seed=1)
 
@@ -248,8 +250,8 @@ def test_an_interrupted_training_goes_on_and_an_ended_one_is_not_repeated(tmp_pa
     options = ["--algo", algo, "--env", env_id, "--seed", "1", "--eval-freq", "-1", "--save-freq", "640"]
     first = run_and_evaluate(env_id, algo, options, n_steps=1280, n_episodes=1, folder=tmp_path)
     assert first.n_steps == 1280 and first.curve_steps == [640, 1280]
-    # As if it had been killed on the way to 1920 steps, after the first checkpoint
-    (tmp_path / algo / "CartPole-v1_1" / "CartPole-v1.zip").unlink()
+    # As if it had been interrupted on the way to 1920 steps, after the first checkpoint: the Zoo saved a model then
+    (tmp_path / learning.RECORD).unlink()
     (tmp_path / algo / "CartPole-v1_1" / "rl_model_1280_steps.zip").unlink()
     second = run_and_evaluate(env_id, algo, options, n_steps=1920, n_episodes=1, folder=tmp_path)
     assert second.n_steps == 1920 and second.curve_steps == [640, 1280, 1920]
@@ -262,6 +264,25 @@ def test_an_interrupted_training_goes_on_and_an_ended_one_is_not_repeated(tmp_pa
     # As for Atari's scores; none of the 10 lanes takes more than 500 steps to the end of its episode
     returns = play_by_zoo(env_id, algo, tmp_path, n_steps=5010)
     assert len(returns) >= 10 and all(8 <= episode_return <= 500 for episode_return in returns)
+
+
+@pytest.mark.slow
+def test_a_training_that_was_interrupted_has_no_results(tmp_path, monkeypatch):
+    """However it ended: the Zoo saves a model at Ctrl-C, and ends without an error."""
+    register()
+    wait4 = os.wait4
+
+    def interrupt(pid, options):
+        wait_until(lambda: list(tmp_path.glob("async_one_step_q/*/rl_model_*_steps.zip")))
+        os.kill(pid, signal.SIGINT)
+        return wait4(pid, options)
+
+    monkeypatch.setattr(os, "wait4", interrupt)
+    options = ["--algo", "async_one_step_q", "--env", "CartPole-v1", "--eval-freq", "-1", "--save-freq", "640"]
+    with pytest.raises(RuntimeError, match=r"The training was interrupted after \d+ of 1000000 steps"):
+        run_and_evaluate("CartPole-v1", "async_one_step_q", options, 1_000_000, n_episodes=1, folder=tmp_path)
+    assert (tmp_path / "async_one_step_q" / "CartPole-v1_1" / "CartPole-v1.zip").exists()
+    assert not (tmp_path / learning.RECORD).exists()
 
 
 def test_pqn_learns_from_lambda_returns(monkeypatch):
