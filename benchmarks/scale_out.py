@@ -135,7 +135,7 @@ class Clock(BaseCallback):
         return now - then < self._seconds
 
 
-def measure_throughput(numbers: list[int], seconds: float, repeats: int, sync_interval: int) -> None:
+def measure_throughput(numbers: list[int], seconds: float, repeats: int, sync_interval: int | None) -> None:
     """
     :param numbers: of nodes
     :param seconds: duration of each measurement
@@ -158,22 +158,20 @@ def measure_throughput(numbers: list[int], seconds: float, repeats: int, sync_in
         print(f"| {n_nodes} | {median:.0f} ({min(rates):.0f} to {max(rates):.0f}) | {median / first:.2f} |", flush=True)
 
 
-def compare_learning(
-    numbers: list[int], algo: str, env_id: str, n_steps: int, n_seeds: int, sync_interval: int
-) -> None:
+def compare_learning(numbers: list[int], algo: str, env_id: str, n_steps: int, n_seeds: int, **settings: Any) -> None:
     """
     :param numbers: of nodes
     :param algo: id of the algorithm
     :param env_id: id of the env
     :param n_steps: steps of all nodes
     :param n_seeds: number of trainings
-    :param sync_interval: steps of a node between two exchanges
+    :param settings: of the exchanges
     """
     print("| nodes (simulated) | mean return of each seed | mean |\n|---|---|---|")
     for n_nodes in numbers:
         returns = []
         with simulated_machines(n_nodes):
-            env = make_lanes(lambda: gym.make(env_id), n_nodes, sync_interval=sync_interval)
+            env = make_lanes(lambda: gym.make(env_id), n_nodes, **settings)
             for seed in range(n_seeds):
                 model_class: Any = ALGORITHMS[algo].model_class
                 model = model_class("MlpPolicy", env, seed=seed)
@@ -280,14 +278,16 @@ def main() -> None:
     parser.add_argument("--algo", choices=list(ALGORITHMS), default="async_one_step_q")
     parser.add_argument("--env", default="CartPole-v1", help="of learning")
     parser.add_argument("--steps", type=int, default=150_000, help="of all nodes, in each training")
-    parser.add_argument("--sync-interval", nargs="+", type=int, default=[500])
+    parser.add_argument("--sync-interval", nargs="+", type=int, default=[None], help="by default RayVecEnv's")
+    parser.add_argument("--exchange", choices=["deltas", "gradients"], default="deltas", help="of learning")
     options = parser.parse_args()
     if options.benchmark == "throughput":
         measure_throughput(options.nodes, options.seconds, options.repeats, options.sync_interval[0])
     elif options.benchmark == "learning":
         compare_learning(
-            options.nodes, options.algo, options.env, options.steps, options.repeats, options.sync_interval[0]
-        )
+            options.nodes, options.algo, options.env, options.steps, options.repeats,
+            exchange=options.exchange, sync_interval=options.sync_interval[0],
+        )  # fmt: skip
     elif options.benchmark == "kills":
         kill(options.repeats, options.nodes[-1], options.steps)
     else:

@@ -998,8 +998,8 @@ def test_ctrl_c_while_a_lane_hangs(make, tmp_path, workers):
     assert env.n_restarts == 0
     (tmp_path / "released").touch()
     assert model.learn(60).num_timesteps == 60
-    # Neither the processes nor the timeouts are others. A single worker steps the other lanes on the interrupted thread,
-    # in the middle of a message perhaps
+    # Neither the processes nor the timeouts are others. But a single worker steps on the interrupted thread, and may
+    # have been in the middle of a message to another lane
     lanes = [1] if workers["n_workers"] == 1 else [0, 1, 2]
     assert [env.processes[lane].pid for lane in lanes] == [pids[lane] for lane in lanes]
     assert env.settings.give_up_at == float("inf")

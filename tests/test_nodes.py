@@ -1,5 +1,6 @@
 """The parts of training on several machines, without a cluster. ``test_ray.py`` has trainings."""
 
+import io
 import pickle
 import subprocess
 import sys
@@ -18,10 +19,11 @@ from stable_baselines3.common.vec_env import (
     unwrap_vec_wrapper,
 )
 
-from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa, RayVecEnv
+from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa, RayVecEnv, SharedRMSprop
 from sb3_async1step.nodes import cluster
 from sb3_async1step.nodes.cluster import place_lanes
-from sb3_async1step.nodes.messages import Push, Report
+from sb3_async1step.nodes.exchange import GradientMean
+from sb3_async1step.nodes.messages import Learned, Push, Report
 from sb3_async1step.nodes.moments import Moments, read_moments, store_moments
 from sb3_async1step.nodes.parameters import read_values, store_values
 from sb3_async1step.nodes.ray_pool import NotCarried, ReportedSteps
@@ -37,8 +39,8 @@ def report(n_steps, dones=()):
 
 
 def push(node=0, number=1, version=0, delta=(1.0, 2.0), n_steps=10, epoch=0, moments=None):
-    values = None if delta is None else np.array(delta, dtype=np.float32)
-    return Push(node, epoch, number, version, values, [], moments or {}, report(n_steps))
+    learned = None if delta is None else Learned(np.array(delta, dtype=np.float32))
+    return Push(node, epoch, number, version, learned, [], moments or {}, report(n_steps))
 
 
 @pytest.fixture
@@ -168,6 +170,62 @@ def test_a_new_server_waits_for_its_checkpoint(make_server):
     assert server.exchange(push(number=2)).values.tolist() == [12.0, 24.0]
 
 
+# ---------------------------------------------------------------------- gradients
+
+
+def test_the_mean_of_the_gradients_takes_the_place_of_steps():
+    one, two = th.nn.Parameter(th.ones(2)), th.nn.Parameter(th.ones(1))
+    mean = GradientMean(th.optim.Adam([one, two], lr=0.5))
+    for gradient in (1.0, 3.0):
+        one.grad = th.full((2,), gradient)
+        mean.step()
+    assert mean.n_gradients == 2 and mean.param_groups[0]["lr"] == 0.5
+    assert [each.tolist() for each in mean.take([two, one])] == [[0.0], [2.0, 2.0]]
+    assert mean.n_gradients == 0 and one.tolist() == [1.0, 1.0] and two.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("optimizer_class", [SharedRMSprop, th.optim.Adam])
+def test_the_server_applies_gradients_as_the_policys_optimizer_does(algorithm, optimizer_class):
+    policy_kwargs = {"net_arch": [4], "optimizer_class": optimizer_class}
+    model = algorithm("MlpPolicy", make_vec_env("CartPole-v1", 2), policy_kwargs=policy_kwargs, seed=0)
+    model.learn(40)
+    file = io.BytesIO()
+    model.save(file)
+    parameters = model.list_learned_parameters()
+    state = ServerState(read_values(parameters), [], {}, [2], 0, 1000, 1000)
+    settings = ExchangeSettings("gradients").with_sync_interval(10)
+
+    def start(state):
+        server = ParameterServer()
+        server.load(state, settings, (algorithm, file.getvalue()))
+        return server
+
+    server = start(state)
+    generator = th.Generator().manual_seed(0)
+    for number in range(1, 5):
+        learning_rate = 0.1 / number
+        for parameter in parameters:
+            parameter.grad = th.randn(parameter.shape, generator=generator)
+        gradient = read_values([parameter.grad for parameter in parameters])
+        model.policy.optimizer.param_groups[0]["lr"] = learning_rate
+        model.policy.optimizer.step()
+        pull = server.exchange(Push(0, 0, number, number - 1, Learned(gradient, learning_rate), [], {}, report(10)))
+        np.testing.assert_array_equal(pull.values, read_values(parameters))
+        # Another server goes on from the checkpoint with the same statistics
+        server = start(pickle.loads(pickle.dumps(server.take_news(with_state=True).state)))
+    mine, others = model.policy.optimizer.state_dict(), server.get_optimizer_state()
+    assert mine["param_groups"] == others["param_groups"]
+    for number, statistics in mine["state"].items():
+        for name, value in statistics.items():
+            assert th.equal(th.as_tensor(value), th.as_tensor(others["state"][number][name]))
+
+
+def test_default_sync_intervals():
+    assert ExchangeSettings().with_sync_interval(80).sync_interval == 500
+    assert ExchangeSettings("gradients").with_sync_interval(80).sync_interval == 80
+    assert ExchangeSettings("gradients", sync_interval=7).with_sync_interval(80).sync_interval == 7
+
+
 # ---------------------------------------------------------------------- running statistics
 
 
@@ -281,7 +339,9 @@ def test_too_many_nodes_for_the_cluster():
         ({"n_nodes": 2, "lanes_per_node": 2}, "give one of them"),
         ({"lanes_per_node": 1.5}, "lanes_per_node"),
         ({"sync_interval": 0}, "sync_interval must be a whole number at least 1, got 0"),
-        ({"exchange": "gossip"}, "exchange must be one of 'deltas'"),
+        ({"exchange": "gossip"}, "exchange must be one of 'deltas', 'gradients'"),
+        ({"exchange": "gradients", "outer_momentum": 0.9}, "outer_momentum are those of deltas"),
+        ({"exchange": "gradients", "outer_learning_rate": 1.0}, "leave both out"),
         ({"outer_momentum": 1.0}, "outer_momentum must be a number at least 0 and less than 1"),
         ({"outer_learning_rate": 0.0}, "outer_learning_rate"),
         ({"max_staleness": -1}, "max_staleness"),

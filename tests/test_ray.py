@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import psutil
 import pytest
+import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -169,6 +170,28 @@ def test_killed_nodes_and_servers_are_replaced(env):
     with pytest.raises(RuntimeError, match="another one has taken its place: reset the env"):
         env.env_method("reset")
     assert env.reset().shape == (4, 4)
+
+
+def test_the_server_applies_gradients(env, algorithm):
+    """A new server goes on with the statistics of the last checkpoint."""
+    env.settings = replace(env.settings, exchange="gradients", sync_interval=None)
+    model = algorithm("MlpPolicy", env, seed=1, policy_kwargs={"optimizer_class": th.optim.Adam})
+    before = weights_of(model)
+    model.learn(200)
+    assert model.num_timesteps == 200 and not are_equal(before, weights_of(model))
+    # Each node has made an update for each exchange
+    n_updates = [int(state["step"]) for state in model.policy.optimizer.state.values()]
+    assert set(n_updates) == {model._n_updates} and model._n_updates == 100 / model.update_interval
+    assert type(model.policy.optimizer) is th.optim.Adam
+
+    def kill_server(model):
+        kill(ray.get(model._pool._server.get_process_id.remote()))
+
+    callback = Record(at=1_000, action=kill_server)
+    model.learn(3_000, callback, reset_num_timesteps=False)
+    assert model.num_timesteps == 3_200 and callback.at is None
+    n_updates = {int(state["step"]) for state in model.policy.optimizer.state.values()}
+    assert 100 / model.update_interval < max(n_updates) <= model._n_updates
 
 
 class Raises(gym.Wrapper):

@@ -381,6 +381,7 @@ class AsyncAlgorithm(LiveAlgorithm):
             total_timesteps,
             seed,
             self.n_envs,
+            self.update_interval,
         )
 
     def get_workers(self) -> tuple[Pool | None, SharedParameters | None]:
@@ -388,6 +389,12 @@ class AsyncAlgorithm(LiveAlgorithm):
         :return: the workers and what they share, None if ``learn()`` does not run
         """
         return self._pool, self._shared
+
+    def list_learned_parameters(self) -> list[th.nn.Parameter]:
+        """
+        :return: the parameters that workers learn
+        """
+        return self._share_parameters().parameters
 
     def learn_from_lanes(self, lanes: range, num_envs: int) -> None:
         """

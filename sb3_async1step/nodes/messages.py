@@ -25,6 +25,19 @@ class Report:
 
 
 @dataclass
+class Learned:
+    """
+    What a node has learned since it pulled the parameters last.
+
+    :param change: by how much it has changed the parameters, or the mean gradient of its updates
+    :param learning_rate: of the gradient, None for a change of the parameters
+    """
+
+    change: np.ndarray
+    learning_rate: float | None = None
+
+
+@dataclass
 class Push:
     """
     What a node sends to the server.
@@ -33,7 +46,7 @@ class Push:
     :param epoch: how often that node was restarted
     :param number: number of this push in its epoch
     :param version: version of the parameters that the node had pulled
-    :param delta: by how much the node has changed the parameters since, None if it has not pulled any yet
+    :param learned: what the node has learned since, None if it has not pulled any yet or made no update
     :param buffers: what the network keeps besides (the statistics of BatchNorm)
     :param moments: what the running statistics have gained since
     :param report: the steps since
@@ -43,7 +56,7 @@ class Push:
     epoch: int
     number: int
     version: int
-    delta: np.ndarray | None
+    learned: Learned | None
     buffers: list[np.ndarray]
     moments: dict[str, Moments]
     report: Report

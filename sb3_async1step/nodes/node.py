@@ -3,7 +3,6 @@
 import io
 import os
 import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,18 +10,13 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, unwrap_vec_wrapper
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from sb3_async1step.nodes.messages import Pull, Push, Report
-from sb3_async1step.nodes.moments import read_moments, store_moments
-from sb3_async1step.nodes.parameters import read_buffers, read_values, store_buffers, store_values
-from sb3_async1step.nodes.ray_module import import_ray
+from sb3_async1step.nodes.exchange import EXCHANGES, Exchange
+from sb3_async1step.nodes.messages import Report
 from sb3_async1step.nodes.wrappers import PackedWrapper, wrap
 from sb3_async1step.vec_envs.exceptions import add_note
 from sb3_async1step.workers.transitions import Transitions, UpdateStats
-
-#: Seconds after which a node asks again, if the server is away or has nothing to do for it
-PATIENCE = 0.05
 
 
 @dataclass
@@ -37,6 +31,8 @@ class NodeRecipe:
     :param total_timesteps: T at the end of the training
     :param seed: of the node's random generators and lanes
     :param num_envs: number of lanes of all nodes
+    :param update_interval: vector steps between two updates of a worker
+    :param exchange: how the nodes exchange what they have learned, see :class:`~sb3_async1step.RayVecEnv`
     :param lanes: those of this node
     :param wrappers: those of these lanes
     :param n_cpus: number of its CPUs
@@ -51,6 +47,8 @@ class NodeRecipe:
     total_timesteps: int
     seed: int
     num_envs: int
+    update_interval: int
+    exchange: str = "deltas"
     lanes: range = range(0)
     wrappers: list[PackedWrapper] = field(default_factory=list)
     n_cpus: int = 1
@@ -84,7 +82,7 @@ class Node:
         self, env_fns: Sequence[Callable[[], gym.Env]], vec_env_cls: Callable[..., VecEnv] = DummyVecEnv
     ) -> None:
         self._env: Any = vec_env_cls(list(env_fns))
-        self._exchange: DeltaExchange | None = None
+        self._exchange: Exchange | None = None
 
     def describe(self) -> tuple[gym.Space, gym.Space, int]:
         """
@@ -122,7 +120,7 @@ class Node:
             random.seed(recipe.seed)
             model = recipe.build(self._env)
             n_left = recipe.total_timesteps - recipe.num_timesteps
-            self._exchange = DeltaExchange(server, recipe, model)
+            self._exchange = EXCHANGES[recipe.exchange](server, recipe.node, recipe.epoch, model)
             model.learn(n_left, NodeCallback(self._exchange), log_interval=None, reset_num_timesteps=False)
         except Exception as exception:
             first, last = recipe.lanes[0], recipe.lanes[-1]
@@ -144,7 +142,7 @@ class NodeCallback(BaseCallback):
     :param exchange: the node's way to the server
     """
 
-    def __init__(self, exchange: "DeltaExchange") -> None:
+    def __init__(self, exchange: Exchange) -> None:
         super().__init__()
         self._exchange = exchange
         self._n_left = 0
@@ -177,100 +175,6 @@ class NodeCallback(BaseCallback):
             return False
         self._n_left = pull.n_granted
         return not pull.is_over
-
-
-class DeltaExchange:
-    """
-    Pushes by how much the node has changed the parameters since it pulled them last, and pulls what has become of all
-    nodes' changes.
-
-    :param server: the server's actor
-    :param recipe: what the node learns with
-    :param model: the node's model, which has not begun to learn
-    """
-
-    def __init__(self, server: Any, recipe: NodeRecipe, model: Any) -> None:
-        #: Whether the driver waits for the node's end
-        self.is_stopped = False
-        self._server, self._model = server, model
-        self._node, self._epoch = recipe.node, recipe.epoch
-        self._number = 0
-        self._version = 0
-        self._seconds = 0.0
-        self._pulled: Any = None
-        self._normalize = unwrap_vec_wrapper(model.env, VecNormalize)
-        self._moments = read_moments(self._normalize)
-        self._pool: Any = None
-        self._shared: Any = None
-
-    def begin(self) -> bool:
-        """
-        Find the workers, which have been made by now.
-
-        :return: whether this was the first call
-        """
-        is_first = self._pool is None
-        self._pool, self._shared = self._model.get_workers()
-        return is_first
-
-    def stop(self) -> None:
-        """Let the workers end."""
-        self._pool.stop()
-
-    def exchange(self, report: Report) -> Pull | None:
-        """
-        :param report: the steps since the last exchange
-        :return: the server's answer, which the model has taken over; None if the node was stopped before it came
-        """
-        pull = self._call(self._make_push(report))
-        while pull is not None and pull.n_granted == 0 and not pull.is_over:
-            # All steps have been promised to others, who may fail
-            time.sleep(PATIENCE)
-            pull = self._call(self._make_push(Report()))
-        if pull is not None:
-            self._take(pull)
-        return pull
-
-    def _make_push(self, report: Report) -> Push:
-        moments = read_moments(self._normalize)
-        gained = {name: value - self._moments[name] for name, value in moments.items()}
-        self._moments = moments
-        delta = None
-        if self._pulled is not None and len(report.dones) > 0:
-            delta = read_values(self._shared.parameters) - self._pulled
-        self._number += 1
-        return Push(
-            self._node, self._epoch, self._number, self._version, delta, read_buffers(self._shared), gained, report
-        )
-
-    def _call(self, push: Push) -> Pull | None:
-        """Send a push again and again until a server has answered, which applies it once."""
-        ray = import_ray()
-        while not self.is_stopped:
-            start = time.perf_counter()
-            try:
-                pull = ray.get(self._server.exchange.remote(push, self._seconds))
-            except ray.exceptions.RayActorError:
-                pull = None
-            if pull is not None:
-                self._seconds = time.perf_counter() - start
-                return pull
-            time.sleep(PATIENCE)
-        return None
-
-    def _take(self, pull: Pull) -> None:
-        model, shared, pool = self._model, self._shared, self._pool
-        self._pulled, self._version = np.array(pull.values), pull.version
-        store_values(shared.parameters, self._pulled)
-        store_buffers(shared, pull.buffers)
-        store_moments(self._normalize, pull.moments)
-        self._moments = read_moments(self._normalize)
-        pool.jump(pull.num_timesteps)
-        model.num_timesteps = pull.num_timesteps
-        if pull.n_granted > 0:
-            n_expected = pull.num_timesteps + pull.n_granted * pool.num_envs * pull.n_nodes
-            shared.pace = max(0.0, (n_expected - pool.num_timesteps) / (pull.n_granted * pool.num_envs))
-            pool.grant(pull.n_granted)
 
 
 def strip(info: dict[str, Any]) -> dict[str, Any]:

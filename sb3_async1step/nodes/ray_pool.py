@@ -103,7 +103,8 @@ class RayWorkerPool(Pool):
         self._ray = import_ray()
         self.num_envs = env.num_envs
         self.workers = []
-        self.settings = base.settings
+        most_lanes = max(len(node.lanes) for node in base.nodes)
+        self.settings = base.settings.with_sync_interval(recipe.update_interval * most_lanes)
         self._base, self._recipe, self._shared, self._on_jump = base, recipe, shared, on_jump
         self._wrappers = [pack_wrappers(env, node.lanes) for node in base.nodes]
         self._monitor = unwrap_vec_wrapper(env, VecMonitor)
@@ -124,7 +125,7 @@ class RayWorkerPool(Pool):
         self._server = base.server
         # If the server is away, it is given the checkpoint when it is back
         with suppress(self._ray.exceptions.RayActorError):
-            self._ray.get(self._server.load.remote(self._checkpoint, self.settings))
+            self._load_server()
 
     @property
     def observations(self) -> None:
@@ -176,10 +177,16 @@ class RayWorkerPool(Pool):
             epochs={number: node.epoch for number, node in enumerate(self._base.nodes)},
         )
 
+    def _load_server(self) -> None:
+        # Only gradients need the policy's optimizer
+        model = (self._recipe.model_class, self._recipe.model) if self.settings.exchange == "gradients" else None
+        self._ray.get(self._server.load.remote(self._checkpoint, self.settings, model))
+
     def _start_node(self, number: int) -> None:
         node = self._base.nodes[number]
         recipe = replace(
             self._recipe,
+            exchange=self.settings.exchange,
             wrappers=self._wrappers[number],
             lanes=node.lanes,
             n_cpus=node.place.n_cpus,
@@ -290,10 +297,9 @@ class RayWorkerPool(Pool):
         n_left = state.last_timestep - state.num_timesteps
         # Nobody knows what was granted since, but no node has got more
         state.granted = {
-            number: min(n_left, grant_size(self.settings.sync_interval, len(nodes[number].lanes)))
-            for number in self._learning
+            number: min(n_left, grant_size(self.settings, len(nodes[number].lanes))) for number in self._learning
         }
-        self._ray.get(self._server.load.remote(state, self.settings))
+        self._load_server()
 
     def _write_episodes(self, report: Report) -> None:
         if self._monitor is None:
@@ -329,11 +335,19 @@ class RayWorkerPool(Pool):
         if self._learning:
             self._ray.wait(list(self._learning.values()), num_returns=len(self._learning), timeout=PATIENCE)
         self.refresh()
+        self._take_optimizer()
         self._is_stopped = True
         for number, request in list(self._learning.items()):
             if not self._has_ended(request):
                 self._base.nodes[number].restart()
         self._learning.clear()
+
+    def _take_optimizer(self) -> None:
+        """Give the model's optimizer the state of the server's, if there is one and it is there."""
+        with suppress(self._ray.exceptions.RayActorError):
+            state = self._ray.get(self._server.get_optimizer_state.remote())
+            if state is not None:
+                self._shared.policy.optimizer.load_state_dict(state)
 
     def _has_ended(self, request: Any) -> bool:
         ended, _ = self._ray.wait([request], timeout=0)

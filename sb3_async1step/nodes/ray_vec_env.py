@@ -89,8 +89,10 @@ class RayVecEnv(VecEnv):
     :param vec_env_cls: class of the VecEnv that holds a node's lanes: ``DummyVecEnv``, ``SubprocVecEnv``,
         :class:`~sb3_async1step.HealingVecEnv`
     :param exchange: how nodes exchange what they have learned: ``"deltas"`` adds up by how much each has changed the
-        parameters since it pulled them last
-    :param sync_interval: steps of a node between two exchanges, rounded up to a step of all of its lanes
+        parameters since it pulled them last; with ``"gradients"``, nodes push gradients, and the server applies them
+        with the policy's optimizer (Nair et al. 2015, https://arxiv.org/abs/1507.04296)
+    :param sync_interval: steps of a node between two exchanges, rounded up to a step of all of its lanes; by default
+        500, or with gradients as many as an update of its workers takes
     :param outer_learning_rate: factor of the deltas, by default 1 divided by the number of nodes that learn
     :param outer_momentum: momentum of the deltas
     :param max_staleness: number of pushes of others between a node's pull and its push, beyond which the push is
@@ -111,7 +113,7 @@ class RayVecEnv(VecEnv):
         lanes_per_node: int | None = None,
         vec_env_cls: type[VecEnv] = DummyVecEnv,
         exchange: str = "deltas",
-        sync_interval: int = 500,
+        sync_interval: int | None = None,
         outer_learning_rate: float | None = None,
         outer_momentum: float = 0.0,
         max_staleness: int | None = None,

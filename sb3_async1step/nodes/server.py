@@ -3,11 +3,13 @@
 import os
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from sb3_async1step.nodes.messages import Pull, Push, Report
+from sb3_async1step.nodes.messages import Learned, Pull, Push, Report
 from sb3_async1step.nodes.moments import Moments
+from sb3_async1step.nodes.server_optimizer import ServerOptimizer
 from sb3_async1step.nodes.settings import ExchangeSettings
 
 
@@ -25,6 +27,7 @@ class ServerState:
     :param last_timestep: T that is not exceeded: ``total_timesteps``, rounded up to a vector step of all lanes
     :param version: number of pushes that were applied
     :param momentum: running mean of the deltas
+    :param optimizer: the state of the optimizer that applies gradients
     :param epochs: of each node, how often it was restarted
     :param last_numbers: of each node, the number of its last push in that epoch
     :param granted: of each node that takes steps, how many it may take until its next push
@@ -39,6 +42,7 @@ class ServerState:
     last_timestep: int
     version: int = 0
     momentum: np.ndarray | None = None
+    optimizer: dict[str, Any] | None = None
     epochs: dict[int, int] = field(default_factory=dict)
     last_numbers: dict[int, int] = field(default_factory=dict)
     granted: dict[int, int] = field(default_factory=dict)
@@ -77,12 +81,12 @@ class ParameterServer:
     """
     Holds the parameters. Its methods are called one at a time. A new one, which Ray makes in the place of one that has
     died, knows nothing, and answers None until the driver has loaded the last checkpoint.
-
     """
 
     def __init__(self) -> None:
         self.settings = ExchangeSettings()
         self.state: ServerState | None = None
+        self._optimizer: ServerOptimizer | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -98,14 +102,16 @@ class ParameterServer:
         """
         return os.getpid()
 
-    def load(self, state: ServerState, settings: ExchangeSettings) -> None:
+    def load(self, state: ServerState, settings: ExchangeSettings, model: tuple[Any, bytes] | None = None) -> None:
         """
         Begin a training, or go on with it.
 
         :param state: where
         :param settings: how the nodes exchange parameters
+        :param model: class and file of the model, whose optimizer applies gradients
         """
         self._clear()
+        self._optimizer = None if model is None else ServerOptimizer(*model, state.optimizer)
         self.state, self.settings = state, settings
 
     def stop(self) -> None:
@@ -158,17 +164,26 @@ class ParameterServer:
         self._reports.append(push.report)
         for name, gained in push.moments.items():
             state.moments[name] = state.moments[name] + gained
-        if push.delta is None:
+        if push.learned is None:
             return
-        self._n_bytes += push.delta.nbytes
+        self._n_bytes += push.learned.change.nbytes
         staleness = max(0, state.version - push.version)
         self._staleness.append(staleness)
         if self.settings.max_staleness is not None and staleness > self.settings.max_staleness:
             self._n_dropped += 1
             return
-        self._add(push.delta)
+        self._learn(push.learned)
         state.buffers = push.buffers
         state.version += 1
+
+    def _learn(self, learned: Learned) -> None:
+        state = self.state
+        assert state is not None
+        if learned.learning_rate is None:
+            self._add(learned.change)
+        else:
+            assert self._optimizer is not None
+            state.values = self._optimizer.step(state.values, learned.change, learned.learning_rate)
 
     def _add(self, delta: np.ndarray) -> None:
         state, momentum = self.state, self.settings.outer_momentum
@@ -189,7 +204,7 @@ class ParameterServer:
         assert state is not None
         n_lanes = state.n_lanes[node]
         n_promised = state.num_timesteps + sum(state.granted.values())
-        n_steps = grant_size(self.settings.sync_interval, n_lanes)
+        n_steps = grant_size(self.settings, n_lanes)
         n_left = (state.last_timestep - n_promised) // n_lanes * n_lanes
         if n_left == 0 and n_promised < state.total_timesteps:
             # The steps of nodes with unequal numbers of lanes may not add up exactly
@@ -221,6 +236,12 @@ class ParameterServer:
         state = self.state
         return None if state is None else (state.version, state.values, state.buffers)
 
+    def get_optimizer_state(self) -> dict[str, Any] | None:
+        """
+        :return: the state of the optimizer that applies gradients, None if there is none
+        """
+        return None if self._optimizer is None else self._optimizer.get_state()
+
     def take_news(self, with_state: bool) -> News | None:
         """
         :param with_state: whether to add a checkpoint
@@ -229,6 +250,8 @@ class ParameterServer:
         state = self.state
         if state is None:
             return None
+        if with_state:
+            state.optimizer = self.get_optimizer_state()
         news = News(
             list(self._reports), state.num_timesteps, state.version, state.moments, self._staleness,
             self._pull_seconds, self._n_bytes, self._n_dropped, state.last_numbers,
@@ -239,10 +262,11 @@ class ParameterServer:
         return news
 
 
-def grant_size(sync_interval: int, n_lanes: int) -> int:
+def grant_size(settings: ExchangeSettings, n_lanes: int) -> int:
     """
-    :param sync_interval: steps of a node between two exchanges
-    :param n_lanes: number of its lanes
-    :return: the same, rounded up to a step of all lanes
+    :param settings: how the nodes exchange parameters
+    :param n_lanes: number of lanes of a node
+    :return: how many steps it takes between two exchanges: ``sync_interval``, rounded up to a step of all its lanes
     """
-    return -(-sync_interval // n_lanes) * n_lanes
+    assert settings.sync_interval is not None
+    return -(-settings.sync_interval // n_lanes) * n_lanes

@@ -2,10 +2,13 @@
 
 import math
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-EXCHANGES = ("deltas",)
+from sb3_async1step.nodes.exchange import EXCHANGES
+
+# Steps of a node between two exchanges of deltas
+SYNC_INTERVAL = 500
 
 
 def check_number(
@@ -41,7 +44,7 @@ class ExchangeSettings:
     How the nodes of a :class:`~sb3_async1step.RayVecEnv` exchange parameters; see there.
 
     :param exchange: one of ``EXCHANGES``
-    :param sync_interval: steps of a node between two exchanges
+    :param sync_interval: steps of a node between two exchanges; see :meth:`with_sync_interval` for None
     :param outer_learning_rate: factor of a node's delta, None for 1 divided by the number of nodes that learn
     :param outer_momentum: momentum of the deltas
     :param max_staleness: pushes of others between a node's pull and its push, beyond which the push is dropped
@@ -52,7 +55,7 @@ class ExchangeSettings:
     """
 
     exchange: str = "deltas"
-    sync_interval: int = 500
+    sync_interval: int | None = None
     outer_learning_rate: float | None = None
     outer_momentum: float = 0.0
     max_staleness: int | None = None
@@ -63,7 +66,13 @@ class ExchangeSettings:
     def __post_init__(self) -> None:
         if self.exchange not in EXCHANGES:
             raise ValueError(f"exchange must be one of {', '.join(map(repr, EXCHANGES))}, got {self.exchange!r}.")
-        check_number("sync_interval", self.sync_interval, at_least=1, whole=True)
+        if self.sync_interval is not None:
+            check_number("sync_interval", self.sync_interval, at_least=1, whole=True)
+        if self.exchange != "deltas" and (self.outer_learning_rate is not None or self.outer_momentum != 0):
+            raise ValueError(
+                "outer_learning_rate and outer_momentum are those of deltas. With exchange='gradients', the policy's "
+                "optimizer and the model's learning_rate apply them: leave both out."
+            )
         if self.outer_learning_rate is not None:
             check_number("outer_learning_rate", self.outer_learning_rate, above=0)
         check_number("outer_momentum", self.outer_momentum, at_least=0, below=1)
@@ -73,3 +82,12 @@ class ExchangeSettings:
             check_number("max_staleness", self.max_staleness, at_least=0, whole=True)
         if self.node_timeout is not None:
             check_number("node_timeout", self.node_timeout, above=0)
+
+    def with_sync_interval(self, n_steps_per_update: int) -> "ExchangeSettings":
+        """
+        :param n_steps_per_update: steps of a node between two updates of all its workers
+        :return: the same, with a ``sync_interval``: by default ``SYNC_INTERVAL`` for deltas, an update for gradients
+        """
+        if self.sync_interval is not None:
+            return self
+        return replace(self, sync_interval=SYNC_INTERVAL if self.exchange == "deltas" else n_steps_per_update)
