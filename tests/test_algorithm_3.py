@@ -119,12 +119,12 @@ def algorithm_3(net, threads, *, total, t_max, lr, gae_lambda, alpha=0.99, rms_e
     ("n_lanes", "n_workers", "t_max", "gae_lambda", "env_class"),
     [
         (1, 1, 5, 1.0, RandomWalkEnv),
-        (3, 3, 4, 1.0, RandomWalkEnv),
-        (4, 2, 3, 1.0, RandomWalkEnv),
-        (5, 2, 3, 0.8, RandomWalkEnv),
+        (3, 3, 2, 1.0, RandomWalkEnv),
+        (4, 2, 2, 1.0, RandomWalkEnv),
+        (3, 2, 3, 0.8, RandomWalkEnv),
         (4, 1, 2, 1.0, RandomWalkEnv),
-        (1, 1, 5, 1.0, BoxWalkEnv),
-        (5, 2, 3, 0.8, BoxWalkEnv),
+        (1, 1, 3, 1.0, BoxWalkEnv),
+        (3, 2, 3, 0.8, BoxWalkEnv),
     ],
 )
 def test_serial_mode_equals_algorithm_3(env_class, n_lanes, n_workers, t_max, gae_lambda):

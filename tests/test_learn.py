@@ -392,7 +392,7 @@ def test_policies_and_wrappers_train(algorithm, policy, env_class, wrapper, n_wo
     env = wrapper(env) if wrapper else env
     model = algorithm(policy, env, n_workers=n_workers, seed=0)
     before = weights_of(model)
-    model.learn(400)
+    model.learn(160)
     after = weights_of(model)
     assert model.get_env() is env or model.get_env().venv is env
     assert not are_equal(before, after)

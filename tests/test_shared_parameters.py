@@ -13,7 +13,8 @@ from torch.nn.utils import weight_norm
 
 from sb3_async1step import A3C, AsyncOneStepQ
 from sb3_async1step.value_based.target_network import SharedQNetworks
-from sb3_async1step.workers.shared_parameters import LocalParameters, view_network
+from sb3_async1step.workers.network_copies import view_network
+from sb3_async1step.workers.shared_parameters import LocalParameters
 from tests.envs import make_env
 from tests.helpers import weights_of
 

@@ -26,8 +26,8 @@ from sb3_async1step.common.model_file import (
 )
 from sb3_async1step.workers.actor_learner import Settings, WorkerState
 from sb3_async1step.workers.gate import Gate
+from sb3_async1step.workers.optimizer_views import check_optimizer_state
 from sb3_async1step.workers.pool import Pool
-from sb3_async1step.workers.shared_parameters import check_optimizer_state
 
 SelfLiveAlgorithm = TypeVar("SelfLiveAlgorithm", bound="LiveAlgorithm")
 

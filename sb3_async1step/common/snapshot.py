@@ -10,7 +10,7 @@ from stable_baselines3.common.logger import Logger
 from torch import nn
 
 from sb3_async1step.common.model_file import write_atomically
-from sb3_async1step.workers.shared_parameters import copy_modules
+from sb3_async1step.workers.network_copies import copy_modules
 
 AnyAlgorithm = TypeVar("AnyAlgorithm", bound=BaseAlgorithm)
 
