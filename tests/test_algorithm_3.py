@@ -118,7 +118,7 @@ def algorithm_3(net, threads, *, total, t_max, lr, gae_lambda, alpha=0.99, rms_e
 @pytest.mark.parametrize(
     ("n_lanes", "n_workers", "t_max", "gae_lambda", "env_class"),
     [
-        (1, 1, 5, 1.0, RandomWalkEnv),
+        (1, 1, 4, 1.0, RandomWalkEnv),
         (3, 3, 2, 1.0, RandomWalkEnv),
         (4, 2, 2, 1.0, RandomWalkEnv),
         (3, 2, 3, 0.8, RandomWalkEnv),
