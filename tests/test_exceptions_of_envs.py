@@ -10,10 +10,14 @@ import threading
 
 import numpy as np
 import pytest
+import torch as th
 from packaging.version import Version
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import FakeImageEnv
 
 from sb3_async1step import AsyncOneStepQ
 from tests.envs import RandomWalkEnv, make_env
+from tests.helpers import are_equal, weights_of
 
 USERS_VARIABLE = contextvars.ContextVar("USERS_VARIABLE", default="not set")
 
@@ -148,3 +152,24 @@ def test_workers_run_in_a_copy_of_the_callers_context(algorithm, n_workers):
     assert seen == {("before", 5, divide), ("by an env", 5, divide)}
     # As on one thread, unless the threads are others
     assert USERS_VARIABLE.get() == ("by an env" if n_workers == 1 else "before")
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+@pytest.mark.parametrize("mixed_precision", [False, True])
+def test_torch_autocast_around_a_training_is_not_followed(mixed_precision, n_workers):
+    """It would keep what it has converted of the weights, and so hide all updates."""
+
+    def make():
+        env = FakeImageEnv(screen_height=36, screen_width=36)
+        env.observation_space.seed(0)
+        return env
+
+    def train():
+        env = make_vec_env(make, n_envs=2, seed=0)
+        kwargs = {"mixed_precision": mixed_precision, "net_arch": [8]}
+        model = AsyncOneStepQ("CnnPolicy", env, n_workers=n_workers, backend="serial", seed=0, policy_kwargs=kwargs)
+        return weights_of(model.learn(40))
+
+    expected = train()
+    with th.autocast("cpu", dtype=th.bfloat16), pytest.warns(UserWarning, match=r"learn\(\) ignores torch.autocast"):
+        assert are_equal(train(), expected)

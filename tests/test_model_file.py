@@ -460,3 +460,11 @@ def test_networks_for_images_and_dicts_are_saved_as_sb3s(algorithm, tmp_path):
     models.append(algorithm("MultiInputPolicy", make_env(1, SimpleMultiObsEnv)))
     for model in models:
         assert_round_trips(model, tmp_path / "network")
+
+
+def test_attributes_that_were_left_out_have_their_defaults(algorithm, tmp_path):
+    model = algorithm("MlpPolicy", make_env(2), n_workers=2, gamma=0.5)
+    model.save(tmp_path / "model", exclude=["n_workers", "gamma"])
+    loaded = algorithm.load(tmp_path / "model", env=make_env(2), gamma=0.7)
+    assert (loaded.n_workers, loaded.gamma) == ("auto", 0.7)
+    assert loaded.learn(20).num_timesteps == 20

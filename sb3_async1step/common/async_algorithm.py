@@ -42,7 +42,12 @@ from sb3_async1step.common.parameter_checks import (
     check_whole,
 )
 from sb3_async1step.common.update_log import UpdateLog
-from sb3_async1step.common.warn import list_parts, warn_of_frames_skipped_twice, warn_of_what_is_not_followed
+from sb3_async1step.common.warn import (
+    list_parts,
+    warn_of_frames_skipped_twice,
+    warn_of_what_is_not_followed,
+    without_autocast,
+)
 from sb3_async1step.nodes.node import NodeRecipe
 from sb3_async1step.nodes.ray_pool import RayWorkerPool
 from sb3_async1step.nodes.ray_vec_env import RayVecEnv
@@ -339,7 +344,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         self._pool = make_pool(workers, self._gate, self.num_timesteps, total_timesteps)
         guard_vec_env(env, self._gate.closed, self._pool.settle, lambda: self._gate.is_inside() or not call.is_running)
         # Ctrl-C between the two halves of a th.no_grad() block leaves the process without gradients
-        with th.enable_grad():
+        with th.enable_grad(), without_autocast(self.device):
             self._follow(self._pool, callback, log_interval)
         self._pool.stop()
         self._pool.finish_steps()
@@ -389,6 +394,16 @@ class AsyncAlgorithm(LiveAlgorithm):
         :return: the workers and what they share, None if ``learn()`` does not run
         """
         return self._pool, self._shared
+
+    def jump(self, num_timesteps: int) -> None:
+        """
+        Go on from where others have come to meanwhile.
+
+        :param num_timesteps: environment steps of all models that learn together (the paper's T)
+        """
+        assert isinstance(self._pool, WorkerPool)
+        self._pool.jump(num_timesteps)
+        self._count_to(num_timesteps)
 
     def list_learned_parameters(self) -> list[th.nn.Parameter]:
         """
@@ -519,9 +534,13 @@ class AsyncAlgorithm(LiveAlgorithm):
 
     # ------------------------------------------------------------------ logging
 
+    def _count_to(self, num_timesteps: int) -> None:
+        # Nobody else may change it while learn() runs
+        self.__dict__["num_timesteps"] = num_timesteps
+
     def _count(self, transitions: Transitions) -> None:
         pace = 1 if self._shared is None else self._shared.pace
-        self.num_timesteps += round(len(transitions) * pace)
+        self._count_to(self.num_timesteps + round(len(transitions) * pace))
         self._n_updates += len(transitions.updates)
         self._episode_num += int(transitions.dones.sum())
         self._update_log.add(transitions.updates)

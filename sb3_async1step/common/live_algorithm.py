@@ -52,6 +52,7 @@ class LiveAlgorithm(BaseAlgorithm):
             "lock_updates",
             "n_envs",
             "n_workers",
+            "num_timesteps",
             "observation_space",
             "policy",
             "policy_class",
@@ -91,7 +92,7 @@ class LiveAlgorithm(BaseAlgorithm):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._fixed_while_learning and self._is_learning():
             raise AttributeError(
-                f"{name} can't be changed while learn() runs, which has made its workers with it. "
+                f"{name} can't be changed while learn() runs, whose workers have begun with it. "
                 "End the training (by a callback that returns False), change it, and call learn() again."
             )
         if name in self._followed and self._is_learning():

@@ -3,7 +3,10 @@
 import inspect
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+import torch as th
 from stable_baselines3.common.atari_wrappers import MaxAndSkipEnv
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecEnv
@@ -27,6 +30,23 @@ def warn_of_frames_skipped_twice(env: VecEnv) -> None:
             f"skips none: {spec.id} with frameskip=1 (make_atari_env(..., env_kwargs=dict(frameskip=1))), or the id "
             "that ends in NoFrameskip-v4."
         )
+
+
+def without_autocast(device: th.device) -> AbstractContextManager[Any]:
+    """
+    Workers don't follow ``torch.autocast``, and its caller is told so: it applies to a single thread, and it keeps what
+    it has converted until its ``with`` block ends, so that the network would seem to stay as it is.
+
+    :param device: the model's
+    :return: a context manager without it
+    """
+    if not th.is_autocast_enabled(device.type):
+        return nullcontext()
+    warn_the_caller(
+        "learn() ignores torch.autocast. The policies of the value-based algorithms compute in bfloat16 with "
+        "policy_kwargs=dict(mixed_precision=True)."
+    )
+    return th.autocast(device.type, enabled=False)
 
 
 def list_parts(policy: BasePolicy) -> list[nn.Module | nn.Parameter]:

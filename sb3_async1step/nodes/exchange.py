@@ -113,8 +113,7 @@ class Exchange(ABC):
         store_buffers(shared, pull.buffers)
         store_moments(self._normalize, pull.moments)
         self._moments = read_moments(self._normalize)
-        pool.jump(pull.num_timesteps)
-        model.num_timesteps = pull.num_timesteps
+        model.jump(pull.num_timesteps)
         if pull.n_granted > 0:
             n_expected = pull.num_timesteps + pull.n_granted * pool.num_envs * pull.n_nodes
             shared.pace = max(0.0, (n_expected - pool.num_timesteps) / (pull.n_granted * pool.num_envs))

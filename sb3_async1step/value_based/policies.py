@@ -68,7 +68,8 @@ class QNetwork(DQNQNetwork):
         preprocessed_obs = self._preprocess(obs, th.bfloat16 if mixed_precision else th.float32)
         if not mixed_precision:
             return features_extractor(preprocessed_obs)
-        with th.autocast(self.device.type, dtype=th.bfloat16):
+        # What is cached of the weights would outlive an update if the caller is inside of another torch.autocast
+        with th.autocast(self.device.type, dtype=th.bfloat16, cache_enabled=False):
             features = features_extractor(preprocessed_obs)
         return features.float()
 
