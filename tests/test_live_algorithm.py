@@ -13,6 +13,7 @@ from copy import deepcopy
 from functools import partial
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -713,3 +714,32 @@ def wait_for_child(child: int) -> int:
     os.kill(child, 9)
     os.waitpid(child, 0)
     return -1
+
+
+@with_workers
+def test_envs_that_a_callback_replaces(n_workers):
+    """The workers step what stands in ``DummyVecEnv.envs``, as SB3's algorithms do."""
+    steps = {"before": 0, "after": 0}
+
+    class Counting(gym.Wrapper):
+        name = "before"
+
+        def step(self, action: Any) -> Any:
+            steps[self.name] += 1
+            return super().step(action)
+
+    model = make_model(AsyncOneStepQ, n_workers)
+    env = model.get_env()
+    for lane in (0, 1):
+        env.envs[lane] = Counting(env.envs[lane])
+
+    def replace_lanes(callback: Any) -> None:
+        wait_for_steps(callback.model)
+        steps["until now"] = steps["before"]
+        for lane in (0, 1):
+            env.envs[lane] = Counting(env.envs[lane].env)
+            env.envs[lane].name = "after"
+
+    model.learn(200, callback=Do(once(replace_lanes)))
+    assert steps["before"] == steps["until now"] < 200
+    assert steps["before"] + steps["after"] == 200

@@ -92,11 +92,30 @@ def rejoin_vec_env(env: VecEnv, parts: Sequence[VecEnv], groups: Sequence[range]
         env.reset_infos = [info for part in parts for info in part.reset_infos]
 
 
+class _SomeLanes(Sequence):
+    """
+    Some of the envs of a DummyVecEnv, also if a callback puts others in their place.
+
+    :param env: the DummyVecEnv
+    :param lanes: which of its envs these are
+    """
+
+    def __init__(self, env: DummyVecEnv, lanes: range) -> None:
+        self._env, self._lanes = env, lanes
+
+    def __len__(self) -> int:
+        return len(self._lanes)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._env.envs[self._lanes[index]]
+
+
 @split_vec_env.register
 def _(env: DummyVecEnv, groups: Sequence[range]) -> list[VecEnv]:
     parts: list[VecEnv] = []
     for lanes in groups:
         part = DummyVecEnv([_returns(env.envs[lane]) for lane in lanes])
+        part.envs = _SomeLanes(env, lanes)  # type: ignore[assignment]
         part.reset_infos = env.reset_infos[lanes.start : lanes.stop]
         parts.append(part)
     return parts
