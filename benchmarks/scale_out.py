@@ -6,7 +6,8 @@ for each of them.
 log-normally distributed; the lanes of a node step together, so that a step takes as long as the slowest of 16.
 ``learning`` prints the mean return of greedy episodes after the same number of steps of all nodes. ``kills`` kills a
 node, the server and a simulated machine in each training, and says whether it reached its steps. ``traffic`` prints
-bytes per second of the paper's Atari network for several numbers of steps between exchanges.
+bytes per second of the paper's Atari network for several numbers of steps between exchanges. ``server`` lets clients
+exchange parameters of that size without a break.
 """
 
 import argparse
@@ -30,6 +31,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from sb3_async1step import AsyncOneStepQ, NipsCNN, RayVecEnv
+from sb3_async1step.nodes.messages import Learned, Push, Report
+from sb3_async1step.nodes.parameters import read_values
+from sb3_async1step.nodes.server import ParameterServer, ServerState
+from sb3_async1step.nodes.settings import ExchangeSettings
 from sb3_async1step.registry import ALGORITHMS
 
 LANES_PER_NODE = 16
@@ -268,12 +273,46 @@ def measure_traffic(intervals: list[int], n_steps: int) -> None:
         print(f"| {interval} | {rate:.0f} | {traffic.bytes_per_second:.0f} | {n_bytes} |", flush=True)
 
 
+def exchange_without_a_break(server: Any, node: int, n_parameters: int, seconds: float) -> int:
+    """
+    :param server: the server's actor
+    :param node: number of the node that this client pretends to be
+    :param n_parameters: how many parameters it pushes and pulls
+    :param seconds: for how long
+    :return: number of exchanges
+    """
+    change, number, begin = np.zeros(n_parameters, dtype=np.float32), 0, time.monotonic()
+    while time.monotonic() - begin < seconds:
+        number += 1
+        ray.get(server.exchange.remote(Push(node, 0, number, number, Learned(change), [], {}, Report())))
+    return number
+
+
+def measure_server(numbers: list[int], seconds: float) -> None:
+    """
+    :param numbers: of clients
+    :param seconds: duration of each measurement
+    """
+    model = AsyncOneStepQ("CnnPolicy", make_vec_env(make_images), policy_kwargs={"net_arch": []})
+    values = read_values(model.list_learned_parameters())
+    print("| clients | exchanges/s | MB/s, each way |\n|---|---|---|")
+    for n_clients in numbers:
+        with simulated_machines(n_clients + 1):
+            server: Any = ray.remote(ParameterServer).remote()
+            state = ServerState(values, [], {}, [1] * n_clients, 0, 10**9, 10**9)
+            ray.get(server.load.remote(state, ExchangeSettings().with_sync_interval(1)))
+            client = ray.remote(num_cpus=1)(exchange_without_a_break)
+            counts = ray.get([client.remote(server, node, len(values), seconds) for node in range(n_clients)])
+        rate = sum(counts) / seconds
+        print(f"| {n_clients} | {rate:.0f} | {rate * values.nbytes / 1e6:.0f} |", flush=True)
+
+
 def main() -> None:
     """Run one of the benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=["throughput", "learning", "kills", "traffic"])
+    parser.add_argument("benchmark", choices=["throughput", "learning", "kills", "traffic", "server"])
     parser.add_argument("--nodes", nargs="+", type=int, default=[1, 2, 4])
-    parser.add_argument("--seconds", type=float, default=15.0, help="duration of each measurement of throughput")
+    parser.add_argument("--seconds", type=float, default=15.0, help="duration of a measurement of throughput or server")
     parser.add_argument("--repeats", type=int, default=3, help="measurements, seeds or trainings")
     parser.add_argument("--algo", choices=list(ALGORITHMS), default="async_one_step_q")
     parser.add_argument("--env", default="CartPole-v1", help="of learning")
@@ -290,6 +329,8 @@ def main() -> None:
         )  # fmt: skip
     elif options.benchmark == "kills":
         kill(options.repeats, options.nodes[-1], options.steps)
+    elif options.benchmark == "server":
+        measure_server(options.nodes, options.seconds)
     else:
         measure_traffic(options.sync_interval, options.steps)
 

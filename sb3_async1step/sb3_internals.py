@@ -190,7 +190,7 @@ def start_ray_on_loopback(**arguments: Any) -> None:
 # An optional extra: the functions import it
 
 #: Parts of the messages of the ``ValueError`` that the Zoo raises if the command line is wrong
-ZOO_USER_ERRORS = ("not found in gym registry", "No model found", "Hyperparameters not found")
+ZOO_USER_ERRORS = ("not found in gym registry", "No model found", "folder was not found", "Hyperparameters not found")
 
 
 def replace_experiment_manager(manager_class: type) -> None:

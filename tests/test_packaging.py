@@ -60,8 +60,8 @@ def test_wheel_holds_every_module_and_data_file(wheel):
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     package = {name for name in tracked if name.startswith("sb3_async1step/")}
-    hyperparams = {f"sb3_async1step/{name}" for name in tracked if name.startswith("hyperparams/")}
-    assert names == package | hyperparams
+    data = {f"sb3_async1step/{name}" for name in tracked if name.startswith(("hyperparams/", "trained_agents/"))}
+    assert names == package | data
 
 
 def test_the_wheel_works_without_the_sources(site, tmp_path):

@@ -153,6 +153,9 @@ def zoo_errors() -> set[str]:
         (folder / "dqn").mkdir()
         rl_zoo3.utils.get_model_path(0, str(folder), "dqn", EnvironmentName("CartPole-v1"))
 
+    def find_folder(folder: Path) -> None:
+        rl_zoo3.utils.get_model_path(0, str(folder), "dqn", EnvironmentName("CartPole-v1"))
+
     def read_hyperparams(folder: Path) -> None:
         (folder / "empty.yml").write_text("{}")
         make_manager(config=str(folder / "empty.yml")).read_hyperparameters()
@@ -163,11 +166,11 @@ def zoo_errors() -> set[str]:
             rl_zoo3.train.train()
 
     messages = []
-    for function in (find_model, read_hyperparams, find_env):
+    for function in (find_model, find_folder, read_hyperparams, find_env):
         with tempfile.TemporaryDirectory() as folder:
             try:
                 function(Path(folder))
-            except ValueError as error:
+            except (ValueError, AssertionError) as error:
                 messages.append(str(error))
     return {text for text in ZOO_USER_ERRORS if not any(text in message for message in messages)}
 
@@ -481,7 +484,7 @@ RELIED_ON: list[tuple[str, str, Callable[[], Iterable[str]]]] = [
     ("rl_zoo3", "ExperimentManager", zoo_manager),
     ("rl_zoo3", "the model's attributes in ExperimentManager.learn", zoo_learn),
     ("rl_zoo3", "subprocess.call in scripts", zoo_scripts),
-    ("rl_zoo3", "messages of ValueErrors", zoo_errors),
+    ("rl_zoo3", "messages of errors", zoo_errors),
     ("huggingface_sb3", "push_to_hub.generate_metadata", hub_metadata),
     ("stable_baselines3", "BaseAlgorithm", base_algorithm),
     ("stable_baselines3", "attributes in a saved model", saved_model),

@@ -1,11 +1,13 @@
 """The command line: the Zoo's own, with our algorithms and hyperparameters."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import optuna
@@ -21,7 +23,7 @@ from sb3_async1step import A3C, AsyncOneStepQ, AsyncOneStepSarsa, MinAtarCNN
 from sb3_async1step.registry import ALGORITHMS, Algorithm
 from sb3_async1step.value_based.algorithm import ValueBasedAlgorithm
 from sb3_async1step.value_based.search_space import NET_ARCHS, OPTIMIZERS
-from sb3_async1step.zoo import experiment_manager, hyperparams_path, main, register
+from sb3_async1step.zoo import cli, experiment_manager, hyperparams_path, main, register, trained_agents_path
 from tests.command_line import call_zoo
 from tests.helpers import DEADLINE, FOREVER, trained_parameters
 
@@ -378,7 +380,7 @@ def test_an_entry_of_the_registry_is_all_that_the_commands_need(tmp_path, monkey
     monkeypatch.setitem(ALGORITHMS, "newcomer", Algorithm(Newcomer, sample_gamma, convert_gamma))
     assert ALGORITHMS["newcomer"].name == "Newcomer"
     assert Path(hyperparams_path("newcomer")) == Path(hyperparams_path("async_one_step_q")).with_name("newcomer.yml")
-    monkeypatch.setattr(experiment_manager, "hyperparams_folder", lambda: tmp_path)
+    monkeypatch.setattr(experiment_manager, "find_folder", lambda name: tmp_path)
     (tmp_path / "newcomer.yml").write_text("CartPole-v1: {n_timesteps: 40, policy: MlpPolicy, n_envs: 2, gamma: 0.5}")
     assert "newcomer" in run("--help", cwd=tmp_path)
     train = "train --algo newcomer --env CartPole-v1"
@@ -398,6 +400,43 @@ def test_benchmark_and_plots(tmp_path, monkeypatch):
     assert f"{algo}|CartPole-v1" in (tmp_path / "scores" / "benchmark.md").read_text(), out
     assert algo.upper() in run(f"all_plots -a {algo} -e CartPole-v1 -f logs --no-display -o scores/all", cwd=tmp_path)
     run(f"plot_train -a {algo} -e CartPole-v1 -f logs", cwd=tmp_path)
+
+
+TRAINED_AGENTS = sorted(Path(trained_agents_path()).glob("*/*_1"))
+
+
+@pytest.mark.parametrize("folder", TRAINED_AGENTS, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
+def test_trained_agents_play(folder, tmp_path):
+    name = folder.name.removesuffix("_1")
+    env_id = yaml.unsafe_load((folder / name / "args.yml").read_text())["env"]
+    out = run(f"enjoy --algo {folder.parent.name} --env {env_id} -n 20 --no-render", cwd=tmp_path)
+    assert f"Loading {folder / name}.zip" in out
+
+
+def test_trained_agents_are_few_and_say_nothing_of_where_they_were_trained():
+    files = [path for path in Path(trained_agents_path()).rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".zip", ".yml", ".pkl"}
+    assert sum(path.stat().st_size for path in files) < 12e6
+    for path in files:
+        contents = [path.read_bytes()]
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path) as archive:
+                contents = [archive.read(name) for name in archive.namelist()]
+        assert not any(re.search(rb"/(home|root|tmp|Users)/", content) for content in contents), path
+
+
+def test_other_folders_of_agents_are_the_users(tmp_path):
+    """``enjoy`` looks among the agents of this package for our algorithms alone, and if no folder is given."""
+    ours = ["--algo", "a3c", "--env", "CartPole-v1"]
+    assert cli.find_agents(ours) == [*ours, "--folder", trained_agents_path()]
+    for arguments in ([*ours, "-f", "logs"], [*ours, "--folder=logs"], ["--algo", "ppo"], []):
+        assert cli.find_agents(arguments) == arguments
+    for command in (
+        "enjoy --algo async_one_step_q --env MountainCar-v0 --no-render",
+        "enjoy --algo a3c --env CartPole-v1 --no-render -f nowhere",
+    ):
+        out = run(command, cwd=tmp_path, code=2)
+        assert re.search(r"No model found|folder was not found", out) and "Traceback" not in out
 
 
 @pytest.mark.parametrize(

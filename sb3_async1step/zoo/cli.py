@@ -30,7 +30,7 @@ from sb3_async1step.sb3_internals import (
     replace_vec_env_class,
     run_zoo_script,
 )
-from sb3_async1step.zoo.experiment_manager import AsyncExperimentManager
+from sb3_async1step.zoo.experiment_manager import AsyncExperimentManager, trained_agents_path
 from sb3_async1step.zoo.hyperparams_search import make_sampler
 
 # Modules of rl_zoo3 that run as scripts
@@ -83,6 +83,22 @@ def take_vec_env_options(arguments: list[str]) -> list[str]:
     return others
 
 
+def find_agents(arguments: list[str]) -> list[str]:
+    """
+    Look for our algorithms' agents among those of this package, unless a folder is given.
+
+    :param arguments: arguments of the command line of ``enjoy``
+    :return: the arguments for the Zoo's parser
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("-f", "--folder")
+    parser.add_argument("--algo")
+    options, _ = parser.parse_known_args(arguments)
+    if options.folder is None and options.algo in ALGORITHMS:
+        return [*arguments, "--folder", trained_agents_path()]
+    return arguments
+
+
 @contextmanager
 def terminated_as_by_ctrl_c() -> Iterator[None]:
     """Inside the ``with`` block, SIGTERM (which preempted jobs get) does what Ctrl-C does: the Zoo saves the model."""
@@ -104,6 +120,7 @@ def run(command: str) -> None:
         with terminated_as_by_ctrl_c():
             rl_zoo3.train.train()
     elif command == "enjoy":
+        sys.argv[1:] = find_agents(sys.argv[1:])
         rl_zoo3.enjoy.enjoy()
     elif command in PLOTS:
         # Imported here, since that takes long
@@ -160,7 +177,7 @@ def main() -> None:
     sys.argv = [f"sb3-async1step {command}", *sys.argv[2:]]
     try:
         run(command)
-    except ValueError as error:
+    except (ValueError, AssertionError) as error:
         if not any(message in str(error) for message in USER_ERRORS):
             raise
         fail(str(error))

@@ -12,14 +12,14 @@ from sb3_async1step.nodes.ray_vec_env import RayVecEnv
 from sb3_async1step.registry import ALGORITHMS
 
 
-def hyperparams_folder() -> Path:
+def find_folder(name: str) -> Path:
     """
-    :return: folder of the YAML files of hyperparameters
+    :param name: name of a folder of data
+    :return: where it is: a wheel holds it inside of the package, the repository beside it
     """
     package = Path(str(files("sb3_async1step")))
-    # A wheel holds the folder inside of the package, the repository beside it
-    folder = package / "hyperparams"
-    return folder if folder.is_dir() else package.parent / "hyperparams"
+    folder = package / name
+    return folder if folder.is_dir() else package.parent / name
 
 
 def hyperparams_path(algo: str) -> str:
@@ -27,7 +27,14 @@ def hyperparams_path(algo: str) -> str:
     :param algo: name of one of our algorithms in the Zoo
     :return: path of its YAML file of hyperparameters
     """
-    return str(hyperparams_folder() / f"{algo}.yml")
+    return str(find_folder("hyperparams") / f"{algo}.yml")
+
+
+def trained_agents_path() -> str:
+    """
+    :return: path of the folder of agents that were trained for this package
+    """
+    return str(find_folder("trained_agents"))
 
 
 class ContinuedTraining:
