@@ -249,7 +249,8 @@ def test_attributes_that_are_no_models(change, saved):
             AsyncOneStepQ.load(crafted)
         except ValueError:
             n_refused += 1
-    assert n_refused >= 5
+    # Those that an algorithm has defaults for may be missing
+    assert n_refused >= (4 if change == "missing" else 5)
 
 
 @pytest.mark.parametrize("member", ["policy.pth", "policy.optimizer.pth"])
