@@ -189,7 +189,7 @@ def start_ray_on_loopback(**arguments: Any) -> None:
 # ---------------------------------------------------------------------- rl_zoo3
 # An optional extra: the functions import it
 
-#: Parts of the messages of the ``ValueError`` that the Zoo raises if the command line is wrong
+#: Parts of the messages of the errors that the Zoo raises if the command line is wrong
 ZOO_USER_ERRORS = ("not found in gym registry", "No model found", "folder was not found", "Hyperparameters not found")
 
 

@@ -719,27 +719,26 @@ def wait_for_child(child: int) -> int:
 @with_workers
 def test_envs_that_a_callback_replaces(n_workers):
     """The workers step what stands in ``DummyVecEnv.envs``, as SB3's algorithms do."""
-    steps = {"before": 0, "after": 0}
 
     class Counting(gym.Wrapper):
-        name = "before"
+        # Each lane has its own count, since workers step at the same time
+        n_steps = 0
 
         def step(self, action: Any) -> Any:
-            steps[self.name] += 1
+            self.n_steps += 1
             return super().step(action)
 
     model = make_model(AsyncOneStepQ, n_workers)
-    env = model.get_env()
-    for lane in (0, 1):
-        env.envs[lane] = Counting(env.envs[lane])
+    envs = model.get_env().envs
+    before = envs[:] = [Counting(env) for env in envs]
+    after, until_now = [], []
 
     def replace_lanes(callback: Any) -> None:
         wait_for_steps(callback.model)
-        steps["until now"] = steps["before"]
-        for lane in (0, 1):
-            env.envs[lane] = Counting(env.envs[lane].env)
-            env.envs[lane].name = "after"
+        until_now.extend(env.n_steps for env in before)
+        after.extend(Counting(env.env) for env in before)
+        envs[:] = after
 
     model.learn(200, callback=Do(once(replace_lanes)))
-    assert steps["before"] == steps["until now"] < 200
-    assert steps["before"] + steps["after"] == 200
+    assert [env.n_steps for env in before] == until_now and sum(until_now) < 200
+    assert sum(env.n_steps for env in (*before, *after)) == 200

@@ -18,6 +18,7 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.vec_env import VecFrameStack, VecMonitor, VecNormalize
 
 from sb3_async1step import A3C, AsyncOneStepQ, RayVecEnv
+from sb3_async1step.nodes.settings import ExchangeSettings
 from sb3_async1step.sb3_internals import start_ray_on_loopback
 from tests.helpers import DEADLINE, are_equal, wait_until, weights_of
 
@@ -44,7 +45,8 @@ def lanes(cluster):
 
 @pytest.fixture
 def env(lanes):
-    lanes.settings = replace(lanes.settings, sync_interval=20, checkpoint_interval=0.5)
+    # All of them, since tests change some
+    lanes.settings = ExchangeSettings(sync_interval=20, checkpoint_interval=0.5, node_timeout=None)
     return lanes
 
 

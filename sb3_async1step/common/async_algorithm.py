@@ -366,7 +366,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         if self.verbose >= 1:
             print(self._pool.describe())
         guard_vec_env(env, self._gate.closed, self._pool.settle, lambda: not call.is_running)
-        with th.enable_grad():
+        with th.enable_grad(), without_autocast(self.device):
             self._follow(self._pool, callback, log_interval)
         self._pool.stop()
 

@@ -34,6 +34,8 @@ class Exchange(ABC):
         self._node, self._epoch = node, epoch
         self._number = 0
         self._version = 0
+        # The parameters that the node went on with
+        self._pulled: np.ndarray | None = None
         self._seconds = 0.0
         self._normalize = unwrap_vec_wrapper(model.env, VecNormalize)
         self._moments = read_moments(self._normalize)
@@ -45,12 +47,6 @@ class Exchange(ABC):
         """
         :return: what the node has learned since it pulled the parameters last; None if it has not pulled any yet, or
             has made no update since
-        """
-
-    @abstractmethod
-    def on_pull(self, values: np.ndarray) -> None:
-        """
-        :param values: the parameters that the node goes on with
         """
 
     def begin(self) -> bool:
@@ -107,9 +103,8 @@ class Exchange(ABC):
 
     def _take(self, pull: Pull) -> None:
         model, shared, pool = self._model, self._shared, self._pool
-        values, self._version = np.array(pull.values), pull.version
-        store_values(shared.parameters, values)
-        self.on_pull(values)
+        self._pulled, self._version = np.array(pull.values), pull.version
+        store_values(shared.parameters, self._pulled)
         store_buffers(shared, pull.buffers)
         store_moments(self._normalize, pull.moments)
         self._moments = read_moments(self._normalize)
@@ -123,15 +118,10 @@ class Exchange(ABC):
 class DeltaExchange(Exchange):
     """Pushes by how much the node has changed the parameters since it pulled them last (see :class:`Exchange`)."""
 
-    _pulled: np.ndarray | None = None
-
     def take_learned(self) -> Learned | None:
         if self._pulled is None:
             return None
         return Learned(read_values(self._shared.parameters) - self._pulled)
-
-    def on_pull(self, values: np.ndarray) -> None:
-        self._pulled = values
 
 
 class GradientExchange(Exchange):
@@ -150,9 +140,6 @@ class GradientExchange(Exchange):
             return None
         learning_rate = float(self._mean.param_groups[0]["lr"])
         return Learned(read_values(self._mean.take(self._shared.parameters)), learning_rate)
-
-    def on_pull(self, values: np.ndarray) -> None:
-        self._mean.clear()
 
 
 class GradientMean(th.optim.Optimizer):
@@ -186,13 +173,9 @@ class GradientMean(th.optim.Optimizer):
         :return: the mean of the gradients of each since the last call, zero for one without any
         """
         means = [self._sums.get(p, th.zeros_like(p)) / self.n_gradients for p in parameters]
-        self.clear()
-        return means
-
-    def clear(self) -> None:
-        """Forget all gradients."""
         self.n_gradients = 0
         self._sums.clear()
+        return means
 
 
 EXCHANGES: dict[str, type[Exchange]] = {"deltas": DeltaExchange, "gradients": GradientExchange}
