@@ -155,6 +155,18 @@ def read_frame_skip(wrapper: MaxAndSkipEnv) -> int:
     return wrapper._skip
 
 
+# ---------------------------------------------------------------------- torch
+
+#: Attributes of a module with the hooks that its forward pass calls, by their ids
+HOOKS_OF_MODULES = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
+#: Attributes of a tensor with the hooks that its backward pass calls
+HOOKS_OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+#: Attributes of an optimizer with the hooks that its steps call
+HOOKS_OF_OPTIMIZERS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
 # ---------------------------------------------------------------------- ale_py
 
 

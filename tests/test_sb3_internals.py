@@ -29,6 +29,7 @@ import pytest
 import rl_zoo3.hyperparams_opt
 import rl_zoo3.train
 import rl_zoo3.utils
+import torch as th
 from ale_py.vector_env import AtariVectorEnv
 from huggingface_sb3 import EnvironmentName
 from rl_zoo3.exp_manager import ExperimentManager
@@ -53,6 +54,9 @@ from stable_baselines3.common.vec_env import (
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 
 from sb3_async1step.sb3_internals import (
+    HOOKS_OF_MODULES,
+    HOOKS_OF_OPTIMIZERS,
+    HOOKS_OF_TENSORS,
     REQUEST_ANSWERED_BY_NOT_IMPLEMENTED,
     REQUEST_OF_AN_ATTRIBUTE,
     ZOO_USER_ERRORS,
@@ -475,6 +479,24 @@ def ray_on_loopback() -> set[str]:
     return set() if services.resolve_ip_for_localhost("1.2.3.4") == "1.2.3.4" else {"resolve_ip_for_localhost"}
 
 
+# ---------------------------------------------------------------------- torch
+
+
+def hooks() -> set[str]:
+    """Each hook is kept in one of the attributes that we know, and each of these has some."""
+    module, tensor = th.nn.Linear(1, 1), th.zeros(1, requires_grad=True)
+    optimizer = th.optim.SGD([tensor], lr=1.0)
+    module.register_forward_hook(lambda *_: None, with_kwargs=True, always_call=True)
+    module.register_forward_pre_hook(lambda *_: None, with_kwargs=True)
+    tensor.register_hook(lambda _: None)
+    tensor.register_post_accumulate_grad_hook(lambda _: None)
+    optimizer.register_step_pre_hook(lambda *_: None)
+    optimizer.register_step_post_hook(lambda *_: None)
+    filled = {name for each in (module, optimizer) for name, value in vars(each).items() if "hook" in name and value}
+    filled |= {name for name in dir(tensor) if name.endswith("_hooks") and getattr(tensor, name)}
+    return filled ^ {*HOOKS_OF_MODULES, *HOOKS_OF_TENSORS, *HOOKS_OF_OPTIMIZERS}
+
+
 # ---------------------------------------------------------------------- the table
 
 #: Distribution, what we rely on, and the function that looks for it
@@ -507,6 +529,7 @@ RELIED_ON: list[tuple[str, str, Callable[[], Iterable[str]]]] = [
     ("ray", "services.resolve_ip_for_localhost", ray_on_loopback),
     ("ale-py", "AtariEnv", atari_env),
     ("ale-py", "AtariVectorEnv", atari_vector_env),
+    ("torch", "hooks of modules, tensors and optimizers", hooks),
 ]
 
 
@@ -577,6 +600,7 @@ def rename_loop_variable(monkeypatch):
         (rename_in_instances(SubprocVecEnv, "waiting"), subproc_vec_env, "waiting"),
         (rename_in_instances(VecNormalize, "old_reward"), vec_normalize, "old_reward_renamed"),
         (rename_in_instances(atari_wrappers.MaxAndSkipEnv, "_skip"), wrappers_of_atari, "_skip"),
+        (rename_in_instances(th.nn.Linear, "_forward_hooks"), hooks, "_forward_hooks"),
     ],
 )
 def test_a_change_is_found(change, check, found, monkeypatch):

@@ -43,7 +43,7 @@ from sb3_async1step.common.parameter_checks import (
 )
 from sb3_async1step.common.update_log import UpdateLog
 from sb3_async1step.common.warn import (
-    list_parts,
+    list_modules_and_parameters,
     warn_of_frames_skipped_twice,
     warn_of_what_is_not_followed,
     without_autocast,
@@ -336,7 +336,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         on_threads = self.backend == "threads" and n_workers > 1
         if on_threads:
             keep_freed_memory()
-        parts = list_parts(self.policy)
+        parts = list_modules_and_parameters(self.policy)
         set_intra_op_threads(n_workers if on_threads else 1, n_multiplications, workers[0].n_lanes, call)
         if self.verbose >= 1:
             print(describe_workers(workers))
@@ -360,9 +360,8 @@ class AsyncAlgorithm(LiveAlgorithm):
         env = self.env
         assert env is not None
         self._shared = self._share_parameters()
-        self._pool = RayWorkerPool(
-            env, self._make_node_recipe(n_workers, total_timesteps), self._shared, self._sync_after_jump
-        )
+        recipe = self._make_node_recipe(n_workers, total_timesteps)
+        self._pool = RayWorkerPool(env, recipe, self.update_interval, self._shared, self._sync_after_jump)
         if self.verbose >= 1:
             print(self._pool.describe())
         guard_vec_env(env, self._gate.closed, self._pool.settle, lambda: not call.is_running)
@@ -386,7 +385,6 @@ class AsyncAlgorithm(LiveAlgorithm):
             total_timesteps,
             seed,
             self.n_envs,
-            self.update_interval,
         )
 
     def get_workers(self) -> tuple[Pool | None, SharedParameters | None]:

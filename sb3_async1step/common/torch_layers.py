@@ -9,6 +9,8 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from torch import nn
 from torch.nn import functional as F
 
+from sb3_async1step.sb3_internals import HOOKS_OF_MODULES
+
 
 class ImageLayerNorm(nn.LayerNorm):
     """``LayerNorm`` of images whose channels come last in memory. PyTorch's would copy them into another order."""
@@ -157,6 +159,6 @@ def are_pure(modules: Iterable[nn.Module]) -> bool:
     """
     # Subclasses don't count: they may do anything
     return all(
-        type(module) in PURE_MODULES and not module._forward_hooks and not module._forward_pre_hooks
+        type(module) in PURE_MODULES and not any(getattr(module, name) for name in HOOKS_OF_MODULES)
         for module in modules
     )

@@ -49,7 +49,7 @@ def without_autocast(device: th.device) -> AbstractContextManager[Any]:
     return th.autocast(device.type, enabled=False)
 
 
-def list_parts(policy: BasePolicy) -> list[nn.Module | nn.Parameter]:
+def list_modules_and_parameters(policy: BasePolicy) -> list[nn.Module | nn.Parameter]:
     """
     :param policy: a policy
     :return: its modules and parameters
@@ -65,7 +65,7 @@ def warn_of_what_is_not_followed(
     :param parts: the modules and parameters that it had when the workers were made
     :param workers: the workers
     """
-    if list(map(id, parts)) != list(map(id, list_parts(policy))):
+    if list(map(id, parts)) != list(map(id, list_modules_and_parameters(policy))):
         warn_the_caller(
             "A callback has replaced modules or parameters of the policy. The workers went on with those from before, "
             "and what they learned is not in the new ones: replace them between two calls of learn(), or change "

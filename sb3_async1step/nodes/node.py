@@ -31,7 +31,6 @@ class NodeRecipe:
     :param total_timesteps: T at the end of the training
     :param seed: of the node's random generators and lanes
     :param num_envs: number of lanes of all nodes
-    :param update_interval: vector steps between two updates of a worker
     :param exchange: how the nodes exchange what they have learned, see :class:`~sb3_async1step.RayVecEnv`
     :param lanes: those of this node
     :param wrappers: those of these lanes
@@ -47,7 +46,6 @@ class NodeRecipe:
     total_timesteps: int
     seed: int
     num_envs: int
-    update_interval: int
     exchange: str = "deltas"
     lanes: range = range(0)
     wrappers: list[PackedWrapper] = field(default_factory=list)

@@ -91,12 +91,18 @@ class RayWorkerPool(Pool):
 
     :param env: the training env
     :param recipe: what each node learns with; its lanes and numbers are set here
+    :param update_interval: vector steps between two updates of a node's worker
     :param shared: the model's parameters
     :param on_jump: called with T before and after the model's parameters were replaced
     """
 
     def __init__(
-        self, env: VecEnv, recipe: NodeRecipe, shared: SharedParameters, on_jump: Callable[[int, int], None]
+        self,
+        env: VecEnv,
+        recipe: NodeRecipe,
+        update_interval: int,
+        shared: SharedParameters,
+        on_jump: Callable[[int, int], None],
     ) -> None:
         base = env.unwrapped
         assert isinstance(base, RayVecEnv)
@@ -104,7 +110,7 @@ class RayWorkerPool(Pool):
         self.num_envs = env.num_envs
         self.workers = []
         most_lanes = max(len(node.lanes) for node in base.nodes)
-        self.settings = base.settings.with_sync_interval(recipe.update_interval * most_lanes)
+        self.settings = base.settings.with_sync_interval(update_interval * most_lanes)
         self._base, self._recipe, self._shared, self._on_jump = base, recipe, shared, on_jump
         self._wrappers = [pack_wrappers(env, node.lanes) for node in base.nodes]
         self._monitor = unwrap_vec_wrapper(env, VecMonitor)
@@ -335,7 +341,8 @@ class RayWorkerPool(Pool):
         if self._learning:
             self._ray.wait(list(self._learning.values()), num_returns=len(self._learning), timeout=PATIENCE)
         self.refresh()
-        self._take_optimizer()
+        if self.settings.exchange == "gradients":
+            self._take_optimizer()
         self._is_stopped = True
         for number, request in list(self._learning.items()):
             if not self._has_ended(request):
@@ -343,7 +350,7 @@ class RayWorkerPool(Pool):
         self._learning.clear()
 
     def _take_optimizer(self) -> None:
-        """Give the model's optimizer the state of the server's, if there is one and it is there."""
+        """Give the model's optimizer the state of the server's. If the server is away, it keeps its own."""
         with suppress(self._ray.exceptions.RayActorError):
             state = self._ray.get(self._server.get_optimizer_state.remote())
             if state is not None:

@@ -9,7 +9,7 @@ import torch as th
 from torch.nn import functional as F
 
 from sb3_async1step.value_based.exploration import BehaviourPolicy, ExplorationSchedule
-from sb3_async1step.value_based.target_network import SharedQNetworks
+from sb3_async1step.value_based.target_network import SharedQNetworks, count_syncs
 from sb3_async1step.vec_envs.observations import Observations, take_rows
 from sb3_async1step.workers.actor_learner import ActorLearner, AnySettings, Settings, WorkerRecipe
 from sb3_async1step.workers.lanes import Lanes, Rows
@@ -126,8 +126,7 @@ class ValueBasedActorLearner(ActorLearner[AnySettings, AnyRollout]):
         :param num_timesteps: environment steps of all lanes, including these (the paper's T)
         :param n_new: by how many of them T has grown by this step
         """
-        interval = self.settings.target_update_interval
-        n_syncs = int(num_timesteps // interval - (num_timesteps - n_new) // interval)
+        n_syncs = count_syncs(self.settings.target_update_interval, num_timesteps - n_new, num_timesteps)
         if n_syncs > 0:
             self.before_target_sync()
             self.shared.sync_target(n_syncs, self.settings.tau)

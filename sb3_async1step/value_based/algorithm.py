@@ -27,7 +27,7 @@ from sb3_async1step.sb3_internals import dump_logs_by_episodes
 from sb3_async1step.value_based.actor_learner import LOSSES, ValueBasedSettings
 from sb3_async1step.value_based.exploration import ExplorationSchedule, allot_final_epsilons
 from sb3_async1step.value_based.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
-from sb3_async1step.value_based.target_network import SharedQNetworks
+from sb3_async1step.value_based.target_network import SharedQNetworks, count_syncs
 from sb3_async1step.vec_envs.observations import list_spaces
 
 # Annealed to zero, as in the paper (section 8 of its supplement)
@@ -242,7 +242,7 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         self.exploration_final_probs = [1.0 / len(lanes)] * len(lanes)
 
     def _sync_after_jump(self, before: int, after: int) -> None:
-        n_syncs = after // self.target_update_interval - before // self.target_update_interval
+        n_syncs = count_syncs(self.target_update_interval, before, after)
         if n_syncs > 0:
             assert isinstance(self._shared, SharedQNetworks)
             self._shared.sync_target(n_syncs, self.tau)

@@ -8,6 +8,16 @@ from stable_baselines3.dqn.policies import DQNPolicy
 from sb3_async1step.workers.shared_parameters import SharedParameters
 
 
+def count_syncs(interval: int, before: int | float, after: int | float) -> int:
+    """
+    :param interval: environment steps between two updates of the target network
+    :param before: environment steps (the paper's T) before
+    :param after: environment steps after
+    :return: number of updates that are due: one for each multiple of the interval that was crossed
+    """
+    return int(after // interval - before // interval)
+
+
 class SharedQNetworks(SharedParameters):
     """
     The shared online network (theta) and target network (theta^-).

@@ -10,12 +10,9 @@ import torch as th
 from stable_baselines3.common.policies import BaseModel
 from torch import nn
 
-AnyNetwork = TypeVar("AnyNetwork", bound=BaseModel)
+from sb3_async1step.sb3_internals import HOOKS_OF_MODULES, HOOKS_OF_TENSORS
 
-HOOKS_OF_MODULES = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-)
+AnyNetwork = TypeVar("AnyNetwork", bound=BaseModel)
 
 
 def copy_network(network: AnyNetwork) -> AnyNetwork:
@@ -108,7 +105,7 @@ def share_hooks(mine: nn.Parameter, shared: nn.Parameter) -> None:
     :param mine: a worker's parameter, which gets the hooks by which others follow or change the gradient of...
     :param shared: the parameter
     """
-    for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+    for name in HOOKS_OF_TENSORS:
         hooks = getattr(shared, name)
         if getattr(mine, name) is not hooks:
             setattr(mine, name, hooks)

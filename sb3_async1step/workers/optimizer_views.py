@@ -7,14 +7,15 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.policies import BaseModel, BasePolicy
 
+from sb3_async1step.sb3_internals import HOOKS_OF_OPTIMIZERS
+
 
 def is_observed(optimizer: th.optim.Optimizer) -> bool:
     """
     :param optimizer: the policy's
     :return: whether somebody follows its steps: by hooks, or by a function in the place of its method, as schedulers do
     """
-    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
-    return any(hooks) or "step" in vars(optimizer)
+    return any(getattr(optimizer, name) for name in HOOKS_OF_OPTIMIZERS) or "step" in vars(optimizer)
 
 
 def view_optimizer(policy: BasePolicy, network: BaseModel, view: BaseModel) -> th.optim.Optimizer | None:

@@ -77,7 +77,8 @@ class SharedParameters:
 
     def _step_view(self, optimizer: th.optim.Optimizer, view: th.optim.Optimizer) -> None:
         has_state = any(optimizer.state.values())
-        for group, shared_group in zip(view.param_groups, optimizer.param_groups, strict=True):
+        # A callback may add a group at this moment; its parameters have no gradient in this update
+        for group, shared_group in zip(view.param_groups, optimizer.param_groups, strict=False):
             # The learning rate of the schedule, and whatever else a callback has changed
             group.update({name: value for name, value in shared_group.items() if name != "params"})
             for viewed, parameter in zip(group["params"], shared_group["params"], strict=True):
