@@ -699,3 +699,20 @@ def test_the_training_env_is_refused(any_algorithm, share):
     eval_env = {"VecEnv": env, "wrapped": VecNormalize(env), "lane": env.envs[1].env}[share]
     with pytest.raises(ValueError, match="The evaluation env is the training env"):
         make_model(any_algorithm, env).learn(20, callback=BackgroundEvalCallback(eval_env))
+
+
+@pytest.mark.parametrize("other", [EvalCallback, BackgroundEvalCallback])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_two_callbacks_with_one_env(algorithm, other, reverse):
+    """The first training fails before it has made a step, the second one, in which each has its own, does not."""
+    model, eval_env = make_model(algorithm, make_env(2)), make_env(2)
+    callbacks = [
+        BackgroundEvalCallback(eval_env, eval_freq=10),
+        other(VecNormalize(eval_env, norm_reward=False), eval_freq=10),
+    ]
+    with pytest.raises(ValueError, match=r"the same evaluation env.* give each an env of its own"):
+        model.learn(40, callback=callbacks[::-1] if reverse else callbacks)
+    assert model.num_timesteps == 0
+    callbacks[1] = other(make_env(2), eval_freq=10)
+    model.learn(40, callback=callbacks)
+    assert model.num_timesteps == 40

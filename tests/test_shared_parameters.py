@@ -228,6 +228,40 @@ def test_features_extractors_that_cannot_be_copied_deeply(algorithm, kept):
     assert any(name.endswith("linear.weight_v") for name in changed)
 
 
+class CompiledExtractor(BaseFeaturesExtractor):
+    def __init__(self, observation_space, compile_module):
+        super().__init__(observation_space, features_dim=8)
+        self.hidden = compile_module(nn.Sequential(nn.Linear(4, 8), nn.Tanh()))
+
+    def forward(self, observations):
+        return self.hidden(observations)
+
+
+def trace(module):
+    return th.jit.trace(module, th.zeros(2, 4))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("compile_module", [th.jit.script, trace], ids=["script", "trace"])
+def test_torch_script_learns_what_the_module_learns(algorithm, compile_module):
+    def learn(prepare):
+        kwargs = {
+            "features_extractor_class": CompiledExtractor,
+            "features_extractor_kwargs": {"compile_module": prepare},
+        }
+        # The orthogonal initialization passes over modules of TorchScript
+        kwargs |= {"ortho_init": False} if algorithm is A3C else {}
+        model = algorithm("MlpPolicy", make_env(4), n_workers=2, backend="serial", seed=1, policy_kwargs=kwargs)
+        parameters = model.list_learned_parameters()
+        before = [parameter.detach().clone() for parameter in parameters]
+        model.learn(200)
+        assert not any(map(th.equal, parameters, before))
+        return parameters
+
+    for mine, expected in zip(learn(compile_module), learn(lambda module: module), strict=True):
+        th.testing.assert_close(mine, expected)
+
+
 def test_what_cannot_be_copied_in_a_container():
     kwargs = {"features_extractor_class": Extractor, "features_extractor_kwargs": {"keep": lambda: [threading.Lock()]}}
     model = AsyncOneStepQ("MlpPolicy", make_env(4), policy_kwargs=kwargs)

@@ -17,7 +17,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_async1step.common.background_eval import stop_evaluations
+from sb3_async1step.common.background_eval import check_evaluation_envs, stop_evaluations
 from sb3_async1step.common.heap import keep_freed_memory
 from sb3_async1step.common.lanes import (
     check_n_workers,
@@ -301,6 +301,7 @@ class AsyncAlgorithm(LiveAlgorithm):
                 total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
             )
             self._callback = callback
+            check_evaluation_envs(callback)
             n_multiplications = self._count_multiplications()
             n_workers = count_workers(self.n_workers, self.env, n_multiplications)
             self._update_schedules()

@@ -4,6 +4,7 @@ import copy
 import math
 import time
 from contextvars import copy_context
+from itertools import combinations
 from threading import Thread, current_thread
 from typing import Any
 
@@ -35,8 +36,8 @@ class BackgroundEvalCallback(EvalCallback):
     ``learn()`` waits for the evaluation that still runs. If a training by one of our algorithms fails or is
     interrupted, it is abandoned after its present step (see :meth:`stop` for SB3's).
 
-    The parameters are those of ``EvalCallback``. Nothing else may use the evaluation env meanwhile; if it is the
-    training env, ``learn()`` raises a ``ValueError``.
+    The parameters are those of ``EvalCallback``. Nothing else may use the evaluation env meanwhile: if it is the
+    training env, ``learn()`` raises a ``ValueError``, and that of our algorithms also if it is another callback's.
     """
 
     # The one that is running, or whose result has not been looked at
@@ -222,6 +223,21 @@ def list_envs(env: VecEnv) -> list[Env]:
     :return: its environments, as far as they are objects of this process
     """
     return [lane.unwrapped for lane in env.envs] if isinstance(env, DummyVecEnv) else []
+
+
+def check_evaluation_envs(callback: BaseCallback) -> None:
+    """
+    :param callback: the callback of a training
+    :raises ValueError: if a ``BackgroundEvalCallback`` would play in an env of another callback at the same time
+    """
+    evaluations = [each for each in list_callbacks(callback) if isinstance(each, EvalCallback)]
+    for one, other in combinations(evaluations, 2):
+        is_in_background = isinstance(one, BackgroundEvalCallback) or isinstance(other, BackgroundEvalCallback)
+        if is_in_background and share_envs(one.eval_env, other.eval_env):
+            raise ValueError(
+                "Two evaluation callbacks have the same evaluation env, and one of them plays while the training goes "
+                "on (BackgroundEvalCallback): give each an env of its own."
+            )
 
 
 def stop_evaluations(callback: BaseCallback) -> None:

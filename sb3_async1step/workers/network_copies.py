@@ -42,11 +42,14 @@ def copy_modules(network: AnyNetwork) -> AnyNetwork:
         if hasattr(module, "action_dist"):
             # It keeps what it was last called with, tensors that can't be copied deeply
             memo[id(module.action_dist)] = copy.copy(module.action_dist)
-    try:
-        duplicate = copy.deepcopy(network, memo.copy())
-    except Exception:
-        duplicate = copy.deepcopy(network, memo | find_uncopyable(network, memo))
-    for mine in duplicate.parameters():
+    # TorchScript clones the tensors of its modules. With gradients, these would be computed from the original's
+    with th.no_grad():
+        try:
+            duplicate = copy.deepcopy(network, memo.copy())
+        except Exception:
+            duplicate = copy.deepcopy(network, memo | find_uncopyable(network, memo))
+    for mine, original in zip(duplicate.parameters(), network.parameters(), strict=True):
+        mine.requires_grad_(original.requires_grad)
         mine.grad = None
     return duplicate
 
