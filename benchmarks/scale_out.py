@@ -4,10 +4,10 @@ for each of them.
 
 ``python -m benchmarks.scale_out throughput`` counts steps per second on CartPole whose steps sleep: 10 ms on average,
 log-normally distributed; the lanes of a node step together, so that a step takes as long as the slowest of 16.
-``learning`` prints the mean return of greedy episodes after the same number of steps of all nodes. ``kills`` kills a
-node, the server and a simulated machine in each training, and says whether it reached its steps. ``traffic`` prints
-bytes per second of the paper's Atari network for several numbers of steps between exchanges. ``server`` lets clients
-exchange parameters of that size without a break.
+``learning`` prints the mean return of greedy episodes after the same number of steps of all nodes, which share the same
+number of lanes. ``kills`` kills a node, the server and a simulated machine in each training, and says whether it
+reached its steps. ``traffic`` prints bytes per second of the paper's Atari network for several numbers of steps between
+exchanges. ``server`` lets clients exchange parameters of that size without a break.
 """
 
 import argparse
@@ -98,16 +98,19 @@ def simulated_machines(n_machines: int) -> Iterator[Cluster]:
         cluster.shutdown()
 
 
-def make_lanes(make: Callable[[], gym.Env], n_nodes: int, **settings: Any) -> RayVecEnv:
+def make_lanes(
+    make: Callable[[], gym.Env], n_nodes: int, lanes_per_node: int = LANES_PER_NODE, **settings: Any
+) -> RayVecEnv:
     """
     :param make: makes an env
-    :param n_nodes: number of nodes, which have ``LANES_PER_NODE`` lanes each
+    :param n_nodes: number of nodes
+    :param lanes_per_node: number of lanes of each
     :param settings: further arguments of ``RayVecEnv``
     :return: the lanes
     """
-    kwargs = {"lanes_per_node": LANES_PER_NODE, **settings}
+    kwargs = {"lanes_per_node": lanes_per_node, **settings}
     vec_env_cls: Any = RayVecEnv
-    lanes: Any = make_vec_env(make, n_nodes * LANES_PER_NODE, vec_env_cls=vec_env_cls, vec_env_kwargs=kwargs)
+    lanes: Any = make_vec_env(make, n_nodes * lanes_per_node, vec_env_cls=vec_env_cls, vec_env_kwargs=kwargs)
     return lanes
 
 
@@ -163,29 +166,34 @@ def measure_throughput(numbers: list[int], seconds: float, repeats: int, sync_in
         print(f"| {n_nodes} | {median:.0f} ({min(rates):.0f} to {max(rates):.0f}) | {median / first:.2f} |", flush=True)
 
 
-def compare_learning(numbers: list[int], algo: str, env_id: str, n_steps: int, n_seeds: int, **settings: Any) -> None:
+def compare_learning(
+    numbers: list[int], algo: str, env_id: str, n_lanes: int, n_steps: int, n_seeds: int, **settings: Any
+) -> None:
     """
     :param numbers: of nodes
     :param algo: id of the algorithm
     :param env_id: id of the env
+    :param n_lanes: number of lanes of all nodes
     :param n_steps: steps of all nodes
     :param n_seeds: number of trainings
     :param settings: of the exchanges
     """
-    print("| nodes (simulated) | mean return of each seed | mean |\n|---|---|---|")
+    print("| nodes (simulated) | mean return of each seed | mean | seconds |\n|---|---|---|---|")
     for n_nodes in numbers:
-        returns = []
+        returns, seconds = [], []
         with simulated_machines(n_nodes):
-            env = make_lanes(lambda: gym.make(env_id), n_nodes, **settings)
+            env = make_lanes(lambda: gym.make(env_id), n_nodes, n_lanes // n_nodes, **settings)
             for seed in range(n_seeds):
                 model_class: Any = ALGORITHMS[algo].model_class
-                model = model_class("MlpPolicy", env, seed=seed)
+                model, begin = model_class("MlpPolicy", env, seed=seed), time.monotonic()
                 model.learn(n_steps, log_interval=None)
-                mean, _ = evaluate_policy(model, make_vec_env(env_id, 4), 20)
-                returns.append(float(np.mean(mean)))
+                seconds.append(time.monotonic() - begin)
+                score, _ = evaluate_policy(model, make_vec_env(env_id, 4), 20)
+                returns.append(float(np.mean(score)))
             env.close()
         each = ", ".join(f"{value:.1f}" for value in returns)
-        print(f"| {n_nodes} | {each} | {statistics.mean(returns):.1f} |", flush=True)
+        mean = f"{statistics.mean(returns):.1f} ± {np.std(returns):.1f}"
+        print(f"| {n_nodes} | {each} | {mean} | {statistics.median(seconds):.0f} |", flush=True)
 
 
 class Killer(BaseCallback):
@@ -316,6 +324,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="measurements, seeds or trainings")
     parser.add_argument("--algo", choices=list(ALGORITHMS), default="async_one_step_q")
     parser.add_argument("--env", default="CartPole-v1", help="of learning")
+    parser.add_argument("--lanes", type=int, default=16, help="of all nodes, of learning")
     parser.add_argument("--steps", type=int, default=150_000, help="of all nodes, in each training")
     parser.add_argument("--sync-interval", nargs="+", type=int, default=[None], help="by default RayVecEnv's")
     parser.add_argument("--exchange", choices=["deltas", "gradients"], default="deltas", help="of learning")
@@ -324,7 +333,7 @@ def main() -> None:
         measure_throughput(options.nodes, options.seconds, options.repeats, options.sync_interval[0])
     elif options.benchmark == "learning":
         compare_learning(
-            options.nodes, options.algo, options.env, options.steps, options.repeats,
+            options.nodes, options.algo, options.env, options.lanes, options.steps, options.repeats,
             exchange=options.exchange, sync_interval=options.sync_interval[0],
         )  # fmt: skip
     elif options.benchmark == "kills":
