@@ -288,12 +288,38 @@ if __name__ == "__main__":
 """
 
 
+def without_a_cluster():
+    """Environment variables with which a program starts its own."""
+    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+
+
 def test_nothing_is_left_of_a_cluster_of_our_own(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     result = subprocess.run(
         [sys.executable, "program.py"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=DEADLINE, check=False,
+        cwd=tmp_path, env=without_a_cluster(), capture_output=True, text=True, timeout=DEADLINE, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-2:] == ["interrupted", "1000 []"]
+
+
+def test_a_killed_driver_leaves_nothing_and_its_training_goes_on(tmp_path):
+    train = [
+        sys.executable, "-m", "sb3_async1step.zoo", "train", "--algo", "async_one_step_q", "--env", "CartPole-v1",
+        "--vec-env", "ray", "-params", "n_envs:2", "--save-freq", "1000", "--eval-freq", "-1", "-f", str(tmp_path),
+    ]  # fmt: skip
+    with (tmp_path / "output.txt").open("w") as output:
+        driver = subprocess.Popen([*train, "-n", "100000000"], env=without_a_cluster(), stdout=output, stderr=output)
+        wait_until(lambda: list(tmp_path.rglob("rl_model_*_steps.zip")))
+        processes = psutil.Process(driver.pid).children(recursive=True)
+        driver.kill()
+        driver.wait()
+    assert psutil.wait_procs(processes, timeout=DEADLINE)[1] == []
+    checkpoint = max(tmp_path.rglob("rl_model_*_steps.zip"), key=lambda path: path.stat().st_mtime_ns)
+    n_steps = AsyncOneStepQ.load(checkpoint).num_timesteps
+    result = subprocess.run(
+        [*train, "-n", "200", "-i", str(checkpoint)],
+        env=without_a_cluster(), capture_output=True, text=True, timeout=DEADLINE, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert AsyncOneStepQ.load(next(tmp_path.rglob("CartPole-v1_2/CartPole-v1.zip"))).num_timesteps == n_steps + 200
