@@ -6,13 +6,21 @@ of each algorithm and env, the last model of the training with the highest mean 
 """
 
 import argparse
+import base64
+import io
 import json
+import pickle
 import shutil
+import zipfile
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import yaml
 from rl_zoo3 import ALGOS
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
 
 from benchmarks.learning import RESULTS, Run, find_parts
 from sb3_async1step.zoo import register, trained_agents_path
@@ -34,6 +42,62 @@ def list_trainings(logs: Path, results: Path) -> dict[tuple[str, str], list[tupl
     return trainings
 
 
+# Of use only to who goes on training. NumPy 1 can't load random generators that 2 has written
+STATE_OF_TRAINING = ("_last_obs", "_last_original_obs", "_random_generators", "_worker_states", "ep_info_buffer")
+# With later ones, names have lengths
+PROTOCOL_WITH_PLAIN_NAMES = 3
+
+
+def rename_numpys_modules(pickled: bytes) -> bytes:
+    """
+    :param pickled: what NumPy 2 wrote, with a protocol up to 3
+    :return: the same with names of modules that NumPy 1 knows as well
+    """
+    return pickled.replace(b"cnumpy._core.", b"cnumpy.core.")
+
+
+def forget_generators(owner: BaseAlgorithm | VecNormalize) -> None:
+    """
+    :param owner: of spaces, which make new random generators when they need them
+    """
+    for space in (owner.observation_space, owner.action_space):
+        space._np_random = None  # type: ignore[assignment]
+
+
+def save_agent(model: BaseAlgorithm, path: Path) -> None:
+    """
+    :param model: a model
+    :param path: of a file that plays, also with NumPy 1, but does not go on training exactly as the model would
+    """
+    model.policy.optimizer.state.clear()
+    forget_generators(model)
+    file = io.BytesIO()
+    with patch("cloudpickle.cloudpickle.DEFAULT_PROTOCOL", PROTOCOL_WITH_PLAIN_NAMES):
+        model.save(file, exclude=STATE_OF_TRAINING)
+    with zipfile.ZipFile(file) as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            contents = source.read(name)
+            if name == "data":
+                data = json.loads(contents)
+                for value in data.values():
+                    if isinstance(value, dict) and ":serialized:" in value:
+                        pickled = rename_numpys_modules(base64.b64decode(value[":serialized:"]))
+                        value[":serialized:"] = base64.b64encode(pickled).decode()
+                contents = json.dumps(data, indent=4).encode()
+            target.writestr(name, contents)
+
+
+def save_statistics(source: Path, env_id: str, target: Path) -> None:
+    """
+    :param source: a file of ``VecNormalize``
+    :param env_id: id of the env
+    :param target: a file with the same, which NumPy 1 can load as well
+    """
+    statistics = VecNormalize.load(str(source), make_vec_env(env_id))
+    forget_generators(statistics)
+    target.write_bytes(rename_numpys_modules(pickle.dumps(statistics, PROTOCOL_WITH_PLAIN_NAMES)))
+
+
 def copy_agent(folder: Path, algo: str, name: str, agents: Path) -> None:
     """
     :param folder: the Zoo's logs of a training
@@ -50,10 +114,10 @@ def copy_agent(folder: Path, algo: str, name: str, agents: Path) -> None:
     settings = target / name / "args.yml"
     options = yaml.unsafe_load(settings.read_text())
     settings.write_text(yaml.dump({**options, "log_folder": "logs"}))
-    model = ALGOS[algo].load(part / f"{name}.zip", device="cpu")
-    # Who goes on training begins with new ones. They are half of the file
-    model.policy.optimizer.state.clear()
-    model.save(target / f"{name}.zip")
+    save_agent(ALGOS[algo].load(part / f"{name}.zip", device="cpu"), target / f"{name}.zip")
+    statistics = target / name / "vecnormalize.pkl"
+    if statistics.exists():
+        save_statistics(statistics, options["env"], statistics)
 
 
 def main() -> None:

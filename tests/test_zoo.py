@@ -409,6 +409,8 @@ TRAINED_AGENTS = sorted(Path(trained_agents_path()).glob("*/*_1"))
 def test_trained_agents_play(folder, tmp_path):
     name = folder.name.removesuffix("_1")
     env_id = yaml.unsafe_load((folder / name / "args.yml").read_text())["env"]
+    if env_id.startswith("LunarLander"):
+        pytest.importorskip("Box2D", reason="LunarLander needs sb3-async1step[box2d]")
     out = run(f"enjoy --algo {folder.parent.name} --env {env_id} -n 20 --no-render", cwd=tmp_path)
     assert f"Loading {folder / name}.zip" in out
 
