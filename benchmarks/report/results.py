@@ -15,6 +15,7 @@ THRESHOLDS = {
     "CartPole-v1": 475.0,
     "Acrobot-v1": -90.0,
     "MountainCar-v0": -120.0,
+    "MountainCarContinuous-v0": 90.0,
     "LunarLander-v3": 180.0,
     "Pendulum-v1": -180.0,
 }
