@@ -95,7 +95,7 @@ def check(model: AsyncOneStepQ, n_torch_threads: int) -> None:
     model.learn(2 * N_LANES, reset_num_timesteps=False)
     assert model.num_timesteps == n_steps + 2 * N_LANES
     assert th.get_num_threads() == n_torch_threads
-    # A thread whose start was interrupted may begin only now, and ends at once. Python also lists those that never began
+    # A thread whose start was interrupted may begin only now, and ends at once. Python lists those that never will, too
     while [t for t in threading.enumerate() if t.name.startswith("actor-learner") and t.is_alive()]:
         time.sleep(0.01)
     assert model.env is not None
