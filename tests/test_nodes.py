@@ -123,6 +123,15 @@ def test_what_a_dead_process_has_sent_is_refused(make_server):
     assert server.exchange(push(0, 1, epoch=1)).values.tolist() == [12.0, 24.0]
 
 
+def test_the_server_keeps_nothing_of_the_messages_memory(make_server):
+    """They are views of Ray's store, which would keep the whole message: its parameters, until the driver asks."""
+    server, sent = make_server(), push()
+    server.exchange(sent)
+    kept = [*(each.dones for each in server._reports), server.state.values]
+    assert [each.size for each in kept] == [10, 2]
+    assert not any(np.shares_memory(mine, its) for mine in kept for its in (sent.report.dones, sent.learned.change))
+
+
 def test_steps_are_granted_once_until_there_are_none_left(make_server):
     server = make_server(total=40, last=40)
     numbers = {0: 0, 1: 0}

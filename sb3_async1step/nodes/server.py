@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -161,7 +161,8 @@ class ParameterServer:
         state = self.state
         assert state is not None
         state.num_timesteps += len(push.report.dones)
-        self._reports.append(push.report)
+        # What Ray hands over is a view: kept here, it would keep the whole message in Ray's store
+        self._reports.append(replace(push.report, dones=push.report.dones.copy()))
         for name, gained in push.moments.items():
             state.moments[name] = state.moments[name] + gained
         if push.learned is None:
