@@ -23,6 +23,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from benchmarks.learning import RESULTS, Run, find_parts
+from sb3_async1step.common.async_algorithm import STATE_OF_LANES
 from sb3_async1step.zoo import register, trained_agents_path
 
 
@@ -42,8 +43,6 @@ def list_trainings(logs: Path, results: Path) -> dict[tuple[str, str], list[tupl
     return trainings
 
 
-# Of use only to who goes on training. NumPy 1 can't load random generators that 2 has written
-STATE_OF_TRAINING = ("_last_obs", "_last_original_obs", "_random_generators", "_worker_states", "ep_info_buffer")
 # With later ones, names have lengths
 PROTOCOL_WITH_PLAIN_NAMES = 3
 
@@ -56,9 +55,24 @@ def rename_numpys_modules(pickled: bytes) -> bytes:
     return pickled.replace(b"cnumpy._core.", b"cnumpy.core.")
 
 
+def rename_in_model(data: bytes) -> bytes:
+    """
+    :param data: attributes of a model as SB3 saves them: JSON, some of it pickled
+    :return: the same after :func:`rename_numpys_modules`
+    """
+    attributes = json.loads(data)
+    for value in attributes.values():
+        if isinstance(value, dict) and ":serialized:" in value:
+            pickled = rename_numpys_modules(base64.b64decode(value[":serialized:"]))
+            value[":serialized:"] = base64.b64encode(pickled).decode()
+    return json.dumps(attributes, indent=4).encode()
+
+
 def forget_generators(owner: BaseAlgorithm | VecNormalize) -> None:
     """
-    :param owner: of spaces, which make new random generators when they need them
+    NumPy 1 can't load random generators that 2 has written.
+
+    :param owner: of spaces, which make new ones when they need them
     """
     for space in (owner.observation_space, owner.action_space):
         space._np_random = None  # type: ignore[assignment]
@@ -73,18 +87,11 @@ def save_agent(model: BaseAlgorithm, path: Path) -> None:
     forget_generators(model)
     file = io.BytesIO()
     with patch("cloudpickle.cloudpickle.DEFAULT_PROTOCOL", PROTOCOL_WITH_PLAIN_NAMES):
-        model.save(file, exclude=STATE_OF_TRAINING)
+        model.save(file, exclude=STATE_OF_LANES)
     with zipfile.ZipFile(file) as source, zipfile.ZipFile(path, "w") as target:
         for name in source.namelist():
             contents = source.read(name)
-            if name == "data":
-                data = json.loads(contents)
-                for value in data.values():
-                    if isinstance(value, dict) and ":serialized:" in value:
-                        pickled = rename_numpys_modules(base64.b64decode(value[":serialized:"]))
-                        value[":serialized:"] = base64.b64encode(pickled).decode()
-                contents = json.dumps(data, indent=4).encode()
-            target.writestr(name, contents)
+            target.writestr(name, rename_in_model(contents) if name == "data" else contents)
 
 
 def save_statistics(source: Path, env_id: str, target: Path) -> None:

@@ -74,6 +74,9 @@ from sb3_async1step.workers.transitions import Transitions
 
 SelfAsyncAlgorithm = TypeVar("SelfAsyncAlgorithm", bound="AsyncAlgorithm")
 
+#: Attributes of a model that belong to its lanes and logs: a file without them plays, and learns with others
+STATE_OF_LANES = ("_last_obs", "_last_original_obs", "_worker_states", "ep_info_buffer", "_random_generators")
+
 Backend = Literal["threads", "serial"]
 WORKER_POOLS: dict[str, type[WorkerPool]] = {"threads": ThreadWorkerPool, "serial": SerialWorkerPool}
 
@@ -372,10 +375,8 @@ class AsyncAlgorithm(LiveAlgorithm):
 
     def _make_node_recipe(self, n_workers: int, total_timesteps: int) -> NodeRecipe:
         file = io.BytesIO()
-        # What belongs to the driver's lanes and logs
-        self.save(
-            file, exclude=["_last_obs", "_last_original_obs", "_worker_states", "ep_info_buffer", "_random_generators"]
-        )
+        # The nodes have lanes of their own
+        self.save(file, exclude=STATE_OF_LANES)
         seed = np.random.randint(2**31) if self.seed is None else self.seed
         return NodeRecipe(
             type(self),
