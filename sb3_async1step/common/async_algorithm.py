@@ -18,7 +18,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_async1step.common.background_eval import check_evaluation_envs, stop_evaluations
-from sb3_async1step.common.heap import keep_freed_memory
+from sb3_async1step.common.heap import HeapTrimmer, keep_freed_memory
 from sb3_async1step.common.lanes import (
     check_n_workers,
     count_workers,
@@ -454,6 +454,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         """Count, log and call back, once for every ``num_envs`` transitions that the workers make."""
         assert self.env is not None
         base = self.env.unwrapped
+        heap = HeapTrimmer()
         callback.on_rollout_start()
         for n_batches, transitions in enumerate(pool.batches(), start=1):
             # SB3's callbacks look for these names
@@ -475,6 +476,7 @@ class AsyncAlgorithm(LiveAlgorithm):
             if n_batches % self.update_interval == 0:
                 callback.on_rollout_end()
                 callback.on_rollout_start()
+            heap.trim_when_due()
         callback.on_rollout_end()
 
     def _make_workers(
