@@ -253,6 +253,39 @@ def test_dict_observations(share_features_extractor):
     assert model.predict(env.reset(), deterministic=True)[0].shape == (4,)
 
 
+@pytest.mark.parametrize("share_features_extractor", [True, False])
+def test_mixed_precision(share_features_extractor, tmp_path):
+    """Features in bfloat16; what is learned and what is returned in float32."""
+    env = make_vec_env(lambda: FakeImageEnv(screen_height=40, screen_width=40), n_envs=2)
+    policy_kwargs = {"mixed_precision": True, "share_features_extractor": share_features_extractor, "net_arch": []}
+    policy_kwargs |= {"features_extractor_class": NipsCNN, "features_extractor_kwargs": {"features_dim": 16}}
+    model = A3C("CnnPolicy", env, n_workers=2, policy_kwargs=policy_kwargs, seed=0)
+    policy = model.policy
+    observations = policy.obs_to_tensor(model.env.reset())[0]
+    dtypes = []
+    hooks = [
+        extractor.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+        for extractor in {policy.pi_features_extractor, policy.vf_features_extractor}
+    ]
+    with th.no_grad():
+        mixed = policy.predict_values(observations), policy.get_distribution(observations).distribution.logits
+        policy.mixed_precision = False
+        exact = policy.predict_values(observations), policy.get_distribution(observations).distribution.logits
+        policy.mixed_precision = True
+    assert dtypes == [th.bfloat16] * 2 + [th.float32] * 2
+    for a, b in zip(mixed, exact, strict=True):
+        assert a.dtype == b.dtype == th.float32
+        assert not th.equal(a, b) and th.allclose(a, b, atol=0.02)
+    for hook in hooks:
+        hook.remove()
+    before = [parameter.clone() for parameter in policy.parameters()]
+    model.learn(60)
+    assert {parameter.dtype for parameter in policy.parameters()} == {th.float32}
+    assert not any(th.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+    model.save(tmp_path / "model")
+    assert A3C.load(tmp_path / "model").policy.mixed_precision
+
+
 def test_the_optimizer():
     assert isinstance(A3C("MlpPolicy", make_env(2)).policy.optimizer, SharedRMSprop)
     with_eps = A3C("MlpPolicy", make_env(2), rms_prop_eps=0.01).policy.optimizer

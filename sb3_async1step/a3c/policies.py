@@ -1,4 +1,4 @@
-"""SB3's actor-critic policies, for action spaces that start anywhere."""
+"""SB3's actor-critic policies, with mixed precision, for action spaces that start anywhere."""
 
 from typing import Any
 
@@ -11,13 +11,28 @@ from stable_baselines3.common.policies import (
 )
 from stable_baselines3.common.type_aliases import PyTorchObs
 
+from sb3_async1step.common.mixed_precision import MixedPrecision
 
-class MlpPolicy(ActorCriticPolicy):
-    """SB3's ``ActorCriticPolicy``, whose parameters it has."""
+
+# SB3's extract_features() differs from that of its base class, too
+class MlpPolicy(ActorCriticPolicy, MixedPrecision):  # type: ignore[misc]
+    """
+    SB3's ``ActorCriticPolicy``.
+
+    :param args: see SB3's ``ActorCriticPolicy``
+    :param mixed_precision: whether the features extractor computes in bfloat16 (``torch.autocast``), which is faster
+        where the processor can; all else, and what is learned, stays in float32
+    :param kwargs: see SB3's ``ActorCriticPolicy``
+    """
+
+    def __init__(self, *args: Any, mixed_precision: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.mixed_precision = mixed_precision
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        # SB3 forgets it, and loads separate extractors into one
-        return {**super()._get_constructor_parameters(), "share_features_extractor": self.share_features_extractor}
+        # SB3 forgets share_features_extractor, and loads separate extractors into one
+        ours = {"share_features_extractor": self.share_features_extractor, "mixed_precision": self.mixed_precision}
+        return {**super()._get_constructor_parameters(), **ours}
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         actions = super()._predict(observation, deterministic)
@@ -27,9 +42,9 @@ class MlpPolicy(ActorCriticPolicy):
         return actions
 
 
-class CnnPolicy(MlpPolicy, ActorCriticCnnPolicy):
-    """SB3's ``ActorCriticCnnPolicy``, whose parameters it has."""
+class CnnPolicy(MlpPolicy, ActorCriticCnnPolicy):  # type: ignore[misc]
+    """SB3's ``ActorCriticCnnPolicy``, with the parameters of :class:`MlpPolicy`."""
 
 
-class MultiInputPolicy(MlpPolicy, MultiInputActorCriticPolicy):
-    """SB3's ``MultiInputActorCriticPolicy``, whose parameters it has."""
+class MultiInputPolicy(MlpPolicy, MultiInputActorCriticPolicy):  # type: ignore[misc]
+    """SB3's ``MultiInputActorCriticPolicy``, with the parameters of :class:`MlpPolicy`."""

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.preprocessing import is_image_space, preprocess_obs
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
     CombinedExtractor,
@@ -19,6 +18,7 @@ from stable_baselines3.dqn.policies import MultiInputPolicy as DQNMultiInputPoli
 from stable_baselines3.dqn.policies import QNetwork as DQNQNetwork
 from torch import nn
 
+from sb3_async1step.common.mixed_precision import MixedPrecision
 from sb3_async1step.common.torch_layers import MinAtarCNN, NipsCNN
 
 #: CNNs of this package, whose constructors take ``layer_norm``
@@ -26,7 +26,7 @@ CNNS_WITH_LAYER_NORM = (NipsCNN, MinAtarCNN)
 CNNS_WITH_HIDDEN_LAYER = (*CNNS_WITH_LAYER_NORM, NatureCNN)
 
 
-class QNetwork(DQNQNetwork):
+class QNetwork(DQNQNetwork, MixedPrecision):
     """
     DQN's Q-network.
 
@@ -40,7 +40,6 @@ class QNetwork(DQNQNetwork):
         super().__init__(*args, **kwargs)
         self.layer_norm = layer_norm
         self.mixed_precision = mixed_precision
-        self.normalizes_image = self.normalize_images and is_image_space(self.observation_space)
         if layer_norm:
             assert isinstance(self.action_space, spaces.Discrete)
             self.q_net = nn.Sequential(
@@ -56,28 +55,6 @@ class QNetwork(DQNQNetwork):
     def _get_constructor_parameters(self) -> dict[str, Any]:
         ours = {"layer_norm": self.layer_norm, "mixed_precision": self.mixed_precision}
         return {**super()._get_constructor_parameters(), **ours}
-
-    def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
-        """
-        :param obs: observations
-        :param features_extractor: the features extractor
-        :return: the features, in float32 also with mixed precision, which is switched off for an export to ONNX
-        """
-        # Tools that run ONNX files seldom know bfloat16
-        mixed_precision = self.mixed_precision and not th.onnx.is_in_onnx_export()
-        preprocessed_obs = self._preprocess(obs, th.bfloat16 if mixed_precision else th.float32)
-        if not mixed_precision:
-            return features_extractor(preprocessed_obs)
-        # What is cached of the weights would outlive an update if the caller is inside of another torch.autocast
-        with th.autocast(self.device.type, dtype=th.bfloat16, cache_enabled=False):
-            features = features_extractor(preprocessed_obs)
-        return features.float()
-
-    def _preprocess(self, obs: PyTorchObs, dtype: th.dtype) -> PyTorchObs:
-        if not (self.normalizes_image and isinstance(obs, th.Tensor)):
-            return preprocess_obs(obs, self.observation_space, normalize_images=self.normalize_images)
-        # The same in place, which allocates less memory; bfloat16 represents every integer up to 255 exactly
-        return obs.to(dtype, copy=True).div_(255.0)
 
 
 class MlpPolicy(DQNPolicy):
