@@ -324,11 +324,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="measurements, seeds or trainings")
     parser.add_argument("--algo", choices=list(ALGORITHMS), default="async_one_step_q")
     parser.add_argument("--env", default="CartPole-v1", help="of learning")
-    parser.add_argument("--lanes", type=int, default=16, help="of all nodes, of learning")
+    parser.add_argument("--lanes", type=int, default=16, help="of all nodes, of learning; a multiple of --nodes")
     parser.add_argument("--steps", type=int, default=150_000, help="of all nodes, in each training")
     parser.add_argument("--sync-interval", nargs="+", type=int, default=[None], help="by default RayVecEnv's")
     parser.add_argument("--exchange", choices=["deltas", "gradients"], default="deltas", help="of learning")
     options = parser.parse_args()
+    if options.benchmark == "learning" and any(options.lanes % n_nodes for n_nodes in options.nodes):
+        parser.error(f"--lanes {options.lanes} can't be shared equally by each number of --nodes {options.nodes}")
     if options.benchmark == "throughput":
         measure_throughput(options.nodes, options.seconds, options.repeats, options.sync_interval[0])
     elif options.benchmark == "learning":

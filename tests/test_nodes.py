@@ -4,6 +4,7 @@ import io
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -125,11 +126,13 @@ def test_what_a_dead_process_has_sent_is_refused(make_server):
 
 def test_the_server_keeps_nothing_of_the_messages_memory(make_server):
     """They are views of Ray's store, which would keep the whole message: its parameters, until the driver asks."""
-    server, sent = make_server(), push()
+    server, sent = make_server(), replace(push(), buffers=[np.array([3.0, 4.0, 5.0])])
     server.exchange(sent)
-    kept = [*(each.dones for each in server._reports), server.state.values]
-    assert [each.size for each in kept] == [10, 2]
-    assert not any(np.shares_memory(mine, its) for mine in kept for its in (sent.report.dones, sent.learned.change))
+    kept = [*(each.dones for each in server._reports), server.state.values, *server.state.buffers]
+    assert [each.size for each in kept] == [10, 2, 3]
+    assert server.state.buffers[0].tolist() == [3.0, 4.0, 5.0]
+    message = (sent.report.dones, sent.learned.change, *sent.buffers)
+    assert not any(np.shares_memory(mine, its) for mine in kept for its in message)
 
 
 def test_steps_are_granted_once_until_there_are_none_left(make_server):

@@ -161,7 +161,7 @@ class ParameterServer:
         state = self.state
         assert state is not None
         state.num_timesteps += len(push.report.dones)
-        # What Ray hands over is a view: kept here, it would keep the whole message in Ray's store
+        # What Ray hands over are views: kept here, they would keep the whole message in Ray's store
         self._reports.append(replace(push.report, dones=push.report.dones.copy()))
         for name, gained in push.moments.items():
             state.moments[name] = state.moments[name] + gained
@@ -174,7 +174,7 @@ class ParameterServer:
             self._n_dropped += 1
             return
         self._learn(push.learned)
-        state.buffers = push.buffers
+        state.buffers = [buffer.copy() for buffer in push.buffers]
         state.version += 1
 
     def _learn(self, learned: Learned) -> None:
