@@ -5,9 +5,10 @@ for each of them.
 ``python -m benchmarks.scale_out throughput`` counts steps per second on CartPole whose steps sleep: 10 ms on average,
 log-normally distributed; the lanes of a node step together, so that a step takes as long as the slowest of 16.
 ``learning`` prints the mean return of greedy episodes after the same number of steps of all nodes, which share the same
-number of lanes. ``kills`` kills a node, the server and a simulated machine in each training, and says whether it
-reached its steps. ``traffic`` prints bytes per second of the paper's Atari network for several numbers of steps between
-exchanges. ``server`` lets clients exchange parameters of that size without a break.
+number of lanes; ``--nodes 0`` is a training without Ray. ``kills`` kills a node, the server and a simulated machine in
+each training, and says whether it reached its steps. ``traffic`` prints bytes per second of the paper's Atari network
+for several numbers of steps between exchanges. ``server`` lets clients exchange parameters of that size without a
+break.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import gymnasium as gym
@@ -27,7 +28,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from sb3_async1step import AsyncOneStepQ, NipsCNN, RayVecEnv
@@ -170,7 +171,7 @@ def compare_learning(
     numbers: list[int], algo: str, env_id: str, n_lanes: int, n_steps: int, n_seeds: int, **settings: Any
 ) -> None:
     """
-    :param numbers: of nodes
+    :param numbers: of nodes, 0 for a training without Ray
     :param algo: id of the algorithm
     :param env_id: id of the env
     :param n_lanes: number of lanes of all nodes
@@ -179,12 +180,14 @@ def compare_learning(
     :param settings: of the exchanges
     """
     print("| nodes (simulated) | mean return of each seed | mean | seconds |\n|---|---|---|---|")
+    model_class: Any = ALGORITHMS[algo].model_class
     for n_nodes in numbers:
         returns, seconds = [], []
-        with simulated_machines(n_nodes):
-            env = make_lanes(lambda: gym.make(env_id), n_nodes, n_lanes // n_nodes, **settings)
+        with simulated_machines(n_nodes) if n_nodes > 0 else nullcontext():
+            env: VecEnv = make_vec_env(env_id, n_lanes)
+            if n_nodes > 0:
+                env = make_lanes(lambda: gym.make(env_id), n_nodes, n_lanes // n_nodes, **settings)
             for seed in range(n_seeds):
-                model_class: Any = ALGORITHMS[algo].model_class
                 model, begin = model_class("MlpPolicy", env, seed=seed), time.monotonic()
                 model.learn(n_steps, log_interval=None)
                 seconds.append(time.monotonic() - begin)
@@ -193,7 +196,7 @@ def compare_learning(
             env.close()
         each = ", ".join(f"{value:.1f}" for value in returns)
         mean = f"{statistics.mean(returns):.1f} ± {np.std(returns):.1f}"
-        print(f"| {n_nodes} | {each} | {mean} | {statistics.median(seconds):.0f} |", flush=True)
+        print(f"| {n_nodes or 'without Ray'} | {each} | {mean} | {statistics.median(seconds):.0f} |", flush=True)
 
 
 class Killer(BaseCallback):
@@ -319,7 +322,7 @@ def main() -> None:
     """Run one of the benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=["throughput", "learning", "kills", "traffic", "server"])
-    parser.add_argument("--nodes", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--nodes", nargs="+", type=int, default=[1, 2, 4], help="0: learning without Ray")
     parser.add_argument("--seconds", type=float, default=15.0, help="duration of a measurement of throughput or server")
     parser.add_argument("--repeats", type=int, default=3, help="measurements, seeds or trainings")
     parser.add_argument("--algo", choices=list(ALGORITHMS), default="async_one_step_q")
@@ -329,7 +332,7 @@ def main() -> None:
     parser.add_argument("--sync-interval", nargs="+", type=int, default=[None], help="by default RayVecEnv's")
     parser.add_argument("--exchange", choices=["deltas", "gradients"], default="deltas", help="of learning")
     options = parser.parse_args()
-    if options.benchmark == "learning" and any(options.lanes % n_nodes for n_nodes in options.nodes):
+    if options.benchmark == "learning" and any(options.lanes % max(1, n_nodes) for n_nodes in options.nodes):
         parser.error(f"--lanes {options.lanes} can't be shared equally by each number of --nodes {options.nodes}")
     if options.benchmark == "throughput":
         measure_throughput(options.nodes, options.seconds, options.repeats, options.sync_interval[0])
