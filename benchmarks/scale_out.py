@@ -311,7 +311,7 @@ def measure_server(numbers: list[int], seconds: float) -> None:
         with simulated_machines(n_clients + 1):
             server: Any = ray.remote(ParameterServer).remote()
             state = ServerState(values, [], {}, [1] * n_clients, 0, 10**9, 10**9)
-            ray.get(server.load.remote(state, ExchangeSettings().with_sync_interval(1)))
+            ray.get(server.load.remote(state, ExchangeSettings(sync_interval=1)))
             client = ray.remote(num_cpus=1)(exchange_without_a_break)
             counts = ray.get([client.remote(server, node, len(values), seconds) for node in range(n_clients)])
         rate = sum(counts) / seconds

@@ -1,6 +1,7 @@
 """The parts of training on several machines, without a cluster. ``test_ray.py`` has trainings."""
 
 import io
+import math
 import pickle
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from stable_baselines3.common.vec_env import (
     unwrap_vec_wrapper,
 )
 
-from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa, RayVecEnv, SharedRMSprop
+from sb3_async1step import A3C, AsyncOneStepQ, AsyncOneStepSarsa, RayVecEnv, SharedRMSprop
 from sb3_async1step.nodes import cluster
 from sb3_async1step.nodes.cluster import place_lanes
 from sb3_async1step.nodes.exchange import GradientMean
@@ -205,7 +206,7 @@ def test_the_server_applies_gradients_as_the_policys_optimizer_does(algorithm, o
     model.save(file)
     parameters = model.list_learned_parameters()
     state = ServerState(read_values(parameters), [], {}, [2], 0, 1000, 1000)
-    settings = ExchangeSettings("gradients").with_sync_interval(10)
+    settings = ExchangeSettings("gradients", sync_interval=10)
 
     def start(state):
         server = ParameterServer()
@@ -233,9 +234,29 @@ def test_the_server_applies_gradients_as_the_policys_optimizer_does(algorithm, o
 
 
 def test_default_sync_intervals():
-    assert ExchangeSettings().with_sync_interval(80).sync_interval == 500
-    assert ExchangeSettings("gradients").with_sync_interval(80).sync_interval == 80
-    assert ExchangeSettings("gradients", sync_interval=7).with_sync_interval(80).sync_interval == 7
+    def choose(exchange, n_steps_per_update, n_nodes, longest, **settings):
+        settings = ExchangeSettings(exchange, **settings)
+        return settings.with_sync_interval(n_steps_per_update, n_nodes, longest).sync_interval
+
+    assert choose("deltas", 80, 3, math.inf) == 500
+    # As long as all nodes together make as many steps as lie between two updates of the target network
+    assert [choose("deltas", 8, n_nodes, 500) for n_nodes in (1, 2, 3, 4)] == [500, 250, 166, 125]
+    assert choose("deltas", 8, 4, 10_000) == 500
+    # Not more often than there is something new
+    assert choose("deltas", 80, 4, 200) == 80
+    assert choose("deltas", 80, 4, 200, sync_interval=7) == 7
+    assert choose("gradients", 80, 4, 200) == 80
+    assert choose("gradients", 80, 4, 200, sync_interval=7) == 7
+
+
+@pytest.mark.parametrize(("tau", "expected"), [(1.0, 400), (0.1, 4000)])
+def test_nodes_exchange_at_each_update_of_the_target_network(value_based, tau, expected):
+    model = value_based("MlpPolicy", "CartPole-v1", n_envs=2, target_update_interval=400, tau=tau)
+    assert model._longest_sync_interval == pytest.approx(expected)
+
+
+def test_a3c_has_no_target_network():
+    assert A3C("MlpPolicy", "CartPole-v1", n_envs=2)._longest_sync_interval == math.inf
 
 
 # ---------------------------------------------------------------------- running statistics

@@ -365,7 +365,9 @@ class AsyncAlgorithm(LiveAlgorithm):
         assert env is not None
         self._shared = self._share_parameters()
         recipe = self._make_node_recipe(n_workers, total_timesteps)
-        self._pool = RayWorkerPool(env, recipe, self.update_interval, self._shared, self._sync_after_jump)
+        self._pool = RayWorkerPool(
+            env, recipe, self.update_interval, self._longest_sync_interval, self._shared, self._sync_after_jump
+        )
         if self.verbose >= 1:
             print(self._pool.describe())
         guard_vec_env(env, self._gate.closed, self._pool.settle, lambda: not call.is_running)
@@ -418,6 +420,11 @@ class AsyncAlgorithm(LiveAlgorithm):
         :param lanes: which these are
         :param num_envs: number of all lanes
         """
+
+    @property
+    def _longest_sync_interval(self) -> float:
+        """Environment steps of all nodes between two exchanges of their parameters, beyond which they learn worse."""
+        return math.inf
 
     def _sync_after_jump(self, before: int, after: int) -> None:
         """

@@ -92,6 +92,7 @@ class RayWorkerPool(Pool):
     :param env: the training env
     :param recipe: what each node learns with; its lanes and numbers are set here
     :param update_interval: vector steps between two updates of a node's worker
+    :param longest_sync_interval: steps of all nodes between two exchanges, beyond which they learn worse
     :param shared: the model's parameters
     :param on_jump: called with T before and after the model's parameters were replaced
     """
@@ -101,6 +102,7 @@ class RayWorkerPool(Pool):
         env: VecEnv,
         recipe: NodeRecipe,
         update_interval: int,
+        longest_sync_interval: float,
         shared: SharedParameters,
         on_jump: Callable[[int, int], None],
     ) -> None:
@@ -110,7 +112,9 @@ class RayWorkerPool(Pool):
         self.num_envs = env.num_envs
         self.workers = []
         most_lanes = max(len(node.lanes) for node in base.nodes)
-        self.settings = base.settings.with_sync_interval(update_interval * most_lanes)
+        self.settings = base.settings.with_sync_interval(
+            update_interval * most_lanes, len(base.nodes), longest_sync_interval
+        )
         self._base, self._recipe, self._shared, self._on_jump = base, recipe, shared, on_jump
         self._wrappers = [pack_wrappers(env, node.lanes) for node in base.nodes]
         self._monitor = unwrap_vec_wrapper(env, VecMonitor)

@@ -91,8 +91,9 @@ class RayVecEnv(VecEnv):
     :param exchange: how nodes exchange what they have learned: ``"deltas"`` adds up by how much each has changed the
         parameters since it pulled them last; with ``"gradients"``, nodes push gradients, and the server applies them
         with the policy's optimizer (Nair et al. 2015, https://arxiv.org/abs/1507.04296)
-    :param sync_interval: steps of a node between two exchanges, rounded up to a step of all of its lanes; by default
-        500, or with gradients as many as an update of its workers takes
+    :param sync_interval: steps of a node between two exchanges, rounded up to a step of all of its lanes. By default
+        500, or fewer if there is a target network: the model's ``target_update_interval`` divided by the number of
+        nodes. With gradients as many as an update of its workers takes
     :param outer_learning_rate: factor of the deltas, by default 1 divided by the number of nodes that learn
     :param outer_momentum: momentum of the deltas
     :param max_staleness: number of pushes of others between a node's pull and its push, beyond which the push is

@@ -7,7 +7,7 @@ from typing import Any
 
 from sb3_async1step.nodes.exchange import EXCHANGES
 
-# Steps of a node between two exchanges of deltas
+# Most steps of a node between two exchanges of deltas, unless somebody asks for more
 SYNC_INTERVAL = 500
 
 
@@ -83,11 +83,17 @@ class ExchangeSettings:
         if self.node_timeout is not None:
             check_number("node_timeout", self.node_timeout, above=0)
 
-    def with_sync_interval(self, n_steps_per_update: int) -> "ExchangeSettings":
+    def with_sync_interval(self, n_steps_per_update: int, n_nodes: int, longest: float) -> "ExchangeSettings":
         """
         :param n_steps_per_update: steps of a node between two updates of all its workers
-        :return: the same, with a ``sync_interval``: by default ``SYNC_INTERVAL`` for deltas, an update for gradients
+        :param n_nodes: number of nodes
+        :param longest: steps of all nodes between two exchanges, beyond which they learn worse
+        :return: the same, with a ``sync_interval``: by default an update for gradients, and for deltas
+            ``SYNC_INTERVAL`` or the node's share of ``longest``, but no less than an update
         """
         if self.sync_interval is not None:
             return self
-        return replace(self, sync_interval=SYNC_INTERVAL if self.exchange == "deltas" else n_steps_per_update)
+        n_steps = n_steps_per_update
+        if self.exchange == "deltas":
+            n_steps = max(n_steps, int(min(SYNC_INTERVAL, longest / n_nodes)))
+        return replace(self, sync_interval=n_steps)

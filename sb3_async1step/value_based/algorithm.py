@@ -241,6 +241,11 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         self.exploration_final_eps = finals[lanes.start : lanes.stop].tolist()
         self.exploration_final_probs = [1.0 / len(lanes)] * len(lanes)
 
+    @property
+    def _longest_sync_interval(self) -> float:
+        # Between two exchanges, each node would copy parameters of its own to its target network
+        return self.target_update_interval / self.tau
+
     def _sync_after_jump(self, before: int, after: int) -> None:
         n_syncs = count_syncs(self.target_update_interval, before, after)
         if n_syncs > 0:
