@@ -423,7 +423,7 @@ class AsyncAlgorithm(LiveAlgorithm):
 
     @property
     def _longest_sync_interval(self) -> float:
-        """Environment steps of all nodes between two exchanges of their parameters, beyond which they learn worse."""
+        """Most environment steps of all nodes that should lie between two exchanges of their parameters."""
         return math.inf
 
     def _sync_after_jump(self, before: int, after: int) -> None:

@@ -92,7 +92,7 @@ class RayWorkerPool(Pool):
     :param env: the training env
     :param recipe: what each node learns with; its lanes and numbers are set here
     :param update_interval: vector steps between two updates of a node's worker
-    :param longest_sync_interval: steps of all nodes between two exchanges, beyond which they learn worse
+    :param longest_sync_interval: most steps of all nodes that should lie between two exchanges
     :param shared: the model's parameters
     :param on_jump: called with T before and after the model's parameters were replaced
     """

@@ -87,7 +87,7 @@ class ExchangeSettings:
         """
         :param n_steps_per_update: steps of a node between two updates of all its workers
         :param n_nodes: number of nodes
-        :param longest: steps of all nodes between two exchanges, beyond which they learn worse
+        :param longest: most steps of all nodes that should lie between two exchanges
         :return: the same, with a ``sync_interval``: by default an update for gradients, and for deltas
             ``SYNC_INTERVAL`` or the node's share of ``longest``, but no less than an update
         """
