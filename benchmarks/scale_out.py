@@ -184,9 +184,11 @@ def compare_learning(
     for n_nodes in numbers:
         returns, seconds = [], []
         with simulated_machines(n_nodes) if n_nodes > 0 else nullcontext():
-            env: VecEnv = make_vec_env(env_id, n_lanes)
+            env: VecEnv
             if n_nodes > 0:
                 env = make_lanes(lambda: gym.make(env_id), n_nodes, n_lanes // n_nodes, **settings)
+            else:
+                env = make_vec_env(env_id, n_lanes)
             for seed in range(n_seeds):
                 model, begin = model_class("MlpPolicy", env, seed=seed), time.monotonic()
                 model.learn(n_steps, log_interval=None)

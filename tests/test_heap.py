@@ -82,15 +82,17 @@ def test_freed_memory_is_returned_when_the_process_has_grown(calls, sizes):
 
 
 def test_the_heap_is_looked_at_now_and_then_only(monkeypatch, calls, sizes):
-    monkeypatch.setattr(heap, "TRIM_INTERVAL", 1000.0)
+    clock = SimpleNamespace(now=0)
+    monkeypatch.setattr(heap, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(heap, "TRIM_INTERVAL", 10)
     trimmer = heap.HeapTrimmer()
-    sizes(5000)
-    trimmer.trim_when_due()
-    assert calls == []
-    monkeypatch.setattr(heap.time, "monotonic", lambda: trimmer._due)
-    trimmer.trim_when_due()
-    trimmer.trim_when_due()
-    assert calls == [("trim", 0)]
+    n_trims = []
+    for clock.now in (9, 10, 19, 20, 29):
+        # It has grown by 1000 MiB each time
+        sizes(1000 * (len(n_trims) + 2))
+        trimmer.trim_when_due()
+        n_trims.append(len(calls))
+    assert n_trims == [0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("n_workers", [1, 2])

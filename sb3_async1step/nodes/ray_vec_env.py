@@ -92,8 +92,8 @@ class RayVecEnv(VecEnv):
         parameters since it pulled them last; with ``"gradients"``, nodes push gradients, and the server applies them
         with the policy's optimizer (Nair et al. 2015, https://arxiv.org/abs/1507.04296)
     :param sync_interval: steps of a node between two exchanges, rounded up to a step of all of its lanes. By default
-        500, or fewer if there is a target network: the model's ``target_update_interval`` divided by the number of
-        nodes. With gradients as many as an update of its workers takes
+        500, or fewer if there is a target network: the model's ``target_update_interval / tau`` divided by the number
+        of nodes, but no fewer than an update of its workers takes. With gradients as many as that
     :param outer_learning_rate: factor of the deltas, by default 1 divided by the number of nodes that learn
     :param outer_momentum: momentum of the deltas
     :param max_staleness: number of pushes of others between a node's pull and its push, beyond which the push is
