@@ -23,7 +23,7 @@ def test_identity(algorithm):
         # From which it draws its states; the model's seed is that of the first lane's only
         lane.action_space.seed(i)
     model = algorithm("MlpPolicy", env, seed=0, n_workers=4, learning_rate=0.003, gamma=0.5, update_interval=5)
-    # With 3000 steps on a busy machine, n-step Q-learning had not learned one of the four states yet in 6 of 180 trainings
+    # With 3000 steps, n-step Q-learning on a busy machine had one of the four states wrong in 6 of 180 trainings
     model.learn(8_000)
     assert evaluate_policy(model, env, n_eval_episodes=20, warn=False)[0] > 90
 
