@@ -1,20 +1,24 @@
 """What A3C has and the value-based methods have not: all action spaces, SB3's actor-critic policies, A2C's logs."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import A2C
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv
+from torch import distributions
 
 from sb3_async1step import A3C, NipsCNN, SharedRMSprop
 from sb3_async1step.a3c import MlpPolicy
+from sb3_async1step.a3c.random_draws import DRAWING_FUNCTIONS, DrawFrom
 from tests.envs import BoxWalkEnv, RandomWalkEnv, make_env
 from tests.helpers import are_equal, weights_of, with_worker
 from tests.test_vec_env_split import DictEnv
@@ -356,3 +360,79 @@ def test_an_explained_variance_that_is_undefined_does_not_hide_the_others(tmp_pa
     with pytest.warns(UserWarning, match="single env lane"):
         model.learn(100, log_interval=10)
     assert all(np.isfinite(row["train/explained_variance"]) for row in read_rows(tmp_path))
+
+
+ONES = th.ones(3)
+DRAWS = {
+    "_sample_dirichlet": lambda: distributions.Dirichlet(ONES).sample(),
+    "_standard_gamma": lambda: distributions.Gamma(ONES, ONES).sample(),
+    "bernoulli": lambda: distributions.Bernoulli(0.5 * ONES).sample(),
+    "bernoulli_": lambda: ONES.clone().bernoulli_(0.5),
+    "binomial": lambda: distributions.Binomial(9, 0.5 * ONES).sample(),
+    "cauchy_": lambda: distributions.Cauchy(ONES, ONES).sample(),
+    "exponential_": lambda: distributions.Exponential(ONES).sample(),
+    "geometric_": lambda: ONES.clone().geometric_(0.5),
+    "log_normal_": lambda: ONES.clone().log_normal_(),
+    "multinomial": lambda: distributions.Categorical(ONES).sample((9,)),
+    "normal": lambda: distributions.Normal(ONES, ONES).sample(),
+    "normal_": lambda: distributions.Normal(ONES, ONES).rsample(),
+    "poisson": lambda: distributions.Poisson(9 * ONES).sample(),
+    "rand": lambda: distributions.Uniform(0 * ONES, ONES).sample(),
+    "rand_like": lambda: th.rand_like(ONES),
+    "randint": lambda: th.randint(9, (9,)),
+    "randint_like": lambda: th.randint_like(ONES, 9),
+    "randn": lambda: th.randn(3),
+    "randn_like": lambda: th.randn_like(ONES),
+    "random_": lambda: ONES.clone().random_(),
+    "randperm": lambda: th.randperm(9),
+    "uniform_": lambda: ONES.clone().uniform_(),
+}
+
+
+@pytest.mark.parametrize("name", sorted(DRAWING_FUNCTIONS))
+def test_draws_from_a_generator_of_its_own(name):
+    """The numbers of the global one, seeded alike; that one stays as it is, and others still draw from it."""
+    draw = DRAWS[name]
+    th.manual_seed(7)
+    expected = [draw(), draw()]
+    th.manual_seed(1)
+    before, of_the_other = th.get_rng_state(), []
+    with DrawFrom(th.Generator().manual_seed(7)):
+        first = draw()
+        other = threading.Thread(target=lambda: of_the_other.append(draw()))
+        other.start()
+        other.join()
+        second = draw()
+    assert th.equal(first, expected[0]) and th.equal(second, expected[1])
+    after = th.get_rng_state()
+    th.manual_seed(1)
+    assert th.equal(th.get_rng_state(), before)
+    assert th.equal(of_the_other[0], draw()) and th.equal(th.get_rng_state(), after)
+
+
+def test_a_generator_that_is_given_is_kept():
+    expected = th.rand(3, generator=th.Generator().manual_seed(5))
+    with DrawFrom(th.Generator().manual_seed(7)):
+        assert th.equal(th.rand(3, generator=th.Generator().manual_seed(5)), expected)
+
+
+@pytest.mark.parametrize("name", ACTIONS)
+def test_the_global_generator_is_left_alone(name):
+    """Neither does the training draw from it, nor does it disturb the training that somebody else does."""
+
+    class Draws(BaseCallback):
+        def _on_step(self):
+            th.manual_seed(self.n_calls)
+            return True
+
+    def train(callback):
+        space, parameters = ACTIONS[name]
+        env = DummyVecEnv([lambda: CheckingEnv(space)] * 4)
+        model = A3C("MlpPolicy", env, n_workers=2, backend="serial", seed=0, **parameters)
+        before = th.get_rng_state()
+        model.learn(40, callback)
+        return before, weights_of(model)
+
+    before, weights = train(None)
+    assert th.equal(th.get_rng_state(), before)
+    assert are_equal(train(Draws())[1], weights)

@@ -17,7 +17,7 @@ import pytest
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecMonitor, VecNormalize
 
-from sb3_async1step import A3C, AsyncOneStepQ, split_vec_env
+from sb3_async1step import AsyncOneStepQ, split_vec_env
 from sb3_async1step.vec_envs import guard
 from sb3_async1step.vec_envs.guard import ProcessWatcher
 from tests.envs import RaisingEnv, RandomWalkEnv, make_env
@@ -268,16 +268,12 @@ def test_a_training_that_diverges_stops_before_the_weights_are_touched(algorithm
 def test_two_models_learn_at_the_same_time(algorithm):
     """Neither disturbs the other: in serial mode, each gets the weights that it gets alone."""
 
-    def make(seed):
+    def train(seed, results):
         env = make_env(2)
         env.seed(seed)
         model = algorithm("MlpPolicy", env, n_workers=2, backend="serial", policy_kwargs={"net_arch": [8]})
         model.policy.load_state_dict(initial[seed])
         model.set_random_seed(seed)
-        return model
-
-    def train(seed, results):
-        model = made.pop(seed, None) or make(seed)
         model.learn(200)
         results[seed] = [p.tolist() for p in model.policy.parameters()]
 
@@ -285,12 +281,9 @@ def test_two_models_learn_at_the_same_time(algorithm):
         seed: algorithm("MlpPolicy", make_env(2), seed=seed, policy_kwargs={"net_arch": [8]}).policy.state_dict()
         for seed in (1, 2)
     }
-    alone, together, made = {}, {}, {}
+    alone, together = {}, {}
     for seed in (1, 2):
         train(seed, alone)
-    if algorithm is A3C:
-        # It draws from PyTorch's global generator, which the other model's construction and seeding change meanwhile
-        made = {seed: make(seed) for seed in (1, 2)}
     threads = [threading.Thread(target=train, args=(seed, together)) for seed in (1, 2)]
     for thread in threads:
         thread.start()

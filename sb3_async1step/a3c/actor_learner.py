@@ -1,10 +1,9 @@
 """Algorithm 3 of the paper (in its supplement): one thread of the asynchronous advantage actor-critic."""
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -14,6 +13,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import explained_variance
 from torch.nn import functional as F
 
+from sb3_async1step.a3c.random_draws import DrawFrom
 from sb3_async1step.vec_envs.observations import take_rows
 from sb3_async1step.workers.actor_learner import ActorLearner, Settings
 from sb3_async1step.workers.lanes import Rows
@@ -47,9 +47,6 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
     """A worker of :class:`~sb3_async1step.A3C`."""
 
     settings: A3CSettings
-
-    # torch.distributions draw from PyTorch's global generator, which one worker uses at a time
-    _sampling: ClassVar[threading.Lock] = threading.Lock()
 
     @property
     def acting_policy(self) -> ActorCriticPolicy:
@@ -175,15 +172,11 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
             distribution.exploration_mat, distribution.exploration_matrices = one, all_lanes
 
     def _draw(self, function: Callable[[], Any]) -> Any:
-        """Call a function that draws from PyTorch's generator, which is seeded by this worker's own meanwhile."""
-        seed = int(self.random_generator.integers(2**63))
-        with self._sampling:
-            state = th.default_generator.get_state()
-            try:
-                th.default_generator.manual_seed(seed)
-                return function()
-            finally:
-                th.default_generator.set_state(state)
+        """Call a function that draws random numbers, which follow from this worker's own generator."""
+        generator = th.Generator(self.settings.device)
+        generator.manual_seed(int(self.random_generator.integers(2**63)))
+        with DrawFrom(generator):
+            return function()
 
     def get_extra_state(self) -> dict[str, Any]:
         distribution = self.acting_policy.action_dist
