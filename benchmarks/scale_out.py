@@ -5,15 +5,13 @@ for each of them.
 ``python -m benchmarks.scale_out throughput`` counts steps per second on CartPole whose steps sleep: 10 ms on average,
 log-normally distributed; the lanes of a node step together, so that a step takes as long as the slowest of 16.
 ``learning`` prints the mean return of greedy episodes after the same number of steps of all nodes, which share the same
-number of lanes; ``--nodes 0`` is a training without Ray. ``kills`` kills a node, the server and a simulated machine in
-each training, and says whether it reached its steps. ``traffic`` prints bytes per second of the paper's Atari network
-for several numbers of steps between exchanges. ``server`` lets clients exchange parameters of that size without a
-break.
+number of lanes; ``--nodes 0`` is a training without Ray. ``traffic`` prints bytes per second of the paper's Atari
+network for several numbers of steps between exchanges. ``server`` lets clients exchange parameters of that size without
+a break.
 """
 
 import argparse
 import os
-import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -201,58 +199,6 @@ def compare_learning(
         print(f"| {n_nodes or 'without Ray'} | {each} | {mean} | {statistics.median(seconds):.0f} |", flush=True)
 
 
-class Killer(BaseCallback):
-    """
-    Kills the process of a node, that of the server, and a simulated machine, a quarter of the training after another.
-
-    :param cluster: the simulated machines
-    :param env: the lanes
-    :param n_steps: steps of the training
-    """
-
-    def __init__(self, cluster: Cluster, env: RayVecEnv, n_steps: int) -> None:
-        super().__init__()
-        self._cluster, self._env = cluster, env
-        self._due = [
-            (n_steps // 4, self._kill_node),
-            (n_steps // 2, self._kill_server),
-            (3 * n_steps // 4, self._kill_machine),
-        ]
-
-    def _on_step(self) -> bool:
-        if self._due and self.num_timesteps >= self._due[0][0]:
-            self._due.pop(0)[1]()
-        return True
-
-    def _kill_node(self) -> None:
-        os.kill(ray.get(self._env.nodes[0].actor.describe.remote())[2], signal.SIGKILL)
-
-    def _kill_server(self) -> None:
-        pool: Any = self.model._pool  # type: ignore[attr-defined]
-        os.kill(ray.get(pool._server.get_process_id.remote()), signal.SIGKILL)
-
-    def _kill_machine(self) -> None:
-        self._cluster.remove_node(next(iter(self._cluster.worker_nodes)), allow_graceful=False)
-        self._cluster.add_node(num_cpus=1)
-
-
-def kill(n_trainings: int, n_nodes: int, n_steps: int) -> None:
-    """
-    :param n_trainings: number of trainings
-    :param n_nodes: number of nodes
-    :param n_steps: steps of each training
-    """
-    for seed in range(n_trainings):
-        with simulated_machines(n_nodes) as cluster:
-            env = make_lanes(make_cartpole, n_nodes, node_timeout=120.0)
-            model, begin = AsyncOneStepQ("MlpPolicy", env, seed=seed), time.monotonic()
-            model.learn(n_steps, Killer(cluster, env, n_steps), log_interval=None)
-            seconds = time.monotonic() - begin
-            mean, _ = evaluate_policy(model, make_vec_env("CartPole-v1", 4), 20)
-            print(f"seed {seed}: {model.num_timesteps} steps, {seconds:.0f} s, mean return {mean:.1f}", flush=True)
-            env.close()
-
-
 class Traffic(BaseCallback):
     """Keeps the bytes per second of the whole training."""
 
@@ -323,10 +269,10 @@ def measure_server(numbers: list[int], seconds: float) -> None:
 def main() -> None:
     """Run one of the benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=["throughput", "learning", "kills", "traffic", "server"])
+    parser.add_argument("benchmark", choices=["throughput", "learning", "traffic", "server"])
     parser.add_argument("--nodes", nargs="+", type=int, default=[1, 2, 4], help="0: learning without Ray")
     parser.add_argument("--seconds", type=float, default=15.0, help="duration of a measurement of throughput or server")
-    parser.add_argument("--repeats", type=int, default=3, help="measurements, seeds or trainings")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements or seeds")
     parser.add_argument("--algo", choices=list(ALGORITHMS), default="async_one_step_q")
     parser.add_argument("--env", default="CartPole-v1", help="of learning")
     parser.add_argument("--lanes", type=int, default=16, help="of all nodes, of learning; a multiple of --nodes")
@@ -343,8 +289,6 @@ def main() -> None:
             options.nodes, options.algo, options.env, options.lanes, options.steps, options.repeats,
             exchange=options.exchange, sync_interval=options.sync_interval[0],
         )  # fmt: skip
-    elif options.benchmark == "kills":
-        kill(options.repeats, options.nodes[-1], options.steps)
     elif options.benchmark == "server":
         measure_server(options.nodes, options.seconds)
     else:

@@ -23,9 +23,15 @@ from benchmarks.learning import (
 )
 from benchmarks.pqn import PQN
 from benchmarks.report import insert_table, main, pages
-from benchmarks.report.figures import COLOURS, draw_actor_learners, draw_curves
-from benchmarks.report.results import NAMES, read_runs, seconds_to
-from benchmarks.report.tables import actor_learners_table, make_learning_tables, make_speed_tables, race_table
+from benchmarks.report.figures import COLOURS, draw_actor_learners, draw_curves, draw_node_kills
+from benchmarks.report.results import NAMES, read_node_kills, read_runs, seconds_to
+from benchmarks.report.tables import (
+    actor_learners_table,
+    make_learning_tables,
+    make_speed_tables,
+    node_kills_table,
+    race_table,
+)
 from sb3_async1step.registry import ALGORITHMS
 from sb3_async1step.zoo import register
 from tests.helpers import wait_until
@@ -184,6 +190,23 @@ def test_study_of_actor_learners(tmp_path, monkeypatch):
     hard = replace(task, reference_score=501.0, max_steps=200)
     monkeypatch.setitem(actor_learners.TASKS, "CartPole-v1", hard)
     assert actor_learners.measure("CartPole-v1", "async_one_step_q", SETTING).steps == float("inf")
+
+
+def test_report_of_killed_nodes(tmp_path):
+    training = {
+        "seed": 3, "total_timesteps": 100, "num_timesteps": 112, "seconds": 20.0, "returns": [500.0, 400.0],
+        "kills": [["node", 25, 5.0], ["server", 50, 10.0], ["machine", 75, 15.0]],
+        "curve_steps": [10, 100], "curve_seconds": [2.0, 20.0], "curve_returns": [20.0, 400.0],
+    }  # fmt: skip
+    stopped = {**training, "num_timesteps": 99, "seconds": 10.0, "returns": [50.0], "kills": []}
+    (tmp_path / "node_kills.json").write_text(json.dumps([training, stopped]))
+    trainings = read_node_kills(tmp_path)
+    assert node_kills_table(trainings)[2:] == [
+        "| 2 | 3 | 1 | 250.0 ± 200.0 | 50.0 to 450.0 | 15 (10 to 20) |",
+    ]
+    draw_node_kills(trainings[0], tmp_path / "node_kills.png")
+    assert (tmp_path / "node_kills.png").exists()
+    assert read_node_kills(tmp_path / "elsewhere") == []
 
 
 def test_report_of_the_results_there_are(tmp_path, monkeypatch):

@@ -127,6 +127,24 @@ def draw_speeds(throughput: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def draw_node_kills(training: dict[str, Any], path: Path) -> None:
+    """
+    Draw the learning curve of a training over time, and when a node, the server and a machine were killed.
+
+    :param training: a result of ``benchmarks/node_kills.py``
+    :param path: path of the picture
+    """
+    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    axis.plot(training["curve_seconds"], training["curve_returns"])
+    for i, (victim, _, seconds) in enumerate(training["kills"]):
+        axis.axvline(seconds, color=f"C{i + 1}", linestyle="--", label=f"{victim} killed")
+    axis.set(xlabel="seconds", ylabel="mean return of 100 episodes", title=f"CartPole-v1, seed {training['seed']}")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    figure.savefig(path, dpi=90, metadata={"Software": None})
+    plt.close(figure)
+
+
 def draw_actor_learners(studies: dict[tuple[str, str], pd.DataFrame], path: Path) -> None:
     """
     Draw the gain in data efficiency: the median steps of one actor-learner divided by those of several, with the range

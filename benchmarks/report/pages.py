@@ -5,19 +5,25 @@ from pathlib import Path
 
 from benchmarks.actor_learners import read_all
 from benchmarks.learning import RESULTS
-from benchmarks.report.figures import draw_actor_learners, draw_curves, draw_defaults, draw_speeds
-from benchmarks.report.results import read_runs, read_throughput
+from benchmarks.report.figures import draw_actor_learners, draw_curves, draw_defaults, draw_node_kills, draw_speeds
+from benchmarks.report.results import read_node_kills, read_runs, read_throughput
 from benchmarks.report.tables import (
     actor_learners_table,
     defaults_table,
     make_learning_tables,
     make_speed_tables,
+    node_kills_table,
     race_table,
 )
 
 ROOT = Path(__file__).parent.parent.parent
 PICTURES = ROOT / "docs" / "pictures"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "guide" / "performance.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs" / "results.md",
+    ROOT / "docs" / "guide" / "performance.md",
+    ROOT / "docs" / "guide" / "more_machines.md",
+)
 
 
 def make_tables() -> dict[str, list[str]]:
@@ -25,7 +31,9 @@ def make_tables() -> dict[str, list[str]]:
     :return: the lines of all tables by the names of their marks
     """
     runs, throughput = read_runs(), read_throughput()
+    kills = read_node_kills()
     return {
+        **({"node kills": node_kills_table(kills)} if kills else {}),
         **make_learning_tables(runs),
         "defaults": defaults_table(read_runs(RESULTS / "defaults")),
         **make_speed_tables(throughput),
@@ -59,5 +67,7 @@ def main() -> None:
     if defaults := read_runs(RESULTS / "defaults"):
         draw_defaults(defaults, PICTURES / "learning_curve.png")
     draw_speeds(read_throughput(), PICTURES / "throughput.png")
+    if kills := read_node_kills():
+        draw_node_kills(kills[0], PICTURES / "node_kills.png")
     if studies := read_all():
         draw_actor_learners(studies, PICTURES / "actor_learners.png")

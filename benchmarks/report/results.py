@@ -72,6 +72,15 @@ def read_throughput(folder: Path = RESULTS) -> dict[str, Any]:
     return json.loads((folder / "throughput.json").read_text())
 
 
+def read_node_kills(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """
+    :param folder: folder of the results
+    :return: the results of ``benchmarks/node_kills.py``, none if it has not run
+    """
+    path = folder / "node_kills.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
 def first_to_reach(run: Run, threshold: float) -> tuple[float, float]:
     """
     :param run: a run

@@ -274,3 +274,20 @@ def make_speed_tables(throughput: dict[str, Any]) -> dict[str, list[str]]:
         tables["limits"] = limits_table(throughput["limits"], throughput["contenders"])
         tables["floor"] = floor_table(throughput["floor"])
     return tables
+
+
+def node_kills_table(trainings: list[dict[str, Any]]) -> list[str]:
+    """
+    :param trainings: the results of ``benchmarks/node_kills.py``
+    :return: lines of a table in Markdown
+    """
+    scores = [float(np.mean(training["returns"])) for training in trainings]
+    seconds = [training["seconds"] for training in trainings]
+    n_complete = sum(training["num_timesteps"] >= training["total_timesteps"] for training in trainings)
+    return [
+        "| trainings | kills | reached their steps | mean return | of each training | seconds |",
+        "|---|---|---|---|---|---|",
+        f"| {len(trainings)} | {sum(len(training['kills']) for training in trainings)} | {n_complete} "
+        f"| {np.mean(scores):.1f} ± {np.std(scores):.1f} | {min(scores):.1f} to {max(scores):.1f} "
+        f"| {statistics.median(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f}) |",
+    ]
