@@ -1,5 +1,5 @@
 """
-Kills nodes and servers of trainings on Ray, whose four nodes are simulated on this machine: in each training of
+Kills nodes and servers of trainings on Ray, whose two nodes are simulated on this machine: in each training of
 CartPole, the process of a node, that of the server and a whole simulated machine, one at a quarter of its steps, the
 next at a half and the last at three quarters, in an order that rotates from seed to seed. For each training, prints the
 steps and the score that it reached.
@@ -33,7 +33,7 @@ from benchmarks.learning import RESULTS, describe_hardware
 from benchmarks.scale_out import make_cartpole, make_lanes, simulated_machines
 from sb3_async1step import AsyncOneStepQ, RayVecEnv
 
-N_NODES, LANES_PER_NODE = 4, 4
+N_NODES, LANES_PER_NODE = 2, 8
 N_EPISODES = 20
 N_POINTS = 50
 
