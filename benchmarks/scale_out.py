@@ -280,6 +280,8 @@ def main() -> None:
     parser.add_argument("--sync-interval", nargs="+", type=int, default=[None], help="by default RayVecEnv's")
     parser.add_argument("--exchange", choices=["deltas", "gradients"], default="deltas", help="of learning")
     options = parser.parse_args()
+    if options.benchmark != "learning" and min(options.nodes) < 1:
+        parser.error(f"{options.benchmark} needs 1 node or more: only learning has --nodes 0, for comparison")
     if options.benchmark == "learning" and any(options.lanes % max(1, n_nodes) for n_nodes in options.nodes):
         parser.error(f"--lanes {options.lanes} can't be shared equally by each number of --nodes {options.nodes}")
     if options.benchmark == "throughput":
