@@ -108,7 +108,8 @@ def find_parts(folder: Path) -> list[Path]:
     :param folder: folder of the Zoo's logs of one training
     :return: the folders of its parts, in order: each continues from the last checkpoint before it
     """
-    return sorted(folder.glob("*/*_*"), key=lambda path: int(path.name.rsplit("_", 1)[1]))
+    parts = (path for path in folder.glob("*/*_*") if path.name.rsplit("_", 1)[1].isdecimal())
+    return sorted(parts, key=lambda path: int(path.name.rsplit("_", 1)[1]))
 
 
 def find_checkpoints(folder: Path) -> dict[int, Path]:
