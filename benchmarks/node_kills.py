@@ -11,9 +11,7 @@ steps and the score that it reached.
 import argparse
 import json
 import os
-import shlex
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -134,7 +132,7 @@ def train(seed: int, n_steps: int) -> KilledTraining:
     :param n_steps: steps of the training
     :return: what came of it
     """
-    command = shlex.join(["python", "-m", "benchmarks.node_kills", *sys.argv[1:]])
+    command = f"python -m benchmarks.node_kills --steps {n_steps}"
     training = KilledTraining(command, date.today().isoformat(), describe_hardware(), seed, n_steps)
     with simulated_machines(N_NODES) as cluster:
         env = make_lanes(make_cartpole, N_NODES, LANES_PER_NODE, node_timeout=120.0)
@@ -167,7 +165,8 @@ def main() -> None:
     trainings = read_trainings(options.results)
     for training in trainings:
         print(training.describe())
-    for seed in sorted(set(range(options.trainings)) - {training.seed for training in trainings}):
+    done = {training.seed for training in trainings if training.total_timesteps == options.steps}
+    for seed in sorted(set(range(options.trainings)) - done):
         trainings.append(train(seed, options.steps))
         print(trainings[-1].describe(), flush=True)
         options.results.write_text(json.dumps([asdict(training) for training in trainings], indent=0))

@@ -199,10 +199,12 @@ def test_report_of_killed_nodes(tmp_path):
         "curve_steps": [10, 100], "curve_seconds": [2.0, 20.0], "curve_returns": [20.0, 400.0],
     }  # fmt: skip
     stopped = {**training, "num_timesteps": 99, "seconds": 10.0, "returns": [50.0], "kills": []}
-    (tmp_path / "node_kills.json").write_text(json.dumps([training, stopped]))
+    longer = {**training, "total_timesteps": 1000, "num_timesteps": 1000}
+    (tmp_path / "node_kills.json").write_text(json.dumps([longer, training, stopped]))
     trainings = read_node_kills(tmp_path)
     assert node_kills_table(trainings)[2:] == [
-        "| 2 | 3 | 1 | 250.0 ± 200.0 | 50.0 to 450.0 | 15 (10 to 20) |",
+        "| 100 | 2 | 3 | 1 | 250.0 ± 200.0 | 450, 50 | 15 (10 to 20) |",
+        "| 1 000 | 1 | 3 | 1 | 450.0 ± 0.0 | 450 | 20 (20 to 20) |",
     ]
     draw_node_kills(trainings[0], tmp_path / "node_kills.png")
     assert (tmp_path / "node_kills.png").exists()

@@ -281,13 +281,18 @@ def node_kills_table(trainings: list[dict[str, Any]]) -> list[str]:
     :param trainings: the results of ``benchmarks/node_kills.py``
     :return: lines of a table in Markdown
     """
-    scores = [float(np.mean(training["returns"])) for training in trainings]
-    seconds = [training["seconds"] for training in trainings]
-    n_complete = sum(training["num_timesteps"] >= training["total_timesteps"] for training in trainings)
-    return [
-        "| trainings | kills | reached their steps | mean return | of each training | seconds |",
-        "|---|---|---|---|---|---|",
-        f"| {len(trainings)} | {sum(len(training['kills']) for training in trainings)} | {n_complete} "
-        f"| {np.mean(scores):.1f} ± {np.std(scores):.1f} | {min(scores):.1f} to {max(scores):.1f} "
-        f"| {statistics.median(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f}) |",
+    lines = [
+        "| agent steps | trainings | kills | reached their steps | mean return | of each training | seconds |",
+        "|---|---|---|---|---|---|---|",
     ]
+    for n_steps in sorted({training["total_timesteps"] for training in trainings}):
+        group = [training for training in trainings if training["total_timesteps"] == n_steps]
+        scores = [float(np.mean(training["returns"])) for training in group]
+        n_complete = sum(training["num_timesteps"] >= n_steps for training in group)
+        lines.append(
+            f"| {format_count(n_steps)} | {len(group)} | {sum(len(training['kills']) for training in group)} "
+            f"| {n_complete} | {np.mean(scores):.1f} ± {np.std(scores):.1f} "
+            f"| {', '.join(f'{score:.0f}' for score in scores)} "
+            f"| {format_spread([training['seconds'] for training in group])} |"
+        )
+    return lines
