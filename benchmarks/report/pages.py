@@ -68,6 +68,6 @@ def main() -> None:
         draw_defaults(defaults, PICTURES / "learning_curve.png")
     draw_speeds(read_throughput(), PICTURES / "throughput.png")
     if kills := read_node_kills():
-        draw_node_kills(kills[0], PICTURES / "node_kills.png")
+        draw_node_kills(kills[-1], PICTURES / "node_kills.png")
     if studies := read_all():
         draw_actor_learners(studies, PICTURES / "actor_learners.png")
