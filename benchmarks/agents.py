@@ -20,7 +20,9 @@ import yaml
 from rl_zoo3 import ALGOS
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.dqn.policies import DQNPolicy
 
 from benchmarks.learning import RESULTS, Run, find_parts
 from sb3_async1step.common.async_algorithm import STATE_OF_LANES
@@ -78,17 +80,29 @@ def forget_generators(owner: BaseAlgorithm | VecNormalize) -> None:
         space._np_random = None  # type: ignore[assignment]
 
 
+def share_target_parameters(policy: BasePolicy) -> None:
+    """
+    PyTorch writes tensors that share their memory once, which halves the file. Only a training needs an older target.
+
+    :param policy: a policy, whose target network, if it has one, gets the parameters of the online network
+    """
+    if isinstance(policy, DQNPolicy):
+        for target, online in zip(policy.q_net_target.parameters(), policy.q_net.parameters(), strict=True):
+            target.data = online.data
+
+
 def save_agent(model: BaseAlgorithm, path: Path) -> None:
     """
     :param model: a model
     :param path: of a file that plays, also with NumPy 1, but does not go on training exactly as the model would
     """
     model.policy.optimizer.state.clear()
+    share_target_parameters(model.policy)
     forget_generators(model)
     file = io.BytesIO()
     with patch("cloudpickle.cloudpickle.DEFAULT_PROTOCOL", PROTOCOL_WITH_PLAIN_NAMES):
         model.save(file, exclude=STATE_OF_LANES)
-    with zipfile.ZipFile(file) as source, zipfile.ZipFile(path, "w") as target:
+    with zipfile.ZipFile(file) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
         for name in source.namelist():
             contents = source.read(name)
             target.writestr(name, rename_in_model(contents) if name == "data" else contents)

@@ -155,6 +155,16 @@ def read_trainings(path: Path) -> list[KilledTraining]:
     return [KilledTraining(**training) for training in json.loads(path.read_text())] if path.exists() else []
 
 
+def write_trainings(path: Path, trainings: list[KilledTraining]) -> None:
+    """
+    :param path: of the results, which stay what they were if this is interrupted
+    :param trainings: all of them
+    """
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps([asdict(training) for training in trainings], indent=0))
+    part.replace(path)
+
+
 def main() -> None:
     """Train, and write what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -169,7 +179,7 @@ def main() -> None:
     for seed in sorted(set(range(options.trainings)) - done):
         trainings.append(train(seed, options.steps))
         print(trainings[-1].describe(), flush=True)
-        options.results.write_text(json.dumps([asdict(training) for training in trainings], indent=0))
+        write_trainings(options.results, trainings)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
 
 from benchmarks import actor_learners, learning
+from benchmarks.agents import save_agent
 from benchmarks.learning import (
     Run,
     SavedModel,
@@ -32,9 +33,10 @@ from benchmarks.report.tables import (
     node_kills_table,
     race_table,
 )
+from sb3_async1step import AsyncOneStepQ
 from sb3_async1step.registry import ALGORITHMS
 from sb3_async1step.zoo import register
-from tests.helpers import wait_until
+from tests.helpers import are_equal, wait_until, weights_of
 
 SETTING = actor_learners.Setting("a worker for each", n_lanes=2, seed=1)
 
@@ -110,12 +112,15 @@ def test_tables_and_curves(tmp_path):
     assert tables["MinAtar"][2:] == ["| Breakout | AsyncOneStepSarsa | 1 | 10.5 ± 0.0 | 1 000 000 | 40 |"]
     start = "| PongNoFrameskip-v4"
     assert tables["Atari"][2:] == [
-        f"{start} | AsyncOneStepQ | 7 | 20.0 ± 1.0 | 1.0 | 2.0 | 0: 0.5 (0.5); 10: 1.0 (2.0); 18: 1.0 (2.0) |",
-        f"{start} | AsyncOneStepSarsa | 7 | 19.0 ± 0.0 | 1.0 | 2.0 | 0: 0.5 (0.5); 10: 0.8 (0.8); 18: 0.8 (0.8) |",
-        f"{start} | DQN | 7 | -3.0 ± 0.0 | 1.0 | 1.0 | 0: 0.5 (0.5); 10: not reached; 18: not reached |",
-        f"{start} | DQN, published by the Zoo | | 20.6 ± 0.6 | 10.0 | | |",
-        f"{start} | A2C, published by the Zoo | | 17.3 ± 3.2 | 10.0 | | |",
-        f"{start} | PPO, published by the Zoo | | 21.0 ± 0.1 | 10.0 | | |",
+        f"{start} | AsyncOneStepQ | 7 | 20.0 ± 1.0 | 115% | -7.0 | 1.0 | 2.0 "
+        "| 0: 0.5 (0.5); 10: 1.0 (2.0); 18: 1.0 (2.0) |",
+        f"{start} | AsyncOneStepSarsa | 7 | 19.0 ± 0.0 | 112% | -0.7 | 1.0 | 2.0 "
+        "| 0: 0.5 (0.5); 10: 0.8 (0.8); 18: 0.8 (0.8) |",
+        f"{start} | DQN | 7 | -3.0 ± 0.0 | 50% | -7.3 | 1.0 | 1.0 | 0: 0.5 (0.5); 10: not reached; 18: not reached |",
+        f"{start} | DQN, published by the Zoo |  | 20.6 ± 0.6 | 117% |  | 10.0 |  |  |",
+        f"{start} | QR-DQN, published by the Zoo |  | 20.5 ± 0.7 | 117% |  | 10.0 |  |  |",
+        f"{start} | A2C, published by the Zoo |  | 17.3 ± 3.2 | 108% |  | 10.0 |  |  |",
+        f"{start} | PPO, published by the Zoo |  | 21.0 ± 0.1 | 118% |  | 10.0 |  |  |",
     ]
     throughput = {"contenders": {"DQN, 1 env": {"steps_per_second": [90.0, 200.0, 190.0]}}}
     assert race_table(runs, throughput)[2:] == [
@@ -342,3 +347,18 @@ def test_pqn_learns_from_lambda_returns(monkeypatch):
     pqn.learn(100, callback=lambda locals_, globals_: pqn.num_timesteps < 16)
     assert pqn.num_timesteps == 16
     assert not any(th.equal(a, b) for a, b in zip(before, pqn.network.parameters(), strict=True))
+
+
+def test_a_trained_agent_takes_half_of_the_space_and_plays_as_its_model(tmp_path):
+    model = AsyncOneStepQ("MlpPolicy", "CartPole-v1", seed=1)
+    model.learn(100)
+    model.save(tmp_path / "model")
+    trained = weights_of(model)
+    save_agent(model, tmp_path / "agent.zip")
+    assert (tmp_path / "agent.zip").stat().st_size < 0.5 * (tmp_path / "model.zip").stat().st_size
+    agent = AsyncOneStepQ.load(tmp_path / "agent", env=make_vec_env("CartPole-v1", 16))
+    assert weights_of(agent).keys() == trained.keys()
+    assert all(th.equal(trained[name.replace("_target", "")], values) for name, values in weights_of(agent).items())
+    # It learns on, with parameters of the two networks that are not the same tensors
+    agent.learn(100, reset_num_timesteps=False)
+    assert not are_equal(agent.q_net.state_dict(), agent.q_net_target.state_dict())

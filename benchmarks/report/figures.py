@@ -15,7 +15,7 @@ from sb3_async1step.registry import ALGORITHMS
 
 # Matplotlib's, in the order of the registry; DQN is grey
 COLOURS = {algo: f"C{i}" for i, algo in enumerate(ALGORITHMS)} | {"dqn": "C7", "a2c": "C8"}
-ZOO_LINES = {"DQN": "--", "A2C": "-.", "PPO": ":"}
+ZOO_LINES = {"DQN": "--", "QR-DQN": (0, (8, 2)), "A2C": "-.", "PPO": ":"}
 
 
 def draw_curves(env_id: str, groups: dict[str, list[Run]], path: Path) -> None:

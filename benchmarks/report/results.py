@@ -27,7 +27,25 @@ DEFAULTS_THRESHOLDS = {
     "MinAtar-Breakout-v0": 8.0,
     "PongNoFrameskip-v4": -10.0,
 }
-ATARI = {"PongNoFrameskip-v4": (0.0, 10.0, 18.0), "BreakoutNoFrameskip-v4": (10.0, 30.0, 100.0)}
+# Scores whose time is told
+ATARI = {
+    "PongNoFrameskip-v4": (0.0, 10.0, 18.0),
+    "BreakoutNoFrameskip-v4": (10.0, 30.0, 100.0),
+    "SpaceInvadersNoFrameskip-v4": (300.0, 600.0),
+    "QbertNoFrameskip-v4": (1000.0, 4000.0),
+    "BeamRiderNoFrameskip-v4": (1000.0, 4000.0),
+    "SeaquestNoFrameskip-v4": (500.0, 2000.0),
+}
+# Of random play and of a human tester: Wang et al. 2016, "Dueling Network Architectures for Deep Reinforcement
+# Learning", table 2
+RANDOM_AND_HUMAN_SCORES = {
+    "PongNoFrameskip-v4": (-20.7, 14.6),
+    "BreakoutNoFrameskip-v4": (1.7, 30.5),
+    "SpaceInvadersNoFrameskip-v4": (148.0, 1668.7),
+    "QbertNoFrameskip-v4": (163.9, 13455.0),
+    "BeamRiderNoFrameskip-v4": (363.9, 16926.5),
+    "SeaquestNoFrameskip-v4": (68.4, 42054.7),
+}
 # The game on which our algorithms and DQN are compared by the clock
 RACE = "PongNoFrameskip-v4"
 # From the Zoo's hyperparameters for Atari
@@ -35,8 +53,42 @@ DQN_LEARNING_STARTS = 100_000
 # Means and standard deviations over the episodes of one training of 10 million agent steps each, from the Zoo's
 # benchmark.md
 ZOO_SCORES = {
-    "PongNoFrameskip-v4": {"DQN": (20.602, 0.613), "A2C": (17.292, 3.214), "PPO": (20.989, 0.105)},
-    "BreakoutNoFrameskip-v4": {"DQN": (358.327, 61.981), "A2C": (279.793, 122.177), "PPO": (398.033, 33.328)},
+    "PongNoFrameskip-v4": {
+        "DQN": (20.602, 0.613),
+        "QR-DQN": (20.492, 0.687),
+        "A2C": (17.292, 3.214),
+        "PPO": (20.989, 0.105),
+    },
+    "BreakoutNoFrameskip-v4": {
+        "DQN": (358.327, 61.981),
+        "QR-DQN": (393.6, 79.828),
+        "A2C": (279.793, 122.177),
+        "PPO": (398.033, 33.328),
+    },
+    "SpaceInvadersNoFrameskip-v4": {
+        "DQN": (622.742, 201.564),
+        "QR-DQN": (1899.928, 823.488),
+        "A2C": (627.16, 201.974),
+        "PPO": (960.331, 425.355),
+    },
+    "QbertNoFrameskip-v4": {
+        "DQN": (9496.774, 5399.633),
+        "QR-DQN": (14799.728, 2917.629),
+        "A2C": (3882.345, 1223.327),
+        "PPO": (15627.108, 3313.538),
+    },
+    "BeamRiderNoFrameskip-v4": {
+        "DQN": (4295.946, 1790.458),
+        "QR-DQN": (17122.941, 10769.997),
+        "A2C": (2890.298, 1379.137),
+        "PPO": (3397.0, 1662.368),
+    },
+    "SeaquestNoFrameskip-v4": {
+        "DQN": (2000.29, 606.644),
+        "QR-DQN": (2557.576, 76.951),
+        "A2C": (1721.493, 105.339),
+        "PPO": (1783.636, 34.096),
+    },
 }
 MINATAR = ("Breakout", "Asterix", "Freeway", "SpaceInvaders", "Seaquest")
 # Names of the algorithms by their ids in the Zoo: ours, and the one that they are compared with
@@ -100,6 +152,16 @@ def seconds_to(run: Run, threshold: float) -> float:
     :return: seconds until the first checkpoint (or the last model) that reached it, infinite if none did
     """
     return first_to_reach(run, threshold)[1]
+
+
+def normalize(env_id: str, score: float) -> float:
+    """
+    :param env_id: id of an Atari game
+    :param score: a score in it
+    :return: the human-normalised score: 0 for that of random play, 1 for that of a human tester
+    """
+    random_score, human_score = RANDOM_AND_HUMAN_SCORES[env_id]
+    return (score - random_score) / (human_score - random_score)
 
 
 def read_seed(run: Run) -> str:

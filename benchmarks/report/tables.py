@@ -28,6 +28,7 @@ from benchmarks.report.results import (
     Runs,
     first_to_reach,
     median_speeds,
+    normalize,
     read_seed,
     seconds_to,
 )
@@ -98,19 +99,24 @@ def atari_table(runs: Runs) -> list[str]:
     :return: lines of a table in Markdown, one for each training, and the Zoo's scores on the same games
     """
     lines = [
-        "| game | algorithm | seed | mean return | million steps | hours | million steps (hours) to a mean return of |",
-        "|---|---|---|---|---|---|---|",
+        "| game | algorithm | seed | mean return | human-normalised | last five checkpoints | million steps | hours "
+        "| million steps (hours) to a mean return of |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for env_id, thresholds in ATARI.items():
         for algo, name in NAMES.items():
             for run in runs.get(env_id, {}).get(algo, []):
-                score = f"{np.mean(run.final_returns):.1f} ± {np.std(run.final_returns):.1f}"
-                cells = [env_id, name, read_seed(run), score, f"{run.n_steps / 1e6:.1f}", f"{run.seconds / 3600:.1f}"]
+                mean = float(np.mean(run.final_returns))
+                cells = [env_id, name, read_seed(run), f"{mean:.1f} ± {np.std(run.final_returns):.1f}"]
+                cells += [f"{normalize(env_id, mean):.0%}", f"{np.mean(run.curve_returns[-5:]):.1f}"]
+                cells += [f"{run.n_steps / 1e6:.1f}", f"{run.seconds / 3600:.1f}"]
                 cells += ["; ".join(format_moment(run, threshold) for threshold in thresholds)]
                 lines.append(f"| {' | '.join(cells)} |")
         if env_id in runs:
             for name, (mean, deviation) in ZOO_SCORES[env_id].items():
-                lines.append(f"| {env_id} | {name}, published by the Zoo | | {mean:.1f} ± {deviation:.1f} | 10.0 | | |")
+                cells = [env_id, f"{name}, published by the Zoo", "", f"{mean:.1f} ± {deviation:.1f}"]
+                cells += [f"{normalize(env_id, mean):.0%}", "", "10.0", "", ""]
+                lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
