@@ -139,8 +139,9 @@ def test_callbacks_stop_it_and_ask_for_what_there_is(env):
         assert len(model.get_env().get_attr("spec")) == 4
         with pytest.raises(RuntimeError, match="stays on the nodes"):
             np.mean(callback.locals["rewards"])
-        with pytest.raises(RuntimeError, match="gamma can't be changed"):
-            model.gamma = 0.5
+        for name in ("gamma", "learning_rate", "lr_schedule"):
+            with pytest.raises(RuntimeError, match=f"{name} can't be changed"):
+                setattr(model, name, 0.5)
         with pytest.raises(RuntimeError, match="nobody else may step"):
             model.get_env().reset()
 
@@ -301,6 +302,46 @@ def test_nothing_is_left_of_a_cluster_of_our_own(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-2:] == ["interrupted", "1000 []"]
+
+
+JOINS = """
+import os
+import ray
+from ray.cluster_utils import Cluster
+from stable_baselines3.common.env_util import make_vec_env
+from sb3_async1step import AsyncOneStepQ, RayVecEnv
+
+if __name__ == "__main__":
+    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
+    cluster.add_node(num_cpus=3)
+    os.environ["RAY_ADDRESS"] = cluster.address
+    env = make_vec_env("CartPole-v1", 8, vec_env_cls=RayVecEnv)
+    assert [len(node.lanes) for node in env.nodes] == [6, 2]
+    model = AsyncOneStepQ("MlpPolicy", env)
+    model.learn(400)
+    actors = ray._private.state.actors()
+    where = [actors[node.actor._actor_id.hex()]["Address"]["NodeID"] for node in env.nodes]
+    n_cpus = {node["NodeID"]: node["Resources"]["CPU"] for node in ray.nodes()}
+    print(model.num_timesteps, [n_cpus[machine] for machine in where])
+    env.close()
+    assert not ray.is_initialized()
+    # The cluster is there for others
+    ray.init(log_to_driver=False)
+    print([node["Alive"] for node in ray.nodes()])
+    ray.shutdown()
+    cluster.shutdown()
+"""
+
+
+def test_it_joins_a_cluster_and_leaves_it_running(tmp_path):
+    """By default, each machine gets one node, and lanes by its CPUs."""
+    (tmp_path / "program.py").write_text(JOINS)
+    result = subprocess.run(
+        [sys.executable, "program.py"],
+        cwd=tmp_path, env=without_a_cluster(), capture_output=True, text=True, timeout=DEADLINE, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-2:] == ["400 [3.0, 1.0]", "[True, True]"]
 
 
 def test_a_killed_driver_leaves_nothing_and_its_training_goes_on(tmp_path):

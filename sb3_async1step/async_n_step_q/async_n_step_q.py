@@ -43,8 +43,8 @@ class AsyncNStepQ(ValueBasedAlgorithm):
     :param loss: ``"mse"`` (the paper's) or ``"huber"`` (DQN's), of the TD error
     :param q_lambda: weight of the longer returns in the targets. 1 is the paper's n-step return; a smaller value mixes
         it with the shorter ones (Peng's Q(lambda), as in Gallici et al. 2025), 0 is the one-step return
-    :param lock_updates: whether workers wait for each other's updates. By default they don't (Hogwild); with another
-        optimizer than :class:`~sb3_async1step.SharedRMSprop`, they always do
+    :param lock_updates: whether workers wait for each other's updates. With any other optimizer than
+        :class:`~sb3_async1step.SharedRMSprop`, such as the default, Adam, they always do
     :param backend: ``"threads"``, or ``"serial"``: the same workers take turns on the calling thread, reproducible
         bit for bit from the seed
     :param stats_window_size: number of episodes over which logged returns and lengths are averaged

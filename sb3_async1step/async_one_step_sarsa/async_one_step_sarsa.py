@@ -41,8 +41,8 @@ class AsyncOneStepSarsa(ValueBasedAlgorithm):
     :param eval_eps: epsilon of ``predict(deterministic=False)``
     :param max_grad_norm: norm to which gradients are clipped
     :param loss: ``"mse"`` (the paper's) or ``"huber"`` (DQN's), of the TD error
-    :param lock_updates: whether workers wait for each other's updates. By default they don't (Hogwild); with another
-        optimizer than :class:`~sb3_async1step.SharedRMSprop`, they always do
+    :param lock_updates: whether workers wait for each other's updates. With any other optimizer than
+        :class:`~sb3_async1step.SharedRMSprop`, such as the default, Adam, they always do
     :param backend: ``"threads"``, or ``"serial"``: the same workers take turns on the calling thread, reproducible
         bit for bit from the seed
     :param stats_window_size: number of episodes over which logged returns and lengths are averaged

@@ -101,8 +101,8 @@ class AsyncAlgorithm(LiveAlgorithm):
     :param update_interval: vector steps of a worker's lanes between two updates (the paper's I_AsyncUpdate and t_max);
         a worker with a single lane also updates at the end of an episode, as in the paper
     :param max_grad_norm: norm to which gradients are clipped
-    :param lock_updates: whether workers wait for each other's updates. By default they don't (Hogwild); with another
-        optimizer than :class:`~sb3_async1step.SharedRMSprop`, they always do
+    :param lock_updates: whether workers wait for each other's updates. With any other optimizer than
+        :class:`~sb3_async1step.SharedRMSprop`, they always do
     :param backend: ``"threads"``, or ``"serial"``: the same workers take turns on the calling thread, reproducible
         bit for bit from the seed
     :param use_sde: whether the policy explores by state-dependent noise

@@ -98,6 +98,9 @@ class LiveAlgorithm(BaseAlgorithm):
         if name in self._followed and self._is_learning():
             self._change_setting(name, value)
             return
+        if name in ("learning_rate", "lr_schedule") and self._is_learning():
+            assert self._pool is not None
+            self._pool.check_change(name)
         super().__setattr__(name, value)
         if name == "learning_rate" and "lr_schedule" in self.__dict__:
             self._setup_lr_schedule()
