@@ -13,6 +13,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecMonitor, VecNormalize
 
 from sb3_async1step import A3C, AsyncNStepQ, AsyncOneStepQ, AsyncOneStepSarsa, HealingVecEnv
+from sb3_async1step.async_n_step_q.actor_learner import NStepQActorLearner
 from sb3_async1step.async_one_step_sarsa.actor_learner import SarsaRollout
 from sb3_async1step.common import async_algorithm
 from sb3_async1step.vec_envs import guard
@@ -59,6 +60,22 @@ class CountingEnv(RandomWalkEnv):
 
 def make_processes(env_fns):
     return SubprocVecEnv([lambda fn=fn: Monitor(fn()) for fn in env_fns], start_method="fork")
+
+
+class BeginsWithIntegers(gym.Env):
+    """Its space is of floats, and its first observations are integers."""
+
+    observation_space = gym.spaces.Box(-9, 9, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.n_steps = 0
+        return np.array([0]), {}
+
+    def step(self, action):
+        self.n_steps += 1
+        return np.array([self.n_steps + 0.5], np.float32), 1.0, False, self.n_steps == 4, {}
 
 
 # ---------------------------------------------------------------------- nobody waits for a slow lane
@@ -419,3 +436,32 @@ def test_identity():
 def seeded(env: gym.Env, seed: int) -> gym.Env:
     env.action_space.seed(seed)
     return env
+
+
+@pytest.mark.parametrize("make", [DummyVecEnv, lambda env_fns: SubprocVecEnv(env_fns, start_method="fork")])
+def test_first_observations_of_integers(make, monkeypatch):
+    """What comes later is not rounded to integers, nor is what an episode ends with."""
+    env, seen = make([BeginsWithIntegers] * 2), {}
+
+    def look(actor_learner, rollout):
+        for name in ("observations", "next_observations"):
+            seen.setdefault(name, set()).update(getattr(rollout, name).ravel().tolist())
+        return compute_loss(actor_learner, rollout)
+
+    compute_loss = NStepQActorLearner.compute_loss
+    monkeypatch.setattr(NStepQActorLearner, "compute_loss", look)
+    AsyncNStepQ("MlpPolicy", env, n_workers=1, update_interval=5).learn(40)
+    assert seen["observations"] == {0.0, 1.5, 2.5, 3.5}
+    # Zeros fill a rollout up whose lanes have unequal numbers of steps
+    assert seen["next_observations"] - {0.0} == {1.5, 2.5, 3.5, 4.5}
+    env.close()
+
+
+@pytest.mark.parametrize("total", [1e2, np.float32(99.5)])
+def test_a_number_of_steps_that_is_a_float(algorithm, total):
+    env = make_processes([CountingEnv] * 4)
+    for _ in range(3):
+        model = algorithm("MlpPolicy", env, n_workers=1).learn(total)
+        assert model.num_timesteps == 100 and type(model.num_timesteps) is int
+    assert sum(env.get_attr("n_steps_in_all")) == 300
+    env.close()

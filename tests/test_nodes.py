@@ -80,9 +80,10 @@ def test_by_default_the_deltas_of_the_nodes_that_learn_are_averaged(make_server)
     assert alone.values.tolist() == [11.0, 20.0] and alone.n_granted == 5
     server.exchange(push(1, 1, delta=None, n_steps=0))
     assert server.exchange(push(0, 2, delta=(1.0, 0.0), n_steps=10)).values.tolist() == [11.5, 20.0]
-    # The other one has died
+    # The other one has died, beside which this was learned
     server.begin_epoch(1, 1)
-    assert server.exchange(push(0, 3, delta=(1.0, 0.0), n_steps=10)).values.tolist() == [12.5, 20.0]
+    assert server.exchange(push(0, 3, delta=(1.0, 0.0), n_steps=10)).values.tolist() == [12.0, 20.0]
+    assert server.exchange(push(0, 4, delta=(1.0, 0.0), n_steps=10)).values.tolist() == [13.0, 20.0]
 
 
 def test_outer_learning_rate_and_momentum(make_server):

@@ -1,5 +1,6 @@
 """Bad input gets an error that says what was wrong, what is allowed and what to do."""
 
+import math
 from functools import partial
 
 import numpy as np
@@ -8,9 +9,12 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.dqn.policies import DQNPolicy
 
 from sb3_async1step import AsyncNStepQ, AsyncOneStepQ, HistogramCallback
 from tests.envs import RandomWalkEnv, make_env
+from tests.test_a3c import CheckingEnv
 from tests.test_vec_env_split import UnknownWrapper
 
 
@@ -175,6 +179,28 @@ def test_a_number_of_workers_set_as_an_attribute(algorithm, value):
 def test_steps_that_are_not_a_number(algorithm):
     with pytest.raises(ValueError, match="total_timesteps must be a number, got nan"):
         algorithm("MlpPolicy", make_env(4)).learn(float("nan"))
+
+
+@pytest.mark.parametrize("total", [math.inf, -math.inf])
+def test_infinitely_many_steps(algorithm, total):
+    """As with SB3's algorithms, until a callback ends them."""
+    model = algorithm("MlpPolicy", make_env(4), n_workers=1)
+    if total < 0:
+        with pytest.raises(ValueError, match="total_timesteps must be a number, got -inf"):
+            model.learn(total)
+        return
+    model.learn(total, callback=lambda locals_, globals_: model.num_timesteps < 40)
+    assert model.num_timesteps == 40
+
+
+def test_policies_of_sb3_number_actions_from_zero(value_based):
+    """Their ``predict()`` would say other actions than those that were trained."""
+    env = DummyVecEnv([lambda: CheckingEnv(spaces.Discrete(3, start=5))])
+    with pytest.raises(
+        ValueError, match=r"actions start at 5, but DQNPolicy .* start at 0: derive it from .*MlpPolicy"
+    ):
+        value_based(DQNPolicy, env)
+    assert env.action_space.contains(value_based("MlpPolicy", env).predict(np.zeros(4, np.float32))[0])
 
 
 def test_a_negative_learning_rate_in_a_callback(algorithm):

@@ -1,6 +1,5 @@
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
@@ -14,6 +13,7 @@ from sb3_async1step.common.optimizers import SharedRMSprop
 from sb3_async1step.common.parameter_checks import (
     check,
     check_bool,
+    check_first_action,
     check_not_negative,
     check_unit_interval,
     is_whole,
@@ -181,13 +181,7 @@ class A3C(AsyncAlgorithm):
         check_bool(normalize_advantage=self.normalize_advantage, use_sde=self.use_sde)
         freq = self.sde_sample_freq
         check("sde_sample_freq", freq, is_whole(freq) and (freq == -1 or freq >= 1), "-1, or 1 or more")
-        # Of Discrete and MultiDiscrete
-        start = getattr(self.action_space, "start", 0)
-        if np.any(start) and not issubclass(self.policy_class, MlpPolicy):
-            raise ValueError(
-                f"The actions start at {start}, but {self.policy_class.__name__} predicts actions that start at 0: "
-                "derive it from sb3_async1step.a3c.MlpPolicy."
-            )
+        check_first_action(self.action_space, self.policy_class, MlpPolicy)
 
     def _make_settings(self, num_envs: int) -> A3CSettings:
         return A3CSettings(

@@ -22,6 +22,7 @@ from sb3_async1step.common.heap import HeapTrimmer, keep_freed_memory
 from sb3_async1step.common.lanes import (
     check_n_workers,
     count_workers,
+    count_workers_of_nodes,
     describe_workers,
     make_lanes,
     warn_of_a_single_lane,
@@ -284,7 +285,9 @@ class AsyncAlgorithm(LiveAlgorithm):
         assert self.env is not None
         if not learning_on(self.env.unwrapped).claim(call):
             raise RuntimeError(NOBODY_ELSE)
-        check("total_timesteps", total_timesteps, not math.isnan(total_timesteps), "a number")
+        check("total_timesteps", total_timesteps, total_timesteps > -math.inf, "a number")
+        # As with SB3's algorithms, it may be 1e6 or infinite; workers and nodes count in whole numbers
+        total_timesteps = math.ceil(min(total_timesteps, sys.maxsize))
         # Attributes may have been set since the construction
         self._check_parameters()
         warn_of_a_single_lane(self.env, type(self).__name__)
@@ -311,7 +314,7 @@ class AsyncAlgorithm(LiveAlgorithm):
             try:
                 callback.on_training_start(locals(), globals())
                 if isinstance(self.env.unwrapped, RayVecEnv):
-                    self._run_nodes(call, n_workers, total_timesteps, callback, log_interval)
+                    self._run_nodes(call, n_multiplications, total_timesteps, callback, log_interval)
                 else:
                     self._run_workers(call, n_workers, n_multiplications, total_timesteps, callback, log_interval)
             except BaseException:
@@ -358,13 +361,13 @@ class AsyncAlgorithm(LiveAlgorithm):
         self._lanes_may_be_anywhere = False
 
     def _run_nodes(
-        self, call: Call, n_workers: int, total_timesteps: int, callback: BaseCallback, log_interval: int | None
+        self, call: Call, n_multiplications: int, total_timesteps: int, callback: BaseCallback, log_interval: int | None
     ) -> None:
         """Let the nodes of a ``RayVecEnv`` learn, and follow them until they have ended."""
         env = self.env
         assert env is not None
         self._shared = self._share_parameters()
-        recipe = self._make_node_recipe(n_workers, total_timesteps)
+        recipe = self._make_node_recipe(count_workers_of_nodes(self.n_workers, env, n_multiplications), total_timesteps)
         self._pool = RayWorkerPool(
             env, recipe, self.update_interval, self._longest_sync_interval, self._shared, self._sync_after_jump
         )
@@ -375,7 +378,7 @@ class AsyncAlgorithm(LiveAlgorithm):
             self._follow(self._pool, callback, log_interval)
         self._pool.stop()
 
-    def _make_node_recipe(self, n_workers: int, total_timesteps: int) -> NodeRecipe:
+    def _make_node_recipe(self, n_workers: int | None, total_timesteps: int) -> NodeRecipe:
         file = io.BytesIO()
         # The nodes have lanes of their own
         self.save(file, exclude=STATE_OF_LANES)
@@ -383,8 +386,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         return NodeRecipe(
             type(self),
             file.getvalue(),
-            # As many as there are CPUs, unless one is enough
-            None if self.n_workers == "auto" and n_workers > 1 else n_workers,
+            n_workers,
             self.num_timesteps,
             total_timesteps,
             seed,

@@ -109,6 +109,18 @@ def count_workers(n_workers: int | str, env: VecEnv, n_multiplications: int) -> 
     return 1
 
 
+def count_workers_of_nodes(n_workers: int | str, env: VecEnv, n_multiplications: int) -> int | None:
+    """
+    :param n_workers: see :func:`count_workers`
+    :param env: see there
+    :param n_multiplications: see there
+    :return: number of workers of each node, None for as many as it has CPUs, whatever this machine has
+    """
+    if n_workers == "auto" and n_multiplications >= SMALL_NETWORK:
+        return None
+    return count_workers(n_workers, env, n_multiplications)
+
+
 def describe_workers(workers: Sequence[ActorLearner]) -> str:
     """
     :param workers: those of a training that begins

@@ -350,6 +350,7 @@ class LiveAlgorithm(BaseAlgorithm):
         A second model with the same policy and env, but without workers. It waits for nobody, so give it another policy
         if this one may learn.
         """
+        self._refresh()
         twin = type(self).__new__(type(self))
         twin.__setstate__({**self.__dict__, "_gate": Gate()})
         return twin

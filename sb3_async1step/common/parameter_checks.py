@@ -131,3 +131,19 @@ def check_observation_space(space: spaces.Space) -> None:
             f"The algorithm only supports {SUPPORTED_OBSERVATION_SPACES}, or a Dict of them, as observation spaces "
             f"but {space} was provided"
         )
+
+
+def check_first_action(action_space: spaces.Space, policy_class: type, ours: type) -> None:
+    """
+    :param action_space: the action space
+    :param policy_class: class of the policy
+    :param ours: a class whose policies predict actions of spaces that don't start at 0
+    :raises ValueError: if the space is one of these, and the policy is not
+    """
+    # Of Discrete and MultiDiscrete
+    start = getattr(action_space, "start", 0)
+    if np.any(start) and not issubclass(policy_class, ours):
+        raise ValueError(
+            f"The actions start at {start}, but {policy_class.__name__} predicts actions that start at 0: derive it "
+            f"from {ours.__module__}.{ours.__name__}."
+        )

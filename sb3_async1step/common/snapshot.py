@@ -70,9 +70,9 @@ def copy_to_play(model: AnyAlgorithm) -> AnyAlgorithm:
     :return: a copy that predicts as the model does now, with a policy of its own. It can do nothing else: it has no
         optimizer, and shares the env
     """
+    player = copy.copy(model)
     policy = copy_modules(model.policy)
     twins: dict[Any, nn.Module] = dict(zip(model.policy.modules(), policy.modules(), strict=True))
-    player = copy.copy(model)
     # Networks of the policy are attributes of the model, too
     for name, value in vars(model).items():
         if isinstance(value, nn.Module) and value in twins:

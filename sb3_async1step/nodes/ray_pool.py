@@ -1,6 +1,7 @@
 """Runs nodes in the place of workers."""
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -123,9 +124,13 @@ class RayWorkerPool(Pool):
         # T that the server had when it was last asked, and when the model's parameters were last replaced
         self._num_timesteps = self._num_timesteps_when_pulled = recipe.num_timesteps
         self._version = self._pulled_version = 0
+        self._pull_time = time.monotonic()
         self._is_stopped = False
-        # By the nodes' numbers: their learn(), the numbers of their last pushes, and when these came
+        self._is_complete = False
+        # By the nodes' numbers: their learn(), what they answer as soon as their processes have started, the numbers of
+        # their last pushes, and when these came
         self._learning: dict[int, Any] = {}
+        self._starting: dict[int, Any] = {}
         self._last_numbers: dict[int, int] = {}
         self._last_exchanges: dict[int, float] = {}
         self._n_restarts = self._n_server_restarts = 0
@@ -149,10 +154,6 @@ class RayWorkerPool(Pool):
 
     def settle(self) -> None:
         """Nodes answer when their workers stand still."""
-
-    def finish_steps(self) -> None:
-        """Take the parameters of the end."""
-        self.refresh()
 
     def check_change(self, name: str) -> None:
         """
@@ -200,12 +201,15 @@ class RayWorkerPool(Pool):
             wrappers=self._wrappers[number],
             lanes=node.lanes,
             n_cpus=node.place.n_cpus,
-            num_timesteps=self._num_timesteps,
+            # Also for a node that joins later, with the parameters of the beginning: when it pulls the present ones, it
+            # makes up for all updates of the target network
+            num_timesteps=self._recipe.num_timesteps,
             seed=derive_seed(self._recipe.seed, self._recipe.num_timesteps, number, node.epoch),
             node=number,
             epoch=node.epoch,
         )
         self._last_exchanges.pop(number, None)
+        self._starting[number] = node.actor.__ray_ready__.remote()
         self._learning[number] = node.actor.learn.remote(recipe, self._server)
 
     # ------------------------------------------------------------------ following the nodes
@@ -219,23 +223,33 @@ class RayWorkerPool(Pool):
         """
         for number in range(len(self._base.nodes)):
             self._start_node(number)
-        while self._learning:
-            self._watch_nodes()
-            self._take_news()
+        # A node that waits for a CPU need not learn when others have taken all steps
+        while self._learning and not self._is_complete:
+            self._see_to_ended_nodes()
+            # What nodes have done while a callback took its time is known before they are judged
+            if self._take_news():
+                self._see_to_hanging_nodes()
             while len(self._steps) >= self.num_envs:
                 yield self._steps.take(self.num_envs)
         while len(self._steps) > 0:
             yield self._steps.take(self.num_envs)
 
-    def _watch_nodes(self) -> None:
-        """Wait for a moment, and see to nodes that have ended or hang."""
+    def _see_to_ended_nodes(self) -> None:
+        """Wait for a moment, and see to nodes that have ended."""
         requests = list(self._learning.values())
         ended, _ = self._ray.wait(requests, timeout=POLL_INTERVAL)
         for number, request in list(self._learning.items()):
             if request in ended:
                 self._see_to(number, request)
-            elif self._hangs(number):
-                self._restart_node(number, f"has not exchanged parameters for {self.settings.node_timeout:g} seconds")
+
+    def _see_to_hanging_nodes(self) -> None:
+        for number in list(self._learning):
+            if self._hangs(number):
+                self._restart_node(
+                    number,
+                    f"has not exchanged parameters for node_timeout={self.settings.node_timeout:g} seconds, the most "
+                    f"that sync_interval={self.settings.sync_interval} of its steps may take",
+                )
 
     def _see_to(self, number: int, request: Any) -> None:
         del self._learning[number]
@@ -251,8 +265,13 @@ class RayWorkerPool(Pool):
 
     def _hangs(self, number: int) -> bool:
         timeout = self.settings.node_timeout
-        last = self._last_exchanges.get(number)
-        return timeout is not None and last is not None and time.monotonic() - last > timeout
+        if timeout is None:
+            return False
+        now = time.monotonic()
+        if number not in self._last_exchanges and self._has_ended(self._starting[number]):
+            # Its process has started, which may take as long as it takes the cluster to have a CPU for it
+            self._last_exchanges[number] = now
+        return now - self._last_exchanges.get(number, now) > timeout
 
     def _restart_node(self, number: int, reason: str) -> None:
         if self._n_restarts == self.settings.max_restarts:
@@ -260,33 +279,38 @@ class RayWorkerPool(Pool):
         self._n_restarts += 1
         node = self._base.nodes[number]
         node.restart()
+        # A server that begins anew may not hear of it
+        self._last_numbers[number] = -1
         with suppress(self._ray.exceptions.RayActorError):
             self._ray.get(self._server.begin_epoch.remote(number, node.epoch))
         self._start_node(number)
 
     # ------------------------------------------------------------------ the server
 
-    def _take_news(self) -> None:
+    def _take_news(self) -> bool:
+        """Whether the server had any."""
         now = time.monotonic()
         with_state = now - self._checkpoint_time > self.settings.checkpoint_interval
         try:
             news = self._ray.get(self._server.take_news.remote(with_state))
             if news is None:
                 self._reload()
-                return
+                return False
         except self._ray.exceptions.RayActorError:
             # It starts again
             time.sleep(POLL_INTERVAL)
-            return
+            return False
         if news.state is not None:
             self._checkpoint, self._checkpoint_time = news.state, now
         self._count(news)
+        return True
 
     def _count(self, news: News) -> None:
         for report in news.reports:
             self._steps.add(report)
             self._write_episodes(report)
         self._num_timesteps, self._version = news.num_timesteps, news.version
+        self._is_complete = news.is_complete
         store_moments(self._normalize, news.moments)
         self._metrics.add(news)
         for number, last in news.last_numbers.items():
@@ -309,6 +333,7 @@ class RayWorkerPool(Pool):
         state.granted = {
             number: min(n_left, grant_size(self.settings, len(nodes[number].lanes))) for number in self._learning
         }
+        state.n_side_by_side = dict.fromkeys(self._learning, len(self._learning))
         self._load_server()
 
     def _write_episodes(self, report: Report) -> None:
@@ -321,16 +346,26 @@ class RayWorkerPool(Pool):
                 self._monitor.results_writer.write_row(episode)
 
     def refresh(self) -> None:
-        """Give the model the server's parameters, if they have changed. If the server is away, it keeps its own."""
-        if self._version == self._pulled_version or self._is_stopped:
-            return
+        """
+        Give the model the server's parameters, if nodes have reported anything since it got them last. They are the
+        same during a whole callback. If the server is away, the model keeps its own.
+        """
+        if self._version != self._pulled_version and not self._is_stopped:
+            self._pull()
+
+    def _pull(self) -> bool:
+        """Whether the server was there, whose parameters the model has now."""
         try:
             answer = self._ray.get(self._server.get_values.remote())
         except self._ray.exceptions.RayActorError:
             answer = None
         if answer is None:
-            return
-        self._pulled_version, values, buffers = answer
+            return False
+        self._store(*answer)
+        return True
+
+    def _store(self, values: np.ndarray, buffers: list[np.ndarray]) -> None:
+        self._pulled_version, self._pull_time = self._version, time.monotonic()
         store_values(self._shared.parameters, values)
         store_buffers(self._shared, buffers)
         self._on_jump(self._num_timesteps_when_pulled, self._num_timesteps)
@@ -340,11 +375,14 @@ class RayWorkerPool(Pool):
         """Let all nodes end, and restart those that do not; the model gets the parameters of the end."""
         if self._is_stopped:
             return
+        # Those that have not begun yet
+        self._server.stop.remote()
         for number in self._learning:
             self._base.nodes[number].actor.stop.remote()
         if self._learning:
             self._ray.wait(list(self._learning.values()), num_returns=len(self._learning), timeout=PATIENCE)
-        self.refresh()
+        if not self._pull():
+            self._take_checkpoint()
         if self.settings.exchange == "gradients":
             self._take_optimizer()
         self._is_stopped = True
@@ -353,12 +391,24 @@ class RayWorkerPool(Pool):
                 self._base.nodes[number].restart()
         self._learning.clear()
 
+    def _take_checkpoint(self) -> None:
+        """The server is away when the training ends: the model gets the last that is known of its parameters."""
+        warnings.warn(
+            "The server of the nodes was away when the training ended: the model has its parameters of at most "
+            f"checkpoint_interval={self.settings.checkpoint_interval:g} seconds before.",
+            stacklevel=2,
+        )
+        if self._checkpoint_time > self._pull_time:
+            self._store(self._checkpoint.values, self._checkpoint.buffers)
+
     def _take_optimizer(self) -> None:
-        """Give the model's optimizer the state of the server's. If the server is away, it keeps its own."""
+        """Give the model's optimizer the state of the server's, or if the server is away, that of the checkpoint."""
+        state = None
         with suppress(self._ray.exceptions.RayActorError):
             state = self._ray.get(self._server.get_optimizer_state.remote())
-            if state is not None:
-                self._shared.policy.optimizer.load_state_dict(state)
+        state = state or self._checkpoint.optimizer
+        if state is not None:
+            self._shared.policy.optimizer.load_state_dict(state)
 
     def _has_ended(self, request: Any) -> bool:
         ended, _ = self._ray.wait([request], timeout=0)

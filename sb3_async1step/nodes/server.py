@@ -31,6 +31,7 @@ class ServerState:
     :param epochs: of each node, how often it was restarted
     :param last_numbers: of each node, the number of its last push in that epoch
     :param granted: of each node that takes steps, how many it may take until its next push
+    :param n_side_by_side: of each of these, number of nodes that took steps when it was granted its own
     """
 
     values: np.ndarray
@@ -46,6 +47,7 @@ class ServerState:
     epochs: dict[int, int] = field(default_factory=dict)
     last_numbers: dict[int, int] = field(default_factory=dict)
     granted: dict[int, int] = field(default_factory=dict)
+    n_side_by_side: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -62,6 +64,7 @@ class News:
     :param n_bytes: of parameters that were pushed and pulled since the last time
     :param n_dropped: number of pushes since the last time that were too stale
     :param last_numbers: of each node, the number of its last push
+    :param is_complete: whether all steps have been taken
     :param state: a checkpoint, if the driver asked for one
     """
 
@@ -74,6 +77,7 @@ class News:
     n_bytes: int
     n_dropped: int
     last_numbers: dict[int, int]
+    is_complete: bool
     state: ServerState | None = None
 
 
@@ -173,20 +177,20 @@ class ParameterServer:
         if self.settings.max_staleness is not None and staleness > self.settings.max_staleness:
             self._n_dropped += 1
             return
-        self._learn(push.learned)
+        self._learn(push.node, push.learned)
         state.buffers = [buffer.copy() for buffer in push.buffers]
         state.version += 1
 
-    def _learn(self, learned: Learned) -> None:
+    def _learn(self, node: int, learned: Learned) -> None:
         state = self.state
         assert state is not None
         if learned.learning_rate is None:
-            self._add(learned.change)
+            self._add(node, learned.change)
         else:
             assert self._optimizer is not None
             state.values = self._optimizer.step(state.values, learned.change, learned.learning_rate)
 
-    def _add(self, delta: np.ndarray) -> None:
+    def _add(self, node: int, delta: np.ndarray) -> None:
         state, momentum = self.state, self.settings.outer_momentum
         assert state is not None
         if momentum > 0:
@@ -194,8 +198,9 @@ class ParameterServer:
             delta = state.momentum = momentum * before + delta
         factor = self.settings.outer_learning_rate
         if factor is None:
-            # All nodes began near the same parameters: the sum of their deltas goes too far, their mean does not
-            factor = 1.0 / max(1, len(state.granted))
+            # All nodes began near the same parameters: the sum of their deltas goes too far, their mean does not. Some
+            # may have joined since, and others have ended
+            factor = 1.0 / max(1, state.n_side_by_side.get(node, 1), len(state.granted))
         # A new array: the old one may be on its way to a node
         state.values = state.values + np.float32(factor) * delta
 
@@ -212,6 +217,7 @@ class ParameterServer:
             n_left = n_lanes
         if n_left > 0:
             state.granted[node] = min(n_steps, n_left)
+            state.n_side_by_side[node] = len(state.granted)
 
     def _is_complete(self) -> bool:
         """Whether all steps have been taken, but for those that no node has few enough lanes for."""
@@ -230,12 +236,12 @@ class ParameterServer:
             max(1, len(state.granted)), is_over,
         )  # fmt: skip
 
-    def get_values(self) -> tuple[int, np.ndarray, list[np.ndarray]] | None:
+    def get_values(self) -> tuple[np.ndarray, list[np.ndarray]] | None:
         """
-        :return: the version, the parameters and the buffers
+        :return: the parameters and the buffers, None if this server has no state yet
         """
         state = self.state
-        return None if state is None else (state.version, state.values, state.buffers)
+        return None if state is None else (state.values, state.buffers)
 
     def get_optimizer_state(self) -> dict[str, Any] | None:
         """
@@ -255,7 +261,7 @@ class ParameterServer:
             state.optimizer = self.get_optimizer_state()
         news = News(
             list(self._reports), state.num_timesteps, state.version, state.moments, self._staleness,
-            self._pull_seconds, self._n_bytes, self._n_dropped, state.last_numbers,
+            self._pull_seconds, self._n_bytes, self._n_dropped, state.last_numbers, self._is_complete(),
             state if with_state else None,
         )  # fmt: skip
         self._reports.clear()

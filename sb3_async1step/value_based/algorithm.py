@@ -1,5 +1,6 @@
 """What the value-based methods add: epsilon, the target network and the loss of TD errors."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +18,7 @@ from sb3_async1step.common.optimizers import SharedRMSprop
 from sb3_async1step.common.parameter_checks import (
     check,
     check_choice,
+    check_first_action,
     check_proportions,
     check_unit_interval,
     check_whole,
@@ -185,6 +187,7 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         fraction = self.exploration_fraction
         check("exploration_fraction", fraction, is_number(fraction) and 0 < fraction <= 1, "in (0, 1]")
         check_choice("loss", self.loss, LOSSES)
+        check_first_action(self.action_space, self.policy_class, MlpPolicy)
         check_proportions(
             "exploration_final_eps",
             self.exploration_final_eps,
@@ -244,7 +247,7 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
     @property
     def _longest_sync_interval(self) -> float:
         # Between two exchanges, each node would copy parameters of its own to its target network
-        return self.target_update_interval / self.tau
+        return self.target_update_interval / self.tau if self.tau > 0 else math.inf
 
     def _sync_after_jump(self, before: int, after: int) -> None:
         n_syncs = count_syncs(self.target_update_interval, before, after)

@@ -59,10 +59,6 @@ class Pool(ABC):
         """Wait until no lane steps. The workers stand still meanwhile."""
 
     @abstractmethod
-    def finish_steps(self) -> None:
-        """Once all workers have ended, take what their lanes have begun, so that the envs are where the workers are."""
-
-    @abstractmethod
     def take_metrics(self) -> dict[str, float]:
         """
         :return: what the logger shall record of the workers, since the last call

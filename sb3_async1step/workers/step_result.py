@@ -13,6 +13,7 @@ from sb3_async1step.vec_envs.observations import (
     keys_of,
     list_arrays,
     list_spaces,
+    map_arrays,
     replace_rows,
     to_arrays,
 )
@@ -58,7 +59,31 @@ def check_result(returned: Any, observations: Observations, lanes: np.ndarray) -
     for new, old in zip(list_arrays(result.new_obs), list_arrays(observations), strict=True):
         if new.shape != old.shape:
             raise ValueError(f"The observations of {describe(lanes)} had the shape {old.shape}, now {new.shape}.")
+    result.new_obs = to_dtypes(result.new_obs, observations, lanes)
     return result
+
+
+def to_dtypes(new: Observations, old: Observations, lanes: np.ndarray) -> Observations:
+    """
+    :param new: observations
+    :param old: others, with whose types they are stored
+    :param lanes: numbers of the lanes, for errors
+    :return: the same with these types
+    :raises ValueError: if that would change them
+    """
+
+    def convert(new: np.ndarray, old: np.ndarray) -> np.ndarray:
+        if new.dtype == old.dtype:
+            return new
+        converted = new.astype(old.dtype)
+        if not np.can_cast(new.dtype, old.dtype, "same_kind") and not np.array_equal(converted, new):
+            raise ValueError(
+                f"The observations of {describe(lanes)} were {old.dtype}, and are {new.dtype} now: {new}. Let the env "
+                "return those of its observation space's dtype."
+            )
+        return converted
+
+    return map_arrays(convert, new, old)
 
 
 def check_first_observations(returned: Any, space: spaces.Space, n_lanes: int) -> Observations:
@@ -66,7 +91,7 @@ def check_first_observations(returned: Any, space: spaces.Space, n_lanes: int) -
     :param returned: what ``VecEnv.reset()`` returned
     :param space: the observation space
     :param n_lanes: number of lanes
-    :return: the same as arrays
+    :return: the same as arrays, of a type that the space's values have room in
     :raises ValueError: if an observation is not finite, there is not one for each lane, or a key is missing
     """
     if returned is None:
@@ -80,7 +105,9 @@ def check_first_observations(returned: Any, space: spaces.Space, n_lanes: int) -
                 f"{expected}."
             )
     check_finite("observation", observations, np.arange(n_lanes))
-    return observations
+    # An env whose space is of floats may begin with integers
+    dtypes = iter([part.dtype for part in list_spaces(space)])
+    return map_arrays(lambda array: array.astype(np.result_type(array.dtype, next(dtypes)), copy=False), observations)
 
 
 def describe(lanes: np.ndarray) -> str:
@@ -183,4 +210,5 @@ def get_terminal_observation(info: dict[str, Any], observations: Observations, l
             f'The info of env lane {lane} says "TimeLimit.truncated", but its "terminal_observation" is missing: the '
             "last observation of the episode, on which the return is bootstrapped."
         )
-    return arrange(info["terminal_observation"], observations, lambda: f"terminal observation of env lane {lane}")
+    terminal = arrange(info["terminal_observation"], observations, lambda: f"terminal observation of env lane {lane}")
+    return to_dtypes(to_arrays(terminal), observations, np.array([lane]))
