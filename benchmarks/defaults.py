@@ -11,7 +11,6 @@ table and a picture of them. A training whose figures are there already is left 
 import argparse
 import json
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,11 +25,13 @@ import ale_py
 import gymnasium as gym
 import numpy as np
 from rl_zoo3 import ALGOS
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
 from benchmarks.learning import RESULTS, Run, describe_hardware, find_checkpoints, play, result_path
+from benchmarks.memory import read_peak_memory
 from sb3_async1step import MinAtarCNN
 from sb3_async1step.zoo import register
 
@@ -113,8 +114,7 @@ def train(env_id: str, algo: str, seed: int, n_steps: int | None, folder: Path) 
     seconds = time.time() - start
     model.save(folder / "last")
     (folder / "start").write_text(str(start))
-    # Kibibytes on Linux
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return seconds, read_peak_memory()
 
 
 def prepare(env_id: str) -> None:
@@ -149,10 +149,13 @@ def run_and_evaluate(env_id: str, algo: str, seed: int, n_steps: int | None) -> 
         folder = Path(name)
         seconds, peak_memory = in_a_process_of_its_own(train, env_id, algo, seed, n_steps, folder)
         start = float((folder / "start").read_text())
-        env = make_env(env_id, N_CURVE_EPISODES)
         checkpoints = find_checkpoints(folder)
         load = ALGOS[algo].load
-        curve = [np.mean(play(load(path), env, N_CURVE_EPISODES, deterministic=True)) for path in checkpoints.values()]
+
+        def evaluate(model: BaseAlgorithm, n_episodes: int) -> list[float]:
+            return play(model, make_env(env_id, N_CURVE_EPISODES), n_episodes, deterministic=True)
+
+        curve = [np.mean(evaluate(load(path), N_CURVE_EPISODES)) for path in checkpoints.values()]
         model = load(folder / "last")
         return Run(
             command=f"python -m benchmarks.defaults --env {env_id} --algo {algo} --seeds {seed}"
@@ -167,7 +170,7 @@ def run_and_evaluate(env_id: str, algo: str, seed: int, n_steps: int | None) -> 
             curve_steps=list(checkpoints),
             curve_seconds=[round(path.stat().st_mtime - start, 2) for path in checkpoints.values()],
             curve_returns=[round(float(value), 3) for value in curve],
-            final_returns=[round(value, 3) for value in play(model, env, task.n_final_episodes, deterministic=True)],
+            final_returns=[round(value, 3) for value in evaluate(model, task.n_final_episodes)],
         )
 
 

@@ -6,14 +6,15 @@ Train with the RL Zoo, evaluate the saved models, and store the results in ``ben
 There is no evaluation during the trainings, so that their seconds are those of learning alone; the Zoo saves
 checkpoints at regular intervals. Afterwards, each checkpoint plays some episodes for the learning curve. The last model
 plays 100 episodes, or, on Atari games, as many steps as in the Zoo's ``benchmark`` command.
-If the command is given again, a training that was interrupted continues from its last checkpoint, and one that has
-finished is only evaluated again; to repeat it, remove its folder from the logs.
+If the command is given again, a training that was interrupted continues from its last checkpoint (of SB3's algorithms,
+which can't, it begins again), and one that has finished is only evaluated again; to repeat it, remove its folder from
+the logs.
 ``python -m benchmarks.report`` makes tables and pictures of the results.
 """
 
 import argparse
 import json
-import os
+import math
 import platform
 import re
 import shutil
@@ -35,12 +36,14 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.save_util import load_from_zip_file
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, unwrap_vec_normalize
 
+from benchmarks.memory import wait_and_measure
 from sb3_async1step.common.parallelism import count_usable_cores
 from sb3_async1step.registry import ALGORITHMS
 from sb3_async1step.vec_envs.ale_vec_env import AleVecEnv
 from sb3_async1step.zoo import hyperparams_path, register, register_minatar
+from sb3_async1step.zoo.experiment_manager import find_statistics
 
 RESULTS = Path(__file__).parent / "results"
 EVALUATION_SEED = 10_000
@@ -133,31 +136,68 @@ def train(options: list[str], n_steps: int, folder: Path, name: str) -> None:
     """
     checkpoints = {steps: path for part in find_parts(folder) for steps, path in find_checkpoints(part).items()}
     n_done = max(checkpoints, default=0)
-    options = [*options, "-n", str(n_steps - n_done), "-f", str(folder)]
-    if checkpoints:
-        options += ["-i", str(checkpoints[n_done])]
+    if n_done >= n_steps:
+        # Only this program was killed, at the very end
+        peak_memory = math.nan
+        complete_part(checkpoints[n_done], name)
+    else:
+        start = ["-i", str(checkpoints[n_done])] if checkpoints else []
+        peak_memory = run_zoo([*options, "-n", str(n_steps - n_done), "-f", str(folder), *start], folder)
+    n_trained = read_num_timesteps(find_parts(folder)[-1] / name)
+    if n_trained < n_steps:
+        raise RuntimeError(
+            f"The training was interrupted after {n_trained} of {n_steps} steps. If the command is given again, it "
+            "goes on from its last checkpoint."
+        )
+    record = {
+        "command": " ".join(["sb3-async1step", "train", *options, "-n", str(n_steps)]),
+        "date": str(date.today()),
+        "hardware": describe_hardware(),
+        "versions": {name: version(name) for name in ("stable-baselines3", "torch", "gymnasium", "rl_zoo3")},
+        "peak_memory_mib": round(peak_memory, 1),
+    }
+    (folder / RECORD).write_text(json.dumps(record))
+
+
+def run_zoo(options: list[str], folder: Path) -> float:
+    """
+    :param options: options of the Zoo's ``train``
+    :param folder: folder for what it prints
+    :return: peak memory in MiB
+    :raises RuntimeError: if it fails
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "w") as output:
         command = [sys.executable, "-m", "sb3_async1step.zoo", "train", *options]
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-    if status != 0:
+        peak_memory = wait_and_measure(process)
+    if process.returncode != 0:
         raise RuntimeError(f"The training failed:\n{(folder / 'output.txt').read_text()[-5000:]}")
-    data, _, _ = load_from_zip_file(find_parts(folder)[-1] / name)
+    return peak_memory
+
+
+def read_num_timesteps(path: Path) -> int:
+    """
+    :param path: file of a model
+    :return: agent steps of its training
+    """
+    data, _, _ = load_from_zip_file(path)
     assert data is not None
-    if data["num_timesteps"] < n_steps:
-        raise RuntimeError(
-            f"The training was interrupted after {data['num_timesteps']} of {n_steps} steps. If the command is given "
-            "again, it goes on from its last checkpoint."
-        )
-    record = {
-        "date": str(date.today()),
-        "hardware": describe_hardware(),
-        "versions": {name: version(name) for name in ("stable-baselines3", "torch", "gymnasium", "rl_zoo3")},
-        # Kibibytes on Linux
-        "peak_memory_mib": round(usage.ru_maxrss / 1024, 1),
-    }
-    (folder / RECORD).write_text(json.dumps(record))
+    return data["num_timesteps"]
+
+
+def complete_part(checkpoint: Path, name: str) -> None:
+    """
+    Write what the Zoo writes at the end, unless it has.
+
+    :param checkpoint: the checkpoint of the last step
+    :param name: name of the file of the last model
+    """
+    last, statistics = checkpoint.with_name(name), find_statistics(checkpoint)
+    if not last.exists():
+        shutil.copy2(checkpoint, last)
+        if statistics is not None:
+            shutil.copy2(statistics, last.with_suffix("") / "vecnormalize.pkl")
 
 
 def read_start(folder: Path) -> float:
@@ -223,17 +263,38 @@ def make_env(folder: Path, env_id: str, n_envs: int) -> VecEnv:
 def play(model: BaseAlgorithm, env: VecEnv, n_episodes: int, deterministic: bool) -> list[float]:
     """
     :param model: the model to evaluate
-    :param env: the env, which is seeded first
+    :param env: a new env, which is seeded, and closed afterwards. Reset in the middle of a game, those of Atari would
+        go on with it, and with what another model has scored in it
     :param n_episodes: number of episodes
     :param deterministic: whether the model acts greedily
     :return: the return of each episode
     """
     env.seed(EVALUATION_SEED)
-    returns, _ = evaluate_policy(
-        model, env, n_episodes, deterministic=deterministic, return_episode_rewards=True, warn=False
-    )
+    try:
+        returns, _ = evaluate_policy(
+            model, env, n_episodes, deterministic=deterministic, return_episode_rewards=True, warn=False
+        )
+    finally:
+        env.close()
     assert isinstance(returns, list)
     return returns
+
+
+def play_checkpoint(
+    model: BaseAlgorithm, env: VecEnv, n_episodes: int, deterministic: bool, statistics: Path | None
+) -> list[float]:
+    """
+    :param model: a checkpoint
+    :param env: see :func:`play`
+    :param n_episodes: see there
+    :param deterministic: see there
+    :param statistics: file with the statistics of ``VecNormalize`` at that time, those of the end if there is none
+    :return: the return of each episode
+    """
+    normalize = unwrap_vec_normalize(env)
+    if statistics is not None and normalize is not None:
+        normalize.obs_rms = VecNormalize.load(str(statistics), normalize.venv).obs_rms
+    return play(model, env, n_episodes, deterministic)
 
 
 def play_by_zoo(env_id: str, algo: str, folder: Path, n_steps: int) -> list[float]:
@@ -263,26 +324,43 @@ def run_and_evaluate(env_id: str, algo: str, options: list[str], n_steps: int, n
     :param n_episodes: number of episodes for each checkpoint
     :param folder: folder for the Zoo's logs
     :return: the results
+    :raises RuntimeError: if the training fails or is interrupted, or the folder holds a shorter one
     """
     name = f"{env_id.replace('/', '-')}.zip"
     if not (folder / RECORD).exists():
+        if algo not in ALGORITHMS:
+            shutil.rmtree(folder, ignore_errors=True)
         train(options, n_steps, folder, name)
     parts = find_parts(folder)
     checkpoints, last = list_saved(parts, name)
+    load = partial(ALGOS[algo].load, device="cpu")
+    model = load(last.path)
+    if model.num_timesteps < n_steps:
+        raise RuntimeError(f"{folder} holds a training of {model.num_timesteps} instead of {n_steps} steps: remove it.")
     is_atari = ExperimentManager.is_atari(env_id)
     # Scores on Atari are usually, and in the Zoo, those of policies that sometimes act at random. With as many lanes as
-    # episodes for a checkpoint, each lane plays one of them
-    evaluate = partial(play, env=make_env(parts[-1], env_id, n_envs=n_episodes), deterministic=not is_atari)
-    load = partial(ALGOS[algo].load, device="cpu")
-    curve = [np.mean(evaluate(load(saved.path), n_episodes=n_episodes)) for saved in checkpoints.values()]
-    model = load(last.path)
+    # episodes, each lane plays one of them
+    curve = [
+        np.mean(
+            play_checkpoint(
+                load(saved.path),
+                make_env(parts[-1], env_id, n_episodes),
+                n_episodes,
+                not is_atari,
+                find_statistics(saved.path),
+            )
+        )
+        for saved in checkpoints.values()
+    ]
     if is_atari:
         final_returns = play_by_zoo(env_id, algo, folder, BENCHMARK_STEPS)
     else:
-        final_returns = evaluate(model, n_episodes=N_FINAL_EPISODES)
+        final_returns = play(model, make_env(parts[-1], env_id, n_episodes), N_FINAL_EPISODES, deterministic=True)
+    record = json.loads((folder / RECORD).read_text())
+    # Older records do not have it
+    record.setdefault("command", " ".join(["sb3-async1step", "train", *options, "-n", str(n_steps)]))
     return Run(
-        command=" ".join(["sb3-async1step", "train", *options, "-n", str(n_steps)]),
-        **json.loads((folder / RECORD).read_text()),
+        **record,
         n_steps=model.num_timesteps,
         n_env_steps=int(sum(load_results(str(part))["l"].sum() for part in parts)),
         seconds=last.seconds,

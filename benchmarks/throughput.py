@@ -16,7 +16,6 @@ import io
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import tempfile
 import time
@@ -40,6 +39,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv,
 from benchmarks import defaults, report
 from benchmarks.learning import describe_hardware
 from benchmarks.limits import measure_floor, measure_limit
+from benchmarks.memory import read_peak_memory
 from benchmarks.pqn import PQN
 from benchmarks.report.results import NAMES
 from benchmarks.report.tables import make_speed_tables
@@ -239,7 +239,7 @@ CLASSIC: dict[str, dict[str, MakeModel]] = {
     env_id: {
         # DQN first, since the others are compared with the first one
         name: functools.partial(make_by_zoo, algo, env_id)
-        for algo, name in reversed(NAMES.items())
+        for algo, name in {"dqn": NAMES["dqn"], **NAMES}.items()
     }
     for env_id in ("CartPole-v1", "LunarLander-v3")
 }
@@ -370,9 +370,7 @@ def stop_learning() -> float:
     children = [child.memory_full_info().uss for child in psutil.Process().children(recursive=True)]
     assert _model.env is not None
     _model.env.close()
-    # Kibibytes on Linux
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return round((own + sum(children)) / 2**20, 1)
+    return round(read_peak_memory() + sum(children) / 2**20, 1)
 
 
 def compare(
@@ -435,7 +433,6 @@ def main() -> None:
     conditions = results.setdefault("conditions", {})
     floors: list[dict[str, float]] = []
     if "contenders" in arguments.only:
-        # Children would report the memory of this process as theirs if it had much
         results["limits"] = defaults.in_a_process_of_its_own(measure_limits)
     for name in arguments.only:
         take_part = (lambda: floors.append(measure_floor_of_a_worker())) if name == "contenders" else (lambda: None)

@@ -229,6 +229,14 @@ def preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
     return import_module("rl_zoo3.exp_manager").ExperimentManager._preprocess_schedules(hyperparams)
 
 
+def evaluate_hyperparam(value: Any) -> Any:
+    """
+    :param value: of a hyperparameter in a YAML file: perhaps Python code, which knows what the Zoo's module knows
+    :return: what it says
+    """
+    return eval(value, vars(import_module("rl_zoo3.exp_manager"))) if isinstance(value, str) else value
+
+
 def run_zoo_script(name: str, program: Sequence[str]) -> None:
     """
     Run a module of the Zoo that is a script. It starts others (``enjoy``, ``record_video``) by ``subprocess.call``; on
@@ -240,6 +248,8 @@ def run_zoo_script(name: str, program: Sequence[str]) -> None:
     original = subprocess.call
 
     def call(command: list[str], *args: Any, **kwargs: Any) -> int:
+        # Whoever has the name of an environment's files means the environment
+        command = [getattr(word, "gym_id", word) for word in command]
         return original(replace_python(command, program), *args, **kwargs)
 
     subprocess.call = call  # type: ignore[assignment]
@@ -266,3 +276,17 @@ def repair_push_to_hub() -> None:
     module: Any = import_module("huggingface_sb3.push_to_hub")
     if not hasattr(module, "generate_metadata"):
         module.generate_metadata = lambda *args: module._generate_metadata(*args).to_dict()
+
+
+def repair_benchmark() -> None:
+    """Let ``rl_zoo3.benchmark`` look for the files of environments whose ids have a slash under the files' names."""
+    module: Any = import_module("rl_zoo3.utils")
+    name_class = import_module("huggingface_sb3").EnvironmentName
+    original = module.get_trained_models
+
+    def get_trained_models(log_folder: str) -> dict[str, tuple[str, str]]:
+        models = original(log_folder).items()
+        # Unless this was repaired before
+        return {model: (algo, name_class(getattr(env_id, "gym_id", env_id))) for model, (algo, env_id) in models}
+
+    module.get_trained_models = get_trained_models

@@ -3,8 +3,11 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
@@ -15,13 +18,16 @@ from benchmarks.agents import save_agent
 from benchmarks.learning import (
     Run,
     SavedModel,
+    complete_part,
     find_checkpoints,
     find_parts,
     list_saved,
+    play,
     play_by_zoo,
     result_path,
     run_and_evaluate,
 )
+from benchmarks.memory import read_peak_memory, wait_and_measure
 from benchmarks.pqn import PQN
 from benchmarks.report import insert_table, main, pages
 from benchmarks.report.figures import COLOURS, draw_actor_learners, draw_curves, draw_node_kills
@@ -274,6 +280,64 @@ def test_time_of_a_training_in_parts(tmp_path):
     )
 
 
+def test_the_last_checkpoint_of_a_training_may_be_its_last_model(tmp_path):
+    """It was killed when it was about to write that, and the statistics."""
+    part = tmp_path / "part"
+    make_part(part, 1000.0, {100: 1010.0})
+    (part / "CartPole-v1").mkdir()
+    checkpoint = part / "rl_model_100_steps.zip"
+    checkpoint.write_text("model")
+    (part / "rl_model_vecnormalize_100_steps.pkl").write_text("statistics")
+    complete_part(checkpoint, "CartPole-v1.zip")
+    assert (part / "CartPole-v1.zip").read_text() == "model"
+    assert (part / "CartPole-v1" / "vecnormalize.pkl").read_text() == "statistics"
+    # What is there stays
+    checkpoint.write_text("another")
+    complete_part(checkpoint, "CartPole-v1.zip")
+    assert (part / "CartPole-v1.zip").read_text() == "model"
+
+
+@pytest.mark.parametrize("algo", ["dqn", "async_one_step_q"])
+def test_what_the_zoo_cannot_go_on_with_begins_again(algo, tmp_path, monkeypatch):
+    make_part(tmp_path / algo / "CartPole-v1_1", 1000.0, {100: 1010.0})
+    commands = []
+
+    def run_zoo(options, folder):
+        commands.append(options)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(learning, "run_zoo", run_zoo)
+    with pytest.raises(RuntimeError, match="enough"):
+        run_and_evaluate("CartPole-v1", algo, ["--seed", "1"], 300, n_episodes=1, folder=tmp_path)
+    begins = ["--seed", "1", "-n", "300", "-f", str(tmp_path)]
+    goes_on = ["--seed", "1", "-n", "200", "-f", str(tmp_path), "-i"]
+    goes_on.append(str(tmp_path / algo / "CartPole-v1_1" / "rl_model_100_steps.zip"))
+    assert commands == [begins if algo == "dqn" else goes_on]
+
+
+def test_each_model_plays_in_a_new_env():
+    """A game that another one has begun would count for it on Atari."""
+    env, closed = make_vec_env("CartPole-v1", 2), []
+    env.close = lambda: closed.append(True)
+    model = AsyncOneStepQ("MlpPolicy", env)
+    assert len(play(model, env, 3, deterministic=True)) == 3 and closed == [True]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_is_that_of_the_program_alone():
+    """Not that of its parent, which ``getrusage()`` says if it is larger."""
+    block = np.ones(2**26)
+    assert read_peak_memory() > 500
+    del block
+    code = "import sys; block = b'x' * (100 * 2**20); sys.stdin.read(1)"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
+        wait_until(lambda: read_peak_memory(process.pid) > 100)
+        process.stdin.close()
+        assert 100 < wait_and_measure(process) < 300
+    with pytest.raises(OSError):
+        read_peak_memory(process.pid)
+
+
 @pytest.mark.slow
 def test_an_interrupted_training_goes_on_and_an_ended_one_is_not_repeated(tmp_path, monkeypatch):
     register()
@@ -292,6 +356,13 @@ def test_an_interrupted_training_goes_on_and_an_ended_one_is_not_repeated(tmp_pa
     assert f"-i {tmp_path}" not in second.command and second.command.endswith("-n 1920")
     again = run_and_evaluate(env_id, algo, options, n_steps=1920, n_episodes=1, folder=tmp_path)
     assert asdict(again) == asdict(second)
+    # Only the benchmark was killed, when the training had ended
+    (tmp_path / learning.RECORD).unlink()
+    once_more = run_and_evaluate(env_id, algo, options, n_steps=1920, n_episodes=1, folder=tmp_path)
+    assert asdict(replace(once_more, peak_memory_mib=second.peak_memory_mib)) == asdict(second)
+    assert len(find_parts(tmp_path)) == 2
+    with pytest.raises(RuntimeError, match="holds a training of 1920 instead of 2560 steps: remove it"):
+        run_and_evaluate(env_id, algo, options, n_steps=2560, n_episodes=1, folder=tmp_path)
 
     # As for Atari's scores; none of the 10 lanes takes more than 500 steps to the end of its episode
     returns = play_by_zoo(env_id, algo, tmp_path, n_steps=5010)
@@ -302,14 +373,14 @@ def test_an_interrupted_training_goes_on_and_an_ended_one_is_not_repeated(tmp_pa
 def test_a_training_that_was_interrupted_has_no_results(tmp_path, monkeypatch):
     """However it ended: the Zoo saves a model at Ctrl-C, and ends without an error."""
     register()
-    wait4 = os.wait4
+    wait = learning.wait_and_measure
 
-    def interrupt(pid, options):
+    def interrupt(process):
         wait_until(lambda: list(tmp_path.glob("async_one_step_q/*/rl_model_*_steps.zip")))
-        os.kill(pid, signal.SIGINT)
-        return wait4(pid, options)
+        os.kill(process.pid, signal.SIGINT)
+        return wait(process)
 
-    monkeypatch.setattr(os, "wait4", interrupt)
+    monkeypatch.setattr(learning, "wait_and_measure", interrupt)
     options = ["--algo", "async_one_step_q", "--env", "CartPole-v1", "--eval-freq", "-1", "--save-freq", "640"]
     with pytest.raises(RuntimeError, match=r"The training was interrupted after \d+ of 1000000 steps"):
         run_and_evaluate("CartPole-v1", "async_one_step_q", options, 1_000_000, n_episodes=1, folder=tmp_path)

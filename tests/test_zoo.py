@@ -17,13 +17,23 @@ import yaml
 from rl_zoo3 import ALGOS
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER, convert_offpolicy_params
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import load_results
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sb3_async1step import A3C, AsyncOneStepQ, AsyncOneStepSarsa, MinAtarCNN
+from sb3_async1step import A3C, AsyncNStepQ, AsyncOneStepQ, AsyncOneStepSarsa, MinAtarCNN, RayVecEnv
 from sb3_async1step.registry import ALGORITHMS, Algorithm
 from sb3_async1step.value_based.algorithm import ValueBasedAlgorithm
 from sb3_async1step.value_based.search_space import NET_ARCHS, OPTIMIZERS
-from sb3_async1step.zoo import cli, experiment_manager, hyperparams_path, main, register, trained_agents_path
+from sb3_async1step.zoo import (
+    AsyncExperimentManager,
+    cli,
+    experiment_manager,
+    hyperparams_path,
+    main,
+    register,
+    trained_agents_path,
+)
 from tests.command_line import call_zoo
 from tests.helpers import DEADLINE, FOREVER, trained_parameters
 
@@ -199,6 +209,85 @@ def test_a_trial_of_each_search_space(algo, tmp_path):
     optimize = "-optimize --n-trials 1 --n-evaluations 1 --no-optim-plots"
     out = run(f"train --algo {algo} --env CartPole-v1 -n 100 {optimize}", cwd=tmp_path)
     assert "Number of finished trials:  1" in out
+
+
+def test_trials_have_the_network_of_their_entry(tmp_path):
+    """What is not sampled of the policy: its features extractor."""
+    train = "train --algo async_n_step_q --env MinAtar/Breakout-v0 -n 40 --eval-freq -1 -params n_envs:2 "
+    study = "--study-name study --storage sqlite:///study.db"
+    out = run(f"{train} {study} -optimize --n-trials 2 --n-evaluations 1 --no-optim-plots", cwd=tmp_path)
+    assert "Number of finished trials:  2" in out
+    params = optuna.load_study(study_name="study", storage=f"sqlite:///{tmp_path}/study.db").trials[1].params
+    run(f"{train} {study} --trial-id 1", cwd=tmp_path)
+    (path,) = tmp_path.glob("logs/async_n_step_q/MinAtar-Breakout-v0_*/MinAtar-Breakout-v0.zip")
+    policy = AsyncNStepQ.load(path).policy
+    assert policy.features_extractor_class is MinAtarCNN
+    assert policy.net_arch == NET_ARCHS[params["net_arch"]]
+    assert type(policy.optimizer) is OPTIMIZERS[params["optimizer"]]
+
+
+def test_a_continued_training_has_a_log_of_its_own(tmp_path):
+    """Not the latest one of another training."""
+    train = "train --algo a3c --env CartPole-v1 -n 100 --eval-freq -1 -tb tb"
+    run(f"{train} --seed 1", cwd=tmp_path)
+    run(f"{train} --seed 2", cwd=tmp_path)
+    folders = tmp_path / "tb" / "CartPole-v1"
+    before = {path: path.stat().st_size for path in folders.rglob("events*")}
+    run(f"{train} -i logs/a3c/CartPole-v1_1/CartPole-v1.zip", cwd=tmp_path)
+    assert sorted(path.name for path in folders.iterdir()) == ["A3C_1", "A3C_2", "A3C_3"]
+    assert {path: path.stat().st_size for path in before} == before
+
+
+def test_checkpoints_have_their_statistics(tmp_path):
+    """As if the training had been killed after the first one: the Zoo alone saves statistics at the end."""
+    train = "train --algo a3c --env CartPole-v1 --eval-freq -1 -params n_envs:4 normalize:True"
+    run(f"{train} -n 400 --save-freq 200", cwd=tmp_path)
+    folder = tmp_path / "logs" / "a3c" / "CartPole-v1_1"
+    end = load_statistics(folder / "CartPole-v1" / "vecnormalize.pkl")
+    assert end.obs_rms.count == pytest.approx(404, abs=1)
+    out = run(f"{train} -n 4 -i {folder}/rl_model_200_steps.zip", cwd=tmp_path)
+    assert "Loading saved VecNormalize stats" in out
+    continued = load_statistics(tmp_path / "logs" / "a3c" / "CartPole-v1_2" / "CartPole-v1" / "vecnormalize.pkl")
+    # The env is reset, and steps once
+    assert continued.obs_rms.count == pytest.approx(204 + 8, abs=1)
+
+
+def load_statistics(path):
+    return VecNormalize.load(str(path), make_vec_env("CartPole-v1"))
+
+
+@pytest.mark.parametrize(
+    ("optimizes", "arguments", "on_ray"),
+    [
+        (False, {}, True),
+        (False, {"eval_env": True}, False),
+        (True, {}, False),
+        (True, {"no_log": True}, True),
+        (True, {"eval_env": True}, False),
+    ],
+)
+def test_envs_of_trials_and_evaluations_are_on_this_machine(optimizes, arguments, on_ray, monkeypatch):
+    """But for those that learn. Trials on several threads share the manager."""
+    made = []
+    monkeypatch.setattr(
+        experiment_manager.ExperimentManager, "create_envs", lambda manager, *args: made.append(manager.vec_env_class)
+    )
+    manager = AsyncExperimentManager.__new__(AsyncExperimentManager)
+    manager.vec_env_class, manager.vec_env_kwargs = RayVecEnv, {"n_nodes": 2}
+    manager.optimize_hyperparameters = optimizes
+    manager.create_envs(2, **arguments)
+    assert made == [RayVecEnv if on_ray else DummyVecEnv]
+    assert manager.vec_env_class is RayVecEnv and manager.vec_env_kwargs == {"n_nodes": 2}
+
+
+@pytest.mark.slow
+def test_benchmark_of_an_env_with_a_slash_in_its_id(tmp_path):
+    shutil.copytree(Path(trained_agents_path()) / "async_one_step_q", tmp_path / "logs" / "async_one_step_q")
+    for other in ("CartPole-v1_1", "LunarLander-v3_1"):
+        shutil.rmtree(tmp_path / "logs" / "async_one_step_q" / other)
+    for _ in range(2):
+        run("benchmark --log-dir logs --benchmark-dir scores --no-hub -n 300", cwd=tmp_path)
+    assert "|MinAtar-SpaceInvaders-v0|" in (tmp_path / "scores" / "benchmark.md").read_text().replace(" ", "")
 
 
 def test_more_options_of_train(tmp_path):

@@ -25,6 +25,7 @@ from sb3_async1step.nodes.ray_module import import_ray
 from sb3_async1step.registry import ALGORITHMS
 from sb3_async1step.sb3_internals import (
     ZOO_USER_ERRORS,
+    repair_benchmark,
     repair_push_to_hub,
     replace_experiment_manager,
     replace_vec_env_class,
@@ -35,6 +36,7 @@ from sb3_async1step.zoo.hyperparams_search import make_sampler
 
 # Modules of rl_zoo3 that run as scripts
 SCRIPTS = ("benchmark", "record_video", "record_training", "push_to_hub", "load_from_hub")
+REPAIRS = {"benchmark": repair_benchmark, "push_to_hub": repair_push_to_hub}
 # Functions of rl_zoo3.plots
 PLOTS = ("plot_train", "plot_from_file", "all_plots")
 COMMANDS = ("train", "enjoy", *SCRIPTS, *PLOTS)
@@ -126,8 +128,8 @@ def run(command: str) -> None:
         # Imported here, since that takes long
         getattr(import_module("rl_zoo3.plots"), command)()
     else:
-        if command == "push_to_hub":
-            repair_push_to_hub()
+        if command in REPAIRS:
+            REPAIRS[command]()
         run_zoo_script(command, program=[sys.executable, "-m", "sb3_async1step.zoo"])
 
 

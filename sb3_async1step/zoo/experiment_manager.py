@@ -1,15 +1,23 @@
 """The Zoo's experiment manager for our algorithms: their hyperparameters, and trainings that continue."""
 
+import copy
+import io
+from contextlib import redirect_stdout
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
 
 from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.callbacks import CheckpointCallback
+from stable_baselines3.common.utils import configure_logger
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_async1step.nodes.ray_vec_env import RayVecEnv
 from sb3_async1step.registry import ALGORITHMS
+from sb3_async1step.sb3_internals import evaluate_hyperparam
+from sb3_async1step.zoo.hyperparams_search import keep_policy_kwargs, make_sampler
 
 
 def find_folder(name: str) -> Path:
@@ -37,6 +45,15 @@ def trained_agents_path() -> str:
     return str(find_folder("trained_agents"))
 
 
+def find_statistics(checkpoint: Path) -> Path | None:
+    """
+    :param checkpoint: file of a checkpoint
+    :return: file with the statistics of ``VecNormalize`` at that time, if there is one
+    """
+    path = checkpoint.with_name(checkpoint.name.replace("rl_model_", "rl_model_vecnormalize_")).with_suffix(".pkl")
+    return path if path.exists() and path.name != checkpoint.name else None
+
+
 class ContinuedTraining:
     """
     A model whose ``learn()`` goes on counting its steps, for the Zoo, which would count from zero.
@@ -56,7 +73,11 @@ class ContinuedTraining:
         :param kwargs: further arguments of the model's ``learn()``
         :return: the model
         """
-        return self._model.learn(total_timesteps, reset_num_timesteps=False, **kwargs)
+        model = self._model
+        if model.tensorboard_log is not None:
+            # Without a new folder, SB3 would write into the latest one, whichever training made it
+            model.set_logger(configure_logger(model.verbose, model.tensorboard_log, type(model).__name__))
+        return model.learn(total_timesteps, reset_num_timesteps=False, **kwargs)
 
 
 class AsyncExperimentManager(ExperimentManager):
@@ -88,13 +109,63 @@ class AsyncExperimentManager(ExperimentManager):
         :param no_log: whether not to write a monitor file
         :return: the VecEnv
         """
-        original = self.vec_env_class, self.vec_env_kwargs
-        if eval_env and self.vec_env_class is RayVecEnv:
-            self.vec_env_class, self.vec_env_kwargs = DummyVecEnv, {}
-        try:
+        # Trials write no monitor files; before them, the Zoo looks at a single lane
+        is_for_looking = self.optimize_hyperparameters and not no_log
+        if self.vec_env_class is not RayVecEnv or not (eval_env or is_for_looking):
             return super().create_envs(n_envs, eval_env, no_log)
-        finally:
-            self.vec_env_class, self.vec_env_kwargs = original
+        # Trials on other threads may make theirs meanwhile
+        manager = copy.copy(self)
+        manager.vec_env_class, manager.vec_env_kwargs = DummyVecEnv, {}
+        return manager.create_envs(n_envs, eval_env, no_log)
+
+    def create_callbacks(self) -> None:
+        """Make the Zoo's callbacks. Checkpoints come with the statistics of ``VecNormalize``, to go on from them."""
+        super().create_callbacks()
+        for callback in self.callbacks:
+            if isinstance(callback, CheckpointCallback):
+                callback.save_vecnormalize = True
+
+    def _maybe_normalize(self, env: VecEnv, eval_env: bool) -> VecEnv:
+        statistics = find_statistics(Path(self.trained_agent)) if self.continue_training else None
+        if statistics is None:
+            return super()._maybe_normalize(env, eval_env)
+        print("Loading saved VecNormalize stats")
+        env = VecNormalize.load(str(statistics), env)
+        if eval_env:
+            env.training = env.norm_reward = False
+        return env
+
+    def hyperparameters_optimization(self) -> None:
+        """Search. What is not searched for is that of the environment's entry, also among the ``policy_kwargs``."""
+        if self.algo in ALGORITHMS:
+            policy_kwargs = self._hyperparams.get("policy_kwargs", {})
+            HYPERPARAMS_SAMPLER[self.algo] = make_sampler(  # type: ignore[assignment]
+                ALGORITHMS[self.algo], policy_kwargs
+            )
+        super().hyperparameters_optimization()
+
+    def load_trial(
+        self, storage: str, study_name: str, trial_id: int | None = None, convert: bool = True
+    ) -> dict[str, Any]:
+        """
+        :param storage: see the Zoo's ``--storage``
+        :param study_name: name of a study
+        :param trial_id: number of a trial, by default the best one
+        :param convert: whether to convert what was sampled to hyperparameters
+        :return: the hyperparameters with which that trial was made, but for those of the environment's entry
+        """
+        hyperparams = super().load_trial(storage, study_name, trial_id, convert)
+        if convert and self.algo in ALGORITHMS:
+            return keep_policy_kwargs(hyperparams, self._read_policy_kwargs())
+        return hyperparams
+
+    def _read_policy_kwargs(self) -> dict[str, Any]:
+        """Those of the environment's entry."""
+        manager = copy.copy(self)
+        manager.study_name = None
+        with redirect_stdout(io.StringIO()):
+            hyperparams, _ = manager.read_hyperparameters()
+        return evaluate_hyperparam(hyperparams.get("policy_kwargs", {}))
 
     def learn(self, model: BaseAlgorithm) -> None:
         """
