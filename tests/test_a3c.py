@@ -436,3 +436,19 @@ def test_the_global_generator_is_left_alone(name):
     before, weights = train(None)
     assert th.equal(th.get_rng_state(), before)
     assert are_equal(train(Draws())[1], weights)
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_predict_explores_with_the_noise_of_today(n_workers):
+    """As with A2C: not with that of the first standard deviations."""
+
+    def calm(locals_, globals_):
+        locals_["self"].policy.log_std.data.fill_(-5.0)
+        return True
+
+    env = DummyVecEnv([BoxWalkEnv] * 4)
+    model = A3C("MlpPolicy", env, n_workers=n_workers, use_sde=True, seed=0).learn(200, callback=calm)
+    assert model.policy.action_dist.exploration_mat.abs().max() < 0.1
+    observation = np.full(env.observation_space.shape, 0.5, np.float32)
+    actions = [model.predict(observation, deterministic=choice)[0] for choice in (False, True)]
+    np.testing.assert_allclose(*actions, atol=0.5)

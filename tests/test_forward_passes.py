@@ -1,7 +1,13 @@
 """With an update after each step, one-step Q-learning acts and learns from one forward pass of the online network."""
 
+from typing import ClassVar
+
+import gymnasium as gym
+import numpy as np
 import pytest
 from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv
+from torch import nn
 
 from sb3_async1step import AsyncOneStepQ, NipsCNN
 from tests.envs import RandomWalkEnv, make_env
@@ -73,3 +79,50 @@ def test_the_parameters_are_read_before_acting():
 
     model.env.step = step_while_others_learn
     assert [worker.step(n).updates[0].gradient_staleness for n in (4, 8)] == [3, 3]
+
+
+class InPlace(FlattenExtractor):
+    """It scales its input where it is, as it may with DQN."""
+
+    seen: ClassVar[set[float]] = set()
+
+    def forward(self, observations):
+        observations /= 100.0
+        self.seen.update(observations.unique().tolist())
+        return super().forward(observations)
+
+
+class Constant(RandomWalkEnv):
+    observation_space = gym.spaces.Box(1, 200, (3,), np.float32)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.full(3, 100, np.float32), {}
+
+    def step(self, action):
+        return np.full(3, 100, np.float32), *super().step(action)[1:]
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_an_extractor_that_changes_its_input(algorithm, n_workers):
+    InPlace.seen.clear()
+    env = DummyVecEnv([Constant] * 4)
+    model = algorithm("MlpPolicy", env, n_workers=n_workers, policy_kwargs={"features_extractor_class": InPlace})
+    model.learn(100)
+    assert InPlace.seen == {1.0}
+
+
+class Embeds(FlattenExtractor):
+    """It takes what the space has, and nothing else: no zeros."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space)
+        self.embedding = nn.Embedding(200, 1)
+
+    def forward(self, observations):
+        return self.embedding(observations.long() - 1).squeeze(2)
+
+
+def test_only_observations_of_the_space_are_computed(algorithm):
+    policy_kwargs = {"features_extractor_class": Embeds}
+    algorithm("MlpPolicy", DummyVecEnv([Constant] * 2), policy_kwargs=policy_kwargs).learn(20)

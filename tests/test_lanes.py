@@ -13,6 +13,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecMonitor, VecNormalize
 
 from sb3_async1step import A3C, AsyncNStepQ, AsyncOneStepQ, AsyncOneStepSarsa, HealingVecEnv
+from sb3_async1step.a3c.actor_learner import A3CActorLearner
 from sb3_async1step.async_n_step_q.actor_learner import NStepQActorLearner
 from sb3_async1step.async_one_step_sarsa.actor_learner import SarsaRollout
 from sb3_async1step.common import async_algorithm
@@ -464,4 +465,22 @@ def test_a_number_of_steps_that_is_a_float(algorithm, total):
         model = algorithm("MlpPolicy", env, n_workers=1).learn(total)
         assert model.num_timesteps == 100 and type(model.num_timesteps) is int
     assert sum(env.get_attr("n_steps_in_all")) == 300
+    env.close()
+
+
+@pytest.mark.parametrize("freq", [-1, 2, 4])
+def test_noise_is_drawn_once_for_all_lanes(freq, monkeypatch):
+    """Although some may act before others."""
+    draws, draw = [], A3CActorLearner._draw_noise
+
+    def count(actor_learner):
+        draws.append(actor_learner._n_since_update)
+        draw(actor_learner)
+
+    monkeypatch.setattr(A3CActorLearner, "_draw_noise", count)
+    env = make_processes([BoxWalkEnv] * 4)
+    model = A3C("MlpPolicy", env, n_workers=1, use_sde=True, sde_sample_freq=freq, update_interval=8).learn(800)
+    # At the beginning of each segment, of at most eight steps, and after some of them
+    n_draws_in_a_segment = 1 if freq < 0 else 8 // freq
+    assert model._n_updates <= len(draws) <= n_draws_in_a_segment * (model._n_updates + 1)
     env.close()

@@ -742,3 +742,46 @@ def test_envs_that_a_callback_replaces(n_workers):
     model.learn(200, callback=Do(once(replace_lanes)))
     assert [env.n_steps for env in before] == until_now and sum(until_now) < 200
     assert sum(env.n_steps for env in (*before, *after)) == 200
+
+
+def replace_network(model):
+    """As users do between two trainings, with an optimizer of the new parameters."""
+    if isinstance(model, A3C):
+        model.policy.value_net = th.nn.Sequential(th.nn.Linear(64, 8), th.nn.Linear(8, 1))
+        model.policy.optimizer = SharedRMSprop(model.policy.parameters())
+        return
+    for network in (model.q_net, model.q_net_target):
+        network.q_net = th.nn.Linear(4, 2)
+    model.policy.optimizer = th.optim.Adam(model.q_net.parameters())
+
+
+@pytest.mark.parametrize("total", [200, 212])
+def test_another_network_between_two_trainings(algorithm, total):
+    """Also within a segment, whose gradients were those of the network before."""
+    model = algorithm("MlpPolicy", make_vec_env("CartPole-v1", 4), n_workers=1, update_interval=5).learn(total)
+    replace_network(model)
+    before = [parameter.clone() for parameter in model.policy.parameters()]
+    model.learn(100, reset_num_timesteps=False)
+    assert model.num_timesteps == total + 100
+    assert not all(map(th.equal, before, model.policy.parameters()))
+
+
+def test_parameters_that_are_set_between_two_trainings(algorithm, monkeypatch):
+    """Nothing is computed with those before, although the last training ended within a segment."""
+    model = algorithm("MlpPolicy", make_vec_env("CartPole-v1", 4), n_workers=1, update_interval=5, seed=0).learn(212)
+    assert model._worker_states[0].steps_since_update > 0
+    parameters = deepcopy(model.get_parameters())
+    for name, values in parameters["policy"].items():
+        if name in ("q_net.q_net.4.bias", "q_net_target.q_net.4.bias", "value_net.bias"):
+            values.fill_(50.0)
+    model.set_parameters(parameters)
+    seen = []
+    compute_loss = model.actor_learner_class.compute_loss
+
+    def look(actor_learner, rollout):
+        seen.append(max(parameter.max().item() for parameter in actor_learner.local.learning_network.parameters()))
+        return compute_loss(actor_learner, rollout)
+
+    monkeypatch.setattr(model.actor_learner_class, "compute_loss", look)
+    model.learn(60, reset_num_timesteps=False)
+    assert len(seen) >= 2 and min(seen) > 45

@@ -85,3 +85,17 @@ def test_skips_parameters_without_gradient():
 def test_wrong_hyperparameters(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         SharedRMSprop(make_parameters(), **wrong)
+
+
+def test_complex_parameters():
+    """Real and imaginary parts are parameters of their own."""
+    values = th.tensor([1.0 - 2.0j, 0.5j])
+    whole = th.nn.Parameter(values.clone())
+    parts = th.nn.Parameter(th.view_as_real(values).clone())
+    optimizers = [SharedRMSprop([parameter], lr=0.1) for parameter in (whole, parts)]
+    for i in range(5):
+        gradient = th.tensor([0.3 - i * 1.0j, 2.0 + 0.1j])
+        whole.grad, parts.grad = gradient, th.view_as_real(gradient).clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        assert th.equal(th.view_as_real(whole.detach()), parts.detach())

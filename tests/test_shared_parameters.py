@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch as th
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.utils import polyak_update
 from torch import nn
 from torch.nn.utils import weight_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_async1step import A3C, AsyncOneStepQ
-from sb3_async1step.value_based.target_network import SharedQNetworks
+from sb3_async1step.value_based.target_network import SharedQNetworks, move_towards
 from sb3_async1step.workers.network_copies import view_network
 from sb3_async1step.workers.shared_parameters import LocalParameters
 from tests.envs import make_env
@@ -270,3 +272,63 @@ def test_what_cannot_be_copied_in_a_container():
     )
     with pytest.raises(TypeError, match=message):
         model.learn(10)
+
+
+class InPlace(TorchDispatchMode):
+    """Records the operations that write into a tensor."""
+
+    def __init__(self, tensor):
+        super().__init__()
+        self.tensor, self.names = tensor, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name.endswith("_") and args[0].data_ptr() == self.tensor.data_ptr():
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.3])
+def test_other_workers_see_no_half_updated_target(tau):
+    """Between its old and its new values, SB3's are multiplied by 1 - tau."""
+    target, online = th.rand(5), th.rand(5)
+    expected = target.clone()
+    polyak_update([online], [expected], tau)
+    with InPlace(target) as record:
+        move_towards([target], [online], tau)
+    assert record.names == ["copy_"] and th.equal(target, expected)
+
+
+class KeepsItsFeatures(BaseFeaturesExtractor):
+    """Another thread that calls the same module in between would change what it uses."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space, 4)
+        self.layer = nn.Linear(observation_space.shape[0], 4)
+
+    def forward(self, observations):
+        self.features = self.layer(observations)
+        return th.relu(self.features)
+
+
+def test_each_worker_has_a_target_network_of_its_own(value_based):
+    policy_kwargs = {"features_extractor_class": KeepsItsFeatures}
+    model = value_based("MlpPolicy", make_env(4), n_workers=2, target_update_interval=40, policy_kwargs=policy_kwargs)
+    seen = []
+
+    def look(locals_, globals_):
+        if model.num_timesteps == 80:
+            # A callback may give a parameter another memory
+            bias = model.q_net_target.q_net[-1].bias
+            bias.data = bias.data + 100.0
+        elif model.num_timesteps == 84:
+            seen.extend(worker.target_network for worker in model._pool.workers)
+            for network in seen:
+                for mine, shared in zip(network.parameters(), model.q_net_target.parameters(), strict=True):
+                    assert mine.data_ptr() == shared.data_ptr()
+                assert not network.training and network.q_net[-1].bias.min() > 90
+        return True
+
+    model.learn(120, callback=look)
+    modules = {id(network.features_extractor) for network in (*seen, model.q_net_target)}
+    assert len(modules) == 3

@@ -1,8 +1,11 @@
 """Layers of the networks, and what is known of modules."""
 
+from functools import partial
+
 import gymnasium as gym
 import pytest
 import torch as th
+from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.torch_layers import NatureCNN
 from torch import nn
 
@@ -61,3 +64,27 @@ def test_the_cnns_are_pure(extractor):
     assert are_pure(cnn.modules())
     observations = th.rand(2, *shape)
     assert th.equal(cnn.train()(observations), cnn.eval()(observations))
+
+
+class OwnConstructor(NipsCNN):
+    def __init__(self, observation_space):
+        super().__init__(observation_space)
+
+
+@pytest.mark.parametrize(
+    ("extractor", "kwargs", "has_norms"),
+    [
+        (NipsCNN, {}, True),
+        (partial(NipsCNN, layer_norm=False), {}, False),
+        (partial(NipsCNN, layer_norm=False), {"features_extractor_kwargs": {"layer_norm": True}}, True),
+        (partial(NipsCNN, layer_norm=True), {"layer_norm": False}, True),
+        (OwnConstructor, {}, False),
+        (OwnConstructor, {"normalize_images": False}, False),
+    ],
+)
+def test_what_a_policy_adds_to_the_arguments_of_a_cnn(value_based, extractor, kwargs, has_norms):
+    """Nothing that was said already, and nothing that it does not take."""
+    env = FakeImageEnv(screen_height=84, screen_width=84, n_channels=4, channel_first=True)
+    model = value_based("CnnPolicy", env, policy_kwargs={"features_extractor_class": extractor, **kwargs})
+    modules = model.q_net.features_extractor.modules()
+    assert any(isinstance(module, (nn.LayerNorm, ImageLayerNorm)) for module in modules) == has_norms

@@ -1,3 +1,4 @@
+import copy
 from typing import Any, ClassVar, Literal
 
 import torch as th
@@ -183,6 +184,11 @@ class A3C(AsyncAlgorithm):
         check("sde_sample_freq", freq, is_whole(freq) and (freq == -1 or freq >= 1), "-1, or 1 or more")
         check_first_action(self.action_space, self.policy_class, MlpPolicy)
 
+    def _sync_after_jump(self, before: int, after: int) -> None:
+        # The noise of gSDE is that of the standard deviations that were learned elsewhere
+        if self.use_sde:
+            self.policy.reset_noise(self.n_envs)
+
     def _make_settings(self, num_envs: int) -> A3CSettings:
         return A3CSettings(
             device=self.device,
@@ -202,7 +208,8 @@ class A3C(AsyncAlgorithm):
         return SharedParameters(self.policy, self.policy, self.lock_updates)
 
     def _forward_once(self, observation: Any) -> None:
-        self.policy.get_distribution(observation)
+        # A features extractor may change its input in place
+        self.policy.get_distribution(copy.deepcopy(observation))
         self.policy.predict_values(observation)
 
     def learn(

@@ -43,10 +43,16 @@ class A3CSettings(Settings):
     sde_sample_freq: int
 
 
+#: What the distribution of gSDE keeps: the noise of single observations, and that of each lane
+NOISE = frozenset({"exploration_mat", "exploration_matrices"})
+
+
 class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
     """A worker of :class:`~sb3_async1step.A3C`."""
 
     settings: A3CSettings
+    # How often noise was drawn in this segment
+    _n_draws = 0
 
     @property
     def acting_policy(self) -> ActorCriticPolicy:
@@ -57,13 +63,15 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
 
     def begin_segment(self) -> None:
         super().begin_segment()
+        self._n_draws = 0
         if self.settings.use_sde:
             self._draw_noise()
 
     def choose_actions(self, lanes: Rows) -> np.ndarray:
         # Perform a_t according to the policy pi(a_t | s_t; theta')
         freq, n_steps = self.settings.sde_sample_freq, self._n_since_update // self.n_lanes
-        if self.settings.use_sde and freq > 0 and n_steps > 0 and n_steps % freq == 0:
+        # Once for all lanes, although some of them may act before others
+        if self.settings.use_sde and freq > 0 and n_steps // freq >= self._n_draws:
             self._draw_noise()
         with th.no_grad(), self._noise_of(lanes):
             distribution = self.acting_policy.get_distribution(self.to_tensor(take_rows(self.observations, lanes)))
@@ -152,8 +160,12 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
         return next_values
 
     def _draw_noise(self) -> None:
+        self._n_draws += 1
         with th.no_grad():
             self._draw(lambda: self.acting_policy.reset_noise(self.n_lanes))
+        # As with A2C, predict() explores with the noise that was drawn last
+        for name in NOISE:
+            setattr(self.shared.policy.action_dist, name, getattr(self.acting_policy.action_dist, name))
 
     @contextmanager
     def _noise_of(self, lanes: Rows) -> Iterator[None]:
@@ -182,8 +194,9 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
         distribution = self.acting_policy.action_dist
         if not isinstance(distribution, StateDependentNoiseDistribution):
             return {}
-        return {name: getattr(distribution, name).detach() for name in ("exploration_mat", "exploration_matrices")}
+        return {"n_draws": self._n_draws, **{name: getattr(distribution, name).detach() for name in NOISE}}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self.acting_policy.action_dist, name, value)
+        self._n_draws = state.get("n_draws", 1)
+        for name in NOISE.intersection(state):
+            setattr(self.acting_policy.action_dist, name, state[name].to(self.settings.device))

@@ -55,5 +55,5 @@ class NStepQActorLearner(ValueBasedActorLearner[NStepQSettings, Rollout]):
             return self.compute_target_q_values(rollout).max(dim=2).values
         next_values = th.zeros(rollout.rewards.shape, device=self.settings.device)
         observations = self.to_tensor(take_rows(rollout.next_observations, ends))
-        next_values[self.to_device(ends)] = self.shared.target_network(observations).max(dim=1).values
+        next_values[self.to_device(ends)] = self.target_network(observations).max(dim=1).values
         return next_values

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from gymnasium.vector.utils import create_empty_array
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
@@ -62,7 +61,7 @@ from sb3_async1step.vec_envs.guard import (
     unguard_vec_env,
 )
 from sb3_async1step.vec_envs.healing_vec_env import HealingVecEnv
-from sb3_async1step.vec_envs.observations import Observations, take_rows
+from sb3_async1step.vec_envs.observations import Observations, map_arrays, take_rows
 from sb3_async1step.workers.actor_learner import ActorLearner, WorkerRecipe
 from sb3_async1step.workers.gate import Call, learning_on
 from sb3_async1step.workers.lanes import Lanes, SharedLanes
@@ -505,8 +504,10 @@ class AsyncAlgorithm(LiveAlgorithm):
 
     def _count_multiplications(self) -> int:
         """For each observation."""
-        observation: Any = create_empty_array(self.observation_space, n=1, fn=np.zeros)
-        tensors = obs_as_tensor(observation, self.device)
+        assert self.env is not None
+        observations = check_first_observations(self._last_obs, self.observation_space, self.env.num_envs)
+        # A copy, since a features extractor may change its input in place
+        tensors = obs_as_tensor(map_arrays(np.copy, take_rows(observations, slice(1))), self.device)
         # Batch norm can't learn from a single observation
         self.policy.set_training_mode(False)
         return count_multiplications(self.policy, lambda: self._forward_once(tensors))

@@ -6,6 +6,7 @@ import pathlib
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable
+from contextvars import ContextVar
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -30,6 +31,9 @@ from sb3_async1step.workers.optimizer_views import check_optimizer_state
 from sb3_async1step.workers.pool import Pool
 
 SelfLiveAlgorithm = TypeVar("SelfLiveAlgorithm", bound="LiveAlgorithm")
+
+#: Whether SB3's load() sets parameters, which are those that the saved workers go on with
+IS_LOADING: ContextVar[bool] = ContextVar("IS_LOADING", default=False)
 
 
 class LiveAlgorithm(BaseAlgorithm):
@@ -245,8 +249,12 @@ class LiveAlgorithm(BaseAlgorithm):
                 "those of the file, but it learns other targets from now on.",
                 stacklevel=2,
             )
-        with renamed_modules(), explain_errors(path):
-            return super().load(path, *args, **kwargs)
+        token = IS_LOADING.set(True)
+        try:
+            with renamed_modules(), explain_errors(path):
+                return super().load(path, *args, **kwargs)
+        finally:
+            IS_LOADING.reset(token)
 
     def get_parameters(self) -> dict[str, dict]:
         """
@@ -285,6 +293,9 @@ class LiveAlgorithm(BaseAlgorithm):
             self._pool.check_change("The parameters")
         with self._gate.closed():
             super().set_parameters(params, exact_match, device)
+            if "policy" in params and not self._is_learning() and not IS_LOADING.get():
+                # The workers would go on with gradients of the old parameters
+                self._worker_states = None
 
     def get_vec_normalize_env(self) -> VecNormalize | None:
         """

@@ -76,6 +76,11 @@ class SharedRMSprop(th.optim.Optimizer):
         if parameter not in self._denominators:
             self._denominators[parameter] = th.empty_like(parameter, memory_format=th.preserve_format)
         square_avg, denominator = state["square_avg"], self._denominators[parameter]
+        if parameter.is_complex():
+            # Real and imaginary parts are parameters of their own, as PyTorch's optimizers see them
+            parameter, gradient, square_avg, denominator = map(
+                th.view_as_real, (parameter, gradient, square_avg, denominator)
+            )
 
         square_avg.mul_(alpha).addcmul_(gradient, gradient, value=1 - alpha)
         th.add(square_avg, eps, out=denominator).sqrt_()

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from stable_baselines3.dqn.policies import QNetwork
 from torch.nn import functional as F
 
 from sb3_async1step.value_based.exploration import BehaviourPolicy, ExplorationSchedule
@@ -13,6 +14,7 @@ from sb3_async1step.value_based.target_network import SharedQNetworks, count_syn
 from sb3_async1step.vec_envs.observations import Observations, take_rows
 from sb3_async1step.workers.actor_learner import ActorLearner, AnySettings, Settings, WorkerRecipe
 from sb3_async1step.workers.lanes import Lanes, Rows
+from sb3_async1step.workers.network_copies import share_memory, view_network
 from sb3_async1step.workers.rollout import ALL_LANES, AnyRollout
 
 LOSSES = {"mse": F.mse_loss, "huber": F.smooth_l1_loss}
@@ -55,6 +57,9 @@ class ValueBasedActorLearner(ActorLearner[AnySettings, AnyRollout]):
 
     def __init__(self, recipe: WorkerRecipe, env: Lanes, observations: Observations, shared: SharedQNetworks) -> None:
         super().__init__(recipe, env, observations, shared)
+        # Of this worker's own: modules may keep what they have computed until it is used
+        self._target_network = view_network(shared.target_network)
+        self._target_network.set_training_mode(False)
         self._set_behaviour()
 
     def _set_behaviour(self) -> None:
@@ -117,7 +122,13 @@ class ValueBasedActorLearner(ActorLearner[AnySettings, AnyRollout]):
         :param rollout: transitions, time by lane
         :return: ``Q(s', a; theta^-)`` for all actions a, shape ``(n_steps, n_lanes, n_actions)``
         """
-        return rollout.unflatten(self.shared.target_network(self.to_batch(rollout, rollout.next_observations)))
+        return rollout.unflatten(self.target_network(self.to_batch(rollout, rollout.next_observations)))
+
+    @property
+    def target_network(self) -> QNetwork:
+        """A view of the shared target network."""
+        share_memory(self._target_network.parameters(), self.shared.target_network.parameters())
+        return self._target_network
 
     def end_step(self, num_timesteps: int | float, n_new: int | float) -> None:
         """

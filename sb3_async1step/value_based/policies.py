@@ -1,5 +1,7 @@
 """DQN's policies, with layer normalization and mixed precision."""
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch as th
@@ -24,6 +26,16 @@ from sb3_async1step.common.torch_layers import MinAtarCNN, NipsCNN
 #: CNNs of this package, whose constructors take ``layer_norm``
 CNNS_WITH_LAYER_NORM = (NipsCNN, MinAtarCNN)
 CNNS_WITH_HIDDEN_LAYER = (*CNNS_WITH_LAYER_NORM, NatureCNN)
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """
+    :param function: a function, or a class
+    :param name: name of an argument
+    :return: whether it takes this argument
+    """
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
 class QNetwork(DQNQNetwork, MixedPrecision):
@@ -100,21 +112,26 @@ class MlpPolicy(DQNPolicy):
         # A partial, or any other function, is fine as well
         extractor = getattr(features_extractor_class, "func", features_extractor_class)
         extractor = extractor if isinstance(extractor, type) else BaseFeaturesExtractor
+        features_extractor_kwargs = {
+            **getattr(features_extractor_class, "keywords", {}),
+            **(features_extractor_kwargs or {}),
+        }
         if net_arch is None:
             net_arch = [] if issubclass(extractor, CNNS_WITH_HIDDEN_LAYER) else [256, 256]
-        extractor_takes_layer_norm = issubclass(extractor, CNNS_WITH_LAYER_NORM)
+        # Classes that were derived from ours may have constructors of their own
+        extractor_takes_layer_norm = issubclass(extractor, CNNS_WITH_LAYER_NORM) and takes(extractor, "layer_norm")
         if layer_norm is None:
-            layer_norm = extractor_takes_layer_norm
+            layer_norm = features_extractor_kwargs.get("layer_norm", extractor_takes_layer_norm)
         if extractor_takes_layer_norm:
-            features_extractor_kwargs = {"layer_norm": layer_norm, **(features_extractor_kwargs or {})}
+            features_extractor_kwargs.setdefault("layer_norm", layer_norm)
         elif layer_norm and len(net_arch) == 0:
             raise ValueError(
                 f"layer_norm=True normalizes hidden layers, but {extractor.__name__}'s are its own and "
                 "net_arch is empty: give it some, as in policy_kwargs=dict(net_arch=[256], layer_norm=True)."
             )
-        if issubclass(extractor, NipsCNN) and not normalize_images:
+        if issubclass(extractor, NipsCNN) and takes(extractor, "normalized_image") and not normalize_images:
             # As SB3 does for its own CNNs
-            features_extractor_kwargs = {"normalized_image": True, **(features_extractor_kwargs or {})}
+            features_extractor_kwargs.setdefault("normalized_image", True)
         if optimizer_kwargs is None and optimizer_class is th.optim.Adam:
             # One pass over each parameter instead of a dozen: 1.0 instead of 3.6 ms for the Nature CNN on a CPU
             optimizer_kwargs = {"fused": True}

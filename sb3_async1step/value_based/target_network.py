@@ -1,8 +1,10 @@
 """The target network that all workers share."""
 
 import threading
+from collections.abc import Iterable
 
-from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
+import torch as th
+from stable_baselines3.common.utils import get_parameters_by_name
 from stable_baselines3.dqn.policies import DQNPolicy
 
 from sb3_async1step.workers.shared_parameters import SharedParameters
@@ -16,6 +18,20 @@ def count_syncs(interval: int, before: int | float, after: int | float) -> int:
     :return: number of updates that are due: one for each multiple of the interval that was crossed
     """
     return int(after // interval - before // interval)
+
+
+@th.no_grad()
+def move_towards(targets: Iterable[th.Tensor], sources: Iterable[th.Tensor], tau: float) -> None:
+    """
+    SB3's ``polyak_update``, but each number goes from its old to its new value at once. SB3's are multiplied by
+    ``1 - tau`` in between, which is 0 for a copy, and other workers may read them.
+
+    :param targets: tensors of the target network
+    :param sources: tensors of the online network
+    :param tau: soft update coefficient, 1 for a copy
+    """
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source if tau == 1.0 else th.add(target * (1 - tau), source, alpha=tau))
 
 
 class SharedQNetworks(SharedParameters):
@@ -41,7 +57,7 @@ class SharedQNetworks(SharedParameters):
         """
         tau = 1.0 - (1.0 - tau) ** n_times
         with self._sync_lock:
-            polyak_update(self.network.parameters(), self.target_network.parameters(), tau)
+            move_towards(self.target_network.parameters(), self.network.parameters(), tau)
             # The running statistics of BatchNorm are copied, as in SB3's DQN
             online_statistics = get_parameters_by_name(self.network, ["running_"])
-            polyak_update(online_statistics, get_parameters_by_name(self.target_network, ["running_"]), 1.0)
+            move_towards(get_parameters_by_name(self.target_network, ["running_"]), online_statistics, 1.0)

@@ -342,7 +342,8 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         :param observations: observations of some lanes
         :return: tensors, as networks take them
         """
-        return obs_as_tensor(observations, self.settings.device)
+        # A features extractor may change its input in place. Others than float32, SB3's preprocessing converts
+        return obs_as_tensor(map_arrays(copy_if_float32, observations), self.settings.device)
 
     def to_batch(self, rollout: Rollout, observations: Observations) -> Any:
         """
@@ -379,13 +380,14 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
 
     def set_state(self, state: WorkerState) -> None:
         """
-        Continue where another worker stopped. If its class, its lanes or its update interval differ, its state is
-        ignored, and the transitions since its last update are lost.
+        Continue where another worker stopped. If its class, its lanes, its update interval or its network differ, its
+        state is ignored, and the transitions since its last update are lost.
 
         :param state: a state returned by :meth:`get_state`
         """
         mine = type(self).__name__, self.lanes, self._update_interval
-        if (state.actor_learner, state.lanes, state.update_interval) != mine:
+        is_mine = (state.actor_learner, state.lanes, state.update_interval) == mine
+        if not is_mine or not self.local.can_take(state.gradients, state.local_values):
             return
         self._n_since_update = round(state.steps_since_update * self.n_lanes)
         self._is_in_segment = self._n_since_update > 0
@@ -394,6 +396,14 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         self._metrics = list(state.metrics)
         self.local.set_values(state.local_values)
         self.set_extra_state(state.extra)
+
+
+def copy_if_float32(array: np.ndarray) -> np.ndarray:
+    """
+    :param array: an array
+    :return: a copy if it is in float32, else itself
+    """
+    return array.copy() if array.dtype == np.float32 else array
 
 
 def _average(metrics: list[tuple[dict[str, float], float]]) -> dict[str, float]:

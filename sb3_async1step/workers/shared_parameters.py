@@ -207,12 +207,26 @@ class LocalParameters:
         """
         return [None if p.grad is None else p.grad.clone() for p in self.parameters]
 
+    def can_take(self, gradients: list[th.Tensor | None], values: list[th.Tensor] | None) -> bool:
+        """
+        :param gradients: what another worker's :meth:`get_gradients` returned
+        :param values: what its :meth:`get_values` returned
+        :return: whether they are those of parameters of the same shapes
+        """
+        shapes = [parameter.shape for parameter in self.parameters]
+        return all(
+            len(tensors) == len(shapes)
+            and all(tensor is None or tensor.shape == shape for tensor, shape in zip(tensors, shapes, strict=True))
+            for tensors in (gradients, values)
+            if tensors is not None
+        )
+
     def set_gradients(self, gradients: list[th.Tensor | None]) -> None:
         """
-        :param gradients: what :meth:`get_gradients` returned
+        :param gradients: what :meth:`get_gradients` returned, perhaps on another device
         """
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = None if gradient is None else gradient.clone()
+            parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
 
     def get_values(self) -> list[th.Tensor] | None:
         """
