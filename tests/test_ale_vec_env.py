@@ -6,7 +6,14 @@ import gymnasium as gym
 import numpy as np
 import psutil
 import pytest
-from stable_baselines3.common.atari_wrappers import AtariWrapper, EpisodicLifeEnv, FireResetEnv
+from ale_py.env import AtariEnv
+from stable_baselines3.common.atari_wrappers import (
+    AtariWrapper,
+    EpisodicLifeEnv,
+    FireResetEnv,
+    MaxAndSkipEnv,
+    NoopResetEnv,
+)
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor, load_results
@@ -17,6 +24,12 @@ from sb3_async1step.vec_envs.ale_vec_env import AleVecEnv
 from tests.helpers import wait_until
 
 gym.register_envs(ale_py)
+
+
+class ShapedPong(AtariEnv):
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        return obs, reward + 1, *rest
 
 
 def make_both(game, n_envs=2, **wrapper_kwargs):
@@ -154,6 +167,32 @@ def test_truncation():
         env.close()
     assert ends[DummyVecEnv] == ends[AleVecEnv]
     assert [end[1][2] for end in ends[AleVecEnv]] == [True, True]
+
+
+@pytest.mark.parametrize("limit", [None, 0])
+def test_a_game_without_a_limit(limit):
+    make = lambda: AtariWrapper(Monitor(gym.make("PongNoFrameskip-v4", max_num_frames_per_episode=limit)))  # noqa: E731
+    env = AleVecEnv([make])
+    env.reset()
+    assert not any(env.step(np.array([0]))[2][0] for _ in range(20))
+    env.close()
+
+
+def test_what_monitor_adds_to_episodes(tmp_path):
+    kwargs = {"max_num_frames_per_episode": 200}, {"info_keywords": ("lives", "frame_number")}
+    rows = []
+    for vec_env_cls in (DummyVecEnv, AleVecEnv):
+        folder = tmp_path / vec_env_cls.__name__
+        env = make_atari_env(
+            "PongNoFrameskip-v4", 1, monitor_dir=str(folder), env_kwargs=kwargs[0], monitor_kwargs=kwargs[1],
+            wrapper_kwargs={"noop_max": 0}, vec_env_cls=vec_env_cls,
+        )  # fmt: skip
+        env.reset()
+        episodes = [info["episode"] for _ in range(60) for info in env.step(np.array([0]))[3] if "episode" in info]
+        env.close()
+        rows.append(load_results(str(folder)).drop(columns=["t", "index"]).to_dict("records"))
+        assert [{name: value for name, value in row.items() if name != "t"} for row in episodes] == rows[-1]
+    assert rows[0] == rows[1] and [(row["lives"], row["frame_number"]) for row in rows[0]] == [(0, 200)]
 
 
 def test_seeds_and_no_ops():
@@ -296,6 +335,24 @@ def test_images():
             ),
             "repeated at random by the env and by a wrapper",
         ),
+        (
+            lambda: Monitor(AtariWrapper(gym.make("PongNoFrameskip-v4"))),
+            "are Monitor, ClipRewardEnv, .* in the order of",
+        ),
+        (
+            lambda: AtariWrapper(NoopResetEnv(MaxAndSkipEnv(Monitor(gym.make("PongNoFrameskip-v4")))), frame_skip=1),
+            "in the order of make_atari_env",
+        ),
+        (
+            lambda: AtariWrapper(MaxAndSkipEnv(Monitor(gym.make("PongNoFrameskip-v4")))),
+            "in the order of make_atari_env",
+        ),
+        (lambda: AtariWrapper(Monitor(ShapedPong("pong", frameskip=1))), "is not an Atari env of ale_py"),
+        (
+            lambda: AtariWrapper(Monitor(gym.make("PongNoFrameskip-v4"), info_keywords=("is_success", "lives"))),
+            "info_keywords are is_success, and the infos have",
+        ),
+        (lambda: AtariWrapper(Monitor(gym.make("PongNoFrameskip-v4"), allow_early_resets=False)), "early resets"),
     ],
 )
 def test_what_it_refuses(make, reason, monkeypatch):
@@ -313,6 +370,10 @@ def test_there_are_no_envs_to_ask():
         env.set_attr("spec", None)
     with pytest.raises(NotImplementedError, match="'clone_state'"):
         env.env_method("clone_state")
+    env.close()
+    games = ("PongNoFrameskip-v4", "SpaceInvadersNoFrameskip-v4")
+    env = AleVecEnv([lambda game=game: AtariWrapper(Monitor(gym.make(game))) for game in games])
+    assert [spec.id for spec in env.get_attr("spec", indices=[1, 0])] == [*reversed(games)]
     env.close()
 
 

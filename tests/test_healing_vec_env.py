@@ -299,7 +299,7 @@ def test_the_reset_after_an_episode_fails(make):
     assert_equal(obs[1], make_twin().reset()[1])
     assert rewards[1] == 0.0 and dones[1]
     assert_equal(
-        infos[1], {"lane_restart": SIGKILL, "terminal_observation": last_observation, "TimeLimit.truncated": True}
+        dict(infos[1]), {"lane_restart": SIGKILL, "terminal_observation": last_observation, "TimeLimit.truncated": True}
     )
 
 
@@ -726,6 +726,43 @@ def test_normalized_and_monitored(make, tmp_path):
     # VecMonitor counts what it sees
     assert infos[1]["episode"]["l"] == 3
     env.close()
+
+
+def test_a_vec_monitor_of_what_only_the_env_says(make, tmp_path):
+    """Of an episode that a restart has ended, the env says nothing."""
+    env = VecMonitor(make(kill), str(tmp_path / "log"), info_keywords=("is_success",))
+    env.reset()
+    for _ in range(3):
+        infos = env.step(ACTIONS)[3]
+    assert infos[1]["episode"]["l"] == 3 and infos[1]["episode"]["is_success"] is None
+    # It is not there for those who ask whether it is
+    assert "is_success" not in infos[1] and infos[1].get("is_success", 5) == 5
+    env.close()
+
+
+class ArrayRewardEnv(FaultyEnv):
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        return obs, np.array([reward]), *rest
+
+
+def test_rewards_that_are_arrays(tmp_path):
+    env = HealingVecEnv([lambda: ArrayRewardEnv(kill, tmp_path)] * 2, start_method="fork", step_timeout=FOREVER)
+    env.reset()
+    for _ in range(3):
+        _, rewards, dones, _ = env.step(ACTIONS[:2])
+    assert rewards.shape == (2, 1) and dones.sum() >= 1 and not rewards[dones].any()
+    env.close()
+
+
+def raise_attribute_error():
+    raise AttributeError("the env has no such thing")
+
+
+def test_an_attribute_error_of_any_lane_that_can_not_be_made(make):
+    """SB3 takes one for a missing render_mode."""
+    with pytest.raises(AttributeError, match="the env has no such thing"):
+        make(raise_attribute_error, env_class=AlwaysFaultyEnv, env_kwargs={"where": "init"})
 
 
 # ---------------------------------------------------------------------- closing

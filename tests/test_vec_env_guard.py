@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 
 from sb3_async1step import AsyncOneStepQ, split_vec_env
 from sb3_async1step.vec_envs import guard
-from sb3_async1step.vec_envs.guard import ProcessWatcher
+from sb3_async1step.vec_envs.guard import QUERIES, STEPS, ProcessWatcher
 from tests.envs import RaisingEnv, RandomWalkEnv, make_env
 from tests.helpers import (
     DEADLINE,
@@ -74,13 +74,14 @@ class AskableEnv(RandomWalkEnv):
 class AskInEachCall(BaseCallback):
     def _on_step(self):
         env = self.training_env
+        # The first one, before the lanes have settled
+        assert env.has_attr("difficulty") and not env.has_attr("no_such_thing")
         assert len(env.env_method("set_difficulty", self.n_calls)) == 4
         assert env.get_attr("difficulty") == [self.n_calls] * 4
         env.set_attr("p_terminate", 0.2, indices=[1, 3])
         assert env.get_attr("p_terminate") == [0.05, 0.2, 0.05, 0.2]
         assert env.env_is_wrapped(gym.Wrapper) == [False] * 4
         assert (env.get_images()[3] == self.n_calls).all()
-        assert env.has_attr("difficulty")
         return True
 
 
@@ -659,3 +660,14 @@ def test_an_env_that_ends_its_process(death, n_workers):
     env.close()
     model.set_env(make_env(3))
     assert model.learn(30).num_timesteps == 30
+
+
+def test_all_that_talks_to_the_processes_is_guarded():
+    """But for what workers, and who makes or closes a VecEnv, call."""
+    talking = {
+        name
+        for name, method in vars(SubprocVecEnv).items()
+        if callable(method) and {"remotes", "_get_target_remotes"} & set(method.__code__.co_names)
+    }
+    others = {"__init__", "_get_target_remotes", "close", "step_wait", "get_images"}
+    assert talking - others <= set(QUERIES) | set(STEPS) and "has_attr" in talking

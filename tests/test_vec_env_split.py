@@ -254,3 +254,15 @@ def test_the_envs_are_the_very_same():
     env.reset()
     parts = split_vec_env(env, group_lanes(3, 2))
     assert [e for part in parts for e in part.envs] == env.envs
+
+
+def test_original_observations_of_an_env_that_begins_with_integers():
+    """Parts store theirs in the whole's, whose first ones may be integers."""
+    env = VecNormalize(DummyVecEnv([RandomWalkEnv] * 4))
+    env.reset()
+    env.old_obs, env.old_reward = env.old_obs.astype(int), np.zeros(4, dtype=int)
+    parts = split_vec_env(env, group_lanes(4, 2))
+    for part in parts:
+        part.step(np.zeros(2, dtype=int))
+    for name in ("old_obs", "old_reward"):
+        np.testing.assert_array_equal(getattr(env, name), np.concatenate([getattr(part, name) for part in parts]))

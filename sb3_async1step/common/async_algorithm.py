@@ -353,9 +353,12 @@ class AsyncAlgorithm(LiveAlgorithm):
         with th.enable_grad(), without_autocast(self.device):
             self._follow(self._pool, callback, log_interval)
         self._pool.stop()
-        self._pool.finish_steps()
+        self._pool.settle()
+        # Other threads may be about to look at the model
+        with self._gate.passed():
+            self._pool.finish_steps()
+            self._remember_workers()
         warn_of_what_is_not_followed(self.policy, parts, workers)
-        self._remember_workers()
         shared_lanes.rejoin()
         self._lanes_may_be_anywhere = False
 

@@ -56,6 +56,8 @@ class AleLane:
     def __init__(self, settings: AtariSettings, results_writer: ResultsWriter | None) -> None:
         self.settings = settings
         self.results_writer = results_writer
+        #: Of the env that it replaces
+        self.attributes: dict[str, Any] = {}
         self._start = time.time()
         self._lives = 0
         self._return = 0.0
@@ -141,7 +143,7 @@ class AleLane:
         self._return += reward
         self._game_is_over = bool(terminated[0] or truncated[0])
         if self._game_is_over:
-            info["episode"] = self._finish_game(info["episode_frame_number"])
+            info["episode"] = self._finish_game(info)
         lost_life = self.settings.ends_on_life_loss and 0 < info["lives"] < self._lives
         self._lives = info["lives"]
         info["TimeLimit.truncated"] = bool(truncated[0]) and not (terminated[0] or lost_life)
@@ -149,9 +151,10 @@ class AleLane:
             reward = float(np.sign(reward))
         return self._to_image(observations), reward, self._game_is_over or lost_life, info
 
-    def _finish_game(self, n_frames: int) -> dict[str, float]:
+    def _finish_game(self, info: dict[str, Any]) -> dict[str, float]:
         # Monitor is the innermost wrapper: it counts frames as well
-        episode = {"r": self._return, "l": n_frames, "t": round(time.time() - self._start, 6)}
+        episode = {"r": self._return, "l": info["episode_frame_number"], "t": round(time.time() - self._start, 6)}
+        episode.update((name, info[name]) for name in self.settings.info_keywords)
         if self.results_writer is not None:
             self.results_writer.write_row(episode)
         return episode
@@ -193,8 +196,9 @@ class AleVecEnv(VecEnv):
                 )
         # Read all settings first: an env that cannot be replaced is refused before any engine starts
         settings = [read_settings(env) for env in envs]
-        self._attributes = {"render_mode": envs[0].render_mode, "spec": envs[0].spec}
         self.lanes = [AleLane(s, find_results_writer(env)) for s, env in zip(settings, envs, strict=True)]
+        for game, env in zip(self.lanes, envs, strict=True):
+            game.attributes = {"render_mode": env.render_mode, "spec": env.spec}
         super().__init__(len(envs), envs[0].observation_space, envs[0].action_space)
 
     def reset(self) -> np.ndarray:
@@ -260,9 +264,10 @@ class AleVecEnv(VecEnv):
         :return: the value of the attribute for each lane
         :raises AttributeError: for any other name, since the games run in the engine and there are no env objects
         """
-        if attr_name not in self._attributes:
-            raise AttributeError(f"AleVecEnv has no envs to ask for '{attr_name}', only {', '.join(self._attributes)}.")
-        return [self._attributes[attr_name] for _ in self._get_indices(indices)]
+        known = self.lanes[0].attributes
+        if attr_name not in known:
+            raise AttributeError(f"AleVecEnv has no envs to ask for '{attr_name}', only {', '.join(known)}.")
+        return [self.lanes[i].attributes[attr_name] for i in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """

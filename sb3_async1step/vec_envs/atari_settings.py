@@ -31,16 +31,21 @@ NEEDED_OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 # Wrappers that change nothing that the learner sees
 TRANSPARENT = (AtariWrapper, PassiveEnvChecker, OrderEnforcing)
+# From the outermost to the innermost, as make_atari_env() and AtariWrapper put them around an env
 REPRODUCED = (
     ClipRewardEnv,
-    EpisodicLifeEnv,
+    WarpFrame,
     FireResetEnv,
+    EpisodicLifeEnv,
     MaxAndSkipEnv,
-    Monitor,
     NoopResetEnv,
     StickyActionEnv,
-    WarpFrame,
+    Monitor,
 )
+# What the engine says of a step
+INFO_KEYWORDS = {"lives", "frame_number", "episode_frame_number"}
+# For the engine, no limit is one that is never reached
+NO_LIMIT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class AtariSettings:
     :param repeat_action_probability: probability, for each frame, of repeating the previous action (sticky actions)
     :param max_frames: number of frames after which an episode is truncated
     :param full_action_space: whether all 18 actions are allowed
+    :param info_keywords: what ``Monitor`` adds to the information about an episode
     """
 
     game: str
@@ -72,6 +78,7 @@ class AtariSettings:
     repeat_action_probability: float
     max_frames: int
     full_action_space: bool
+    info_keywords: tuple[str, ...] = ()
 
 
 def list_wrappers(env: gym.Env) -> Iterable[gym.Wrapper]:
@@ -91,12 +98,9 @@ def read_settings(env: gym.Env) -> AtariSettings:
     :raises ValueError: if the engine cannot reproduce them; the message says what and why
     """
     base = env.unwrapped
-    if not isinstance(base, AtariEnv):
+    if type(base) is not AtariEnv:
         _refuse(f"{base} is not an Atari env of ale_py")
-    wrappers: dict[type, Any] = {type(wrapper): wrapper for wrapper in list_wrappers(env)}
-    unknown = [kind.__name__ for kind in wrappers if kind not in (*TRANSPARENT, *REPRODUCED)]
-    if unknown:
-        _refuse(f"it does not know the wrapper {unknown[0]}")
+    wrappers = read_wrappers(env)
     if WarpFrame not in wrappers:
         _refuse("its observations are small grey images: wrap the env in AtariWrapper")
     warp = wrappers[WarpFrame]
@@ -112,6 +116,9 @@ def read_settings(env: gym.Env) -> AtariSettings:
         _refuse(
             f"frames are skipped by the env (frameskip={options['frameskip']}): take the id ending in NoFrameskip-v4"
         )
+    monitor = wrappers.get(Monitor)
+    if monitor is not None:
+        check_monitor(monitor)
     sticky = getattr(wrappers.get(StickyActionEnv), "action_repeat_probability", 0.0)
     if sticky and options["repeat_action_probability"]:
         _refuse("actions are repeated at random by the env and by a wrapper, too")
@@ -125,9 +132,44 @@ def read_settings(env: gym.Env) -> AtariSettings:
         ends_on_life_loss=EpisodicLifeEnv in wrappers,
         clips_rewards=ClipRewardEnv in wrappers,
         repeat_action_probability=sticky or options["repeat_action_probability"],
-        max_frames=options["max_num_frames_per_episode"] or base.ale.getInt("max_num_frames_per_episode"),
+        max_frames=options["max_num_frames_per_episode"] or base.ale.getInt("max_num_frames_per_episode") or NO_LIMIT,
         full_action_space=options["full_action_space"],
+        info_keywords=monitor.info_keywords if monitor is not None else (),
     )
+
+
+def read_wrappers(env: gym.Env) -> dict[type, Any]:
+    """
+    :param env: an Atari env with its wrappers
+    :return: those that do anything, by their classes
+    :raises ValueError: if one of them is not reproduced, or they are in another order than those of ``make_atari_env``
+    """
+    wrappers = [wrapper for wrapper in list_wrappers(env) if type(wrapper) not in TRANSPARENT]
+    kinds: list[Any] = [type(wrapper) for wrapper in wrappers]
+    unknown = [kind.__name__ for kind in kinds if kind not in REPRODUCED]
+    if unknown:
+        _refuse(f"it does not know the wrapper {unknown[0]}")
+    places = [REPRODUCED.index(kind) for kind in kinds]
+    if places != sorted(set(places)):
+        _refuse(
+            f"its wrappers, from the outermost to the innermost, are {', '.join(kind.__name__ for kind in kinds)}, and "
+            f"not in the order of make_atari_env ({', '.join(kind.__name__ for kind in REPRODUCED)})"
+        )
+    return dict(zip(kinds, wrappers, strict=True))
+
+
+def check_monitor(monitor: Monitor) -> None:
+    """
+    :param monitor: the wrapper
+    :raises ValueError: if it writes what the engine does not know
+    """
+    unknown = sorted(set(monitor.info_keywords) - INFO_KEYWORDS)
+    if unknown:
+        _refuse(
+            f"Monitor's info_keywords are {', '.join(unknown)}, and the infos have {', '.join(sorted(INFO_KEYWORDS))}"
+        )
+    if monitor.reset_keywords or not monitor.allow_early_resets:
+        _refuse("Monitor has reset_keywords, or does not allow early resets")
 
 
 def list_reproduced(settings: AtariSettings) -> list[type[gym.Wrapper]]:

@@ -21,7 +21,7 @@ from sb3_async1step.sb3_internals import REQUEST_ANSWERED_BY_NOT_IMPLEMENTED, RE
 from sb3_async1step.vec_envs.healing_vec_env import HealingVecEnv
 
 # What callbacks may call on the training env. It would talk to envs (or to pipes) that workers use
-QUERIES = ("env_is_wrapped", "env_method", "get_attr", "get_images", "set_attr")
+QUERIES = ("env_is_wrapped", "env_method", "get_attr", "get_images", "has_attr", "set_attr")
 STEPS = ("reset", "step_async")
 NOBODY_ELSE = (
     "learn() steps this env: nobody else may step or reset it until learn() ends. "

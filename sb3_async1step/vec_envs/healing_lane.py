@@ -28,6 +28,22 @@ class State(Enum):
     BROKEN = auto()
 
 
+class RestartInfo(dict[str, Any]):
+    """
+    What a lane says of the step in which it was restarted. The env has not said anything: ``VecMonitor``, which reads
+    its ``info_keywords`` whenever an episode ends, gets None for each.
+    """
+
+    def __missing__(self, key: str) -> None:
+        return None
+
+    def copy(self) -> "RestartInfo":
+        """
+        :return: a copy that answers in the same way
+        """
+        return RestartInfo(self)
+
+
 class HealingLane:
     """
     An env in a process that is replaced when it fails. ``SubprocVecEnv`` takes the lane for the end of a pipe: it sends
@@ -65,6 +81,7 @@ class HealingLane:
         self._attributes: dict[str, Any] = {}
         # The last observation that SubprocVecEnv has got, and what the process's last reset returned
         self._last_observation: Any = None
+        self._last_reward: Any = 0.0
         self._first_answer: Any = None
 
         # Why the process was replaced, if SubprocVecEnv has not been told yet
@@ -154,17 +171,20 @@ class HealingLane:
 
     def _answer_step(self) -> tuple:
         if self._restart_reason is None:
-            self._last_observation = self._answer[0]
+            self._last_observation, self._last_reward = self._answer[:2]
             self.has_stepped = True
             return self._answer
-        info = {
-            "lane_restart": self._restart_reason,
-            "terminal_observation": self._last_observation,
-            "TimeLimit.truncated": True,
-        }
+        info = RestartInfo(
+            {
+                "lane_restart": self._restart_reason,
+                "terminal_observation": self._last_observation,
+                "TimeLimit.truncated": True,
+            }
+        )
         self._restart_reason = None
         self._last_observation, reset_info = self._first_answer
-        return self._last_observation, 0.0, True, info, reset_info
+        # Rewards of a lane may be arrays of one number
+        return self._last_observation, np.zeros_like(self._last_reward)[()], True, info, reset_info
 
     def _answer_reset(self) -> tuple:
         self._last_observation, reset_info = self._first_answer

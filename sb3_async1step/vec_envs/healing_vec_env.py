@@ -76,8 +76,11 @@ class HealingVecEnv(SubprocVecEnv):
         try:
             for lane in self.remotes:
                 lane.start()
-            self.remotes[0].send(("get_spaces", None))
-            observation_space, action_space = self.remotes[0].recv()
+            # Here, any failure in making an env is raised
+            for lane in self.remotes:
+                lane.send(("get_spaces", None))
+            spaces = [lane.recv() for lane in self.remotes]
+            observation_space, action_space = spaces[0]
             VecEnv.__init__(self, len(env_fns), observation_space, action_space)
         except BaseException:
             self.close()

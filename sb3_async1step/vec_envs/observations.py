@@ -75,6 +75,16 @@ def list_arrays(observations: Observations) -> list[np.ndarray]:
     return list(observations.values()) if isinstance(observations, dict) else [observations]
 
 
+def make_room(observations: Observations, space: spaces.Space) -> Observations:
+    """
+    :param observations: first observations: those of an env whose space is of floats may be integers
+    :param space: the observation space
+    :return: the same, of types that all values of the space can be stored in
+    """
+    dtypes = iter([part.dtype for part in list_spaces(space)])
+    return map_arrays(lambda array: array.astype(np.result_type(array.dtype, next(dtypes)), copy=False), observations)
+
+
 def take_rows(observations: Observations, rows: slice | np.ndarray) -> Observations:
     """
     :param observations: observations of several lanes, or of a rollout (time by lane)

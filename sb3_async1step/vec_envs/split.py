@@ -33,7 +33,7 @@ from stable_baselines3.common.vec_env.stacked_observations import StackedObserva
 
 from sb3_async1step.sb3_internals import VEC_ENV_ATTRIBUTES_PER_LANE
 from sb3_async1step.vec_envs.frame_stack import accelerate
-from sb3_async1step.vec_envs.observations import store_rows
+from sb3_async1step.vec_envs.observations import make_room, store_rows
 
 AnyVecEnv = TypeVar("AnyVecEnv", bound=VecEnv)
 
@@ -228,11 +228,10 @@ class _VecNormalizePart(VecNormalize):
 
 @split_vec_env.register
 def _(env: VecNormalize, groups: Sequence[range]) -> list[VecEnv]:
-    if len(env.old_reward) != env.num_envs:
-        env.old_reward = np.zeros(env.num_envs)
+    env.old_reward = np.zeros(env.num_envs) if len(env.old_reward) != env.num_envs else env.old_reward.astype(float)
     # Copied, since the first observations may be a buffer of the wrapped VecEnv
     first_observations: Any = getattr(env, "old_obs", create_empty_array(env.observation_space, env.num_envs))
-    env.old_obs = deepcopy(first_observations)
+    env.old_obs = make_room(deepcopy(first_observations), env.venv.observation_space)
     parts = _split_wrapper(env, groups, "returns")
     lock = threading.Lock()
     for part, lanes in zip(parts, groups, strict=True):

@@ -166,11 +166,10 @@ class WorkerPool(Pool):
             worker.env.settle()
 
     def finish_steps(self) -> None:
-        """Once all workers have ended, take what their lanes have begun, so that the envs are where the workers are."""
+        """Once all workers have ended, take what their lanes have done, so that the envs are where the workers are."""
         for worker in self.workers:
             if worker.env.n_idle < worker.n_lanes:
-                worker.env.settle()
-                worker.finish_step(self._count)
+                run_step(worker, 0, self._count)
 
     def take_idle_fraction(self) -> float:
         """

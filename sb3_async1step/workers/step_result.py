@@ -13,6 +13,7 @@ from sb3_async1step.vec_envs.observations import (
     keys_of,
     list_arrays,
     list_spaces,
+    make_room,
     map_arrays,
     replace_rows,
     to_arrays,
@@ -105,9 +106,7 @@ def check_first_observations(returned: Any, space: spaces.Space, n_lanes: int) -
                 f"{expected}."
             )
     check_finite("observation", observations, np.arange(n_lanes))
-    # An env whose space is of floats may begin with integers
-    dtypes = iter([part.dtype for part in list_spaces(space)])
-    return map_arrays(lambda array: array.astype(np.result_type(array.dtype, next(dtypes)), copy=False), observations)
+    return make_room(observations, space)
 
 
 def describe(lanes: np.ndarray) -> str:
