@@ -432,6 +432,7 @@ def test_auto_takes_no_more_workers_than_cores_or_lanes(monkeypatch):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             model = AsyncOneStepQ("MlpPolicy", env, policy_kwargs=LARGE_NETWORK)
+            model._last_obs = env.reset()
             assert count_workers("auto", env, model._count_multiplications()) == n_workers
 
 
