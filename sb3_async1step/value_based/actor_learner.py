@@ -60,6 +60,7 @@ class ValueBasedActorLearner(ActorLearner[AnySettings, AnyRollout]):
         # Of this worker's own: modules may keep what they have computed until it is used
         self._target_network = view_network(shared.target_network)
         self._target_network.set_training_mode(False)
+        self._target_parameters = list(self._target_network.parameters())
         self._set_behaviour()
 
     def _set_behaviour(self) -> None:
@@ -127,7 +128,7 @@ class ValueBasedActorLearner(ActorLearner[AnySettings, AnyRollout]):
     @property
     def target_network(self) -> QNetwork:
         """A view of the shared target network."""
-        share_memory(self._target_network.parameters(), self.shared.target_network.parameters())
+        share_memory(self._target_parameters, self.shared.target_parameters)
         return self._target_network
 
     def end_step(self, num_timesteps: int | float, n_new: int | float) -> None:

@@ -45,6 +45,7 @@ class SharedQNetworks(SharedParameters):
     def __init__(self, policy: DQNPolicy, lock_updates: bool) -> None:
         super().__init__(policy.q_net, policy, lock_updates)
         self.target_network = policy.q_net_target
+        self.target_parameters = list(self.target_network.parameters())
         self._sync_lock = threading.Lock()
 
     def sync_target(self, n_times: int, tau: float) -> None:
