@@ -18,6 +18,8 @@ def keep_policy_kwargs(hyperparams: dict[str, Any], policy_kwargs: dict[str, Any
     :param policy_kwargs: those of the environment's entry
     :return: the same, with what else the policy needs there: the features extractor, whether it computes in bfloat16
     """
+    if "policy_kwargs" not in hyperparams:
+        return hyperparams
     # The arguments of an optimizer are of no use for another one
     kept = {name: value for name, value in policy_kwargs.items() if not name.startswith("optimizer_")}
     return {**hyperparams, "policy_kwargs": {**kept, **hyperparams["policy_kwargs"]}}
