@@ -193,11 +193,11 @@ def test_study_of_actor_learners(tmp_path, monkeypatch):
     draw_actor_learners(studies, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 5000
 
-    task = replace(actor_learners.TASKS["CartPole-v1"], reference_score=15.0, exploration_steps=100, max_steps=10_000)
+    task = replace(actor_learners.TASKS["CartPole-v1"], reference_score=8.0, exploration_steps=100, max_steps=10_000)
     monkeypatch.setitem(actor_learners.TASKS, "CartPole-v1", task)
     easy = actor_learners.measure("CartPole-v1", "async_one_step_sarsa", SETTING)
-    # 100 episodes of at least 9 steps
-    assert 900 < easy.steps < 10_000 and easy.steps % 2 == 0 and 0 < easy.seconds < 100
+    # 100 episodes of at least 8 steps, whatever it learns
+    assert 800 <= easy.steps < 10_000 and easy.steps % 2 == 0 and 0 < easy.seconds < 100
     hard = replace(task, reference_score=501.0, max_steps=200)
     monkeypatch.setitem(actor_learners.TASKS, "CartPole-v1", hard)
     assert actor_learners.measure("CartPole-v1", "async_one_step_q", SETTING).steps == float("inf")
