@@ -292,7 +292,7 @@ def play_checkpoint(
     :return: the return of each episode
     """
     normalize = unwrap_vec_normalize(env)
-    if statistics is not None and normalize is not None:
+    if statistics is not None and normalize is not None and normalize.norm_obs:
         normalize.obs_rms = VecNormalize.load(str(statistics), normalize.venv).obs_rms
     return play(model, env, n_episodes, deterministic)
 

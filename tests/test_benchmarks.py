@@ -12,6 +12,7 @@ import pytest
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
+from stable_baselines3.common.vec_env import VecNormalize
 
 from benchmarks import actor_learners, learning
 from benchmarks.agents import save_agent
@@ -24,6 +25,7 @@ from benchmarks.learning import (
     list_saved,
     play,
     play_by_zoo,
+    play_checkpoint,
     result_path,
     run_and_evaluate,
 )
@@ -321,6 +323,22 @@ def test_each_model_plays_in_a_new_env():
     env.close = lambda: closed.append(True)
     model = AsyncOneStepQ("MlpPolicy", env)
     assert len(play(model, env, 3, deterministic=True)) == 3 and closed == [True]
+
+
+@pytest.mark.parametrize("norm_obs", [True, False])
+def test_each_checkpoint_plays_with_its_own_statistics(norm_obs, tmp_path):
+    def make_normalized():
+        return VecNormalize(make_vec_env("CartPole-v1", 2), norm_obs=norm_obs)
+
+    before, env = make_normalized(), make_normalized()
+    before.reset()
+    before.save(str(tmp_path / "statistics.pkl"))
+    model = AsyncOneStepQ("MlpPolicy", env)
+    env.training = False
+    returns = play_checkpoint(model, env, 2, deterministic=True, statistics=tmp_path / "statistics.pkl")
+    assert len(returns) == 2
+    if norm_obs:
+        np.testing.assert_array_equal(env.obs_rms.mean, before.obs_rms.mean)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
