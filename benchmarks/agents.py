@@ -26,6 +26,7 @@ from stable_baselines3.dqn.policies import DQNPolicy
 
 from benchmarks.learning import RESULTS, Run, find_parts
 from sb3_async1step.common.async_algorithm import STATE_OF_LANES
+from sb3_async1step.workers.network_copies import share_memory
 from sb3_async1step.zoo import register, trained_agents_path
 
 
@@ -87,8 +88,7 @@ def share_target_parameters(policy: BasePolicy) -> None:
     :param policy: a policy, whose target network, if it has one, gets the parameters of the online network
     """
     if isinstance(policy, DQNPolicy):
-        for target, online in zip(policy.q_net_target.parameters(), policy.q_net.parameters(), strict=True):
-            target.data = online.data
+        share_memory(policy.q_net_target.parameters(), policy.q_net.parameters())
 
 
 def save_agent(model: BaseAlgorithm, path: Path) -> None:

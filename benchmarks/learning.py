@@ -106,6 +106,15 @@ def describe_hardware() -> str:
     return f"{platform.machine()}, {count_usable_cores()} cores"
 
 
+def describe_command(options: list[str], n_steps: int) -> str:
+    """
+    :param options: options of the Zoo's ``train``
+    :param n_steps: number of agent steps
+    :return: the command of the whole training, also if it was made in parts
+    """
+    return " ".join(["sb3-async1step", "train", *options, "-n", str(n_steps)])
+
+
 def find_parts(folder: Path) -> list[Path]:
     """
     :param folder: folder of the Zoo's logs of one training
@@ -150,7 +159,7 @@ def train(options: list[str], n_steps: int, folder: Path, name: str) -> None:
             "goes on from its last checkpoint."
         )
     record = {
-        "command": " ".join(["sb3-async1step", "train", *options, "-n", str(n_steps)]),
+        "command": describe_command(options, n_steps),
         "date": str(date.today()),
         "hardware": describe_hardware(),
         "versions": {name: version(name) for name in ("stable-baselines3", "torch", "gymnasium", "rl_zoo3")},
@@ -358,7 +367,7 @@ def run_and_evaluate(env_id: str, algo: str, options: list[str], n_steps: int, n
         final_returns = play(model, make_env(parts[-1], env_id, n_episodes), N_FINAL_EPISODES, deterministic=True)
     record = json.loads((folder / RECORD).read_text())
     # Older records do not have it
-    record.setdefault("command", " ".join(["sb3-async1step", "train", *options, "-n", str(n_steps)]))
+    record.setdefault("command", describe_command(options, n_steps))
     return Run(
         **record,
         n_steps=model.num_timesteps,

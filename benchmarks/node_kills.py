@@ -30,6 +30,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from benchmarks.learning import RESULTS, describe_hardware
 from benchmarks.scale_out import make_cartpole, make_lanes, simulated_machines
 from sb3_async1step import AsyncOneStepQ, RayVecEnv
+from sb3_async1step.common.model_file import write_atomically
 
 N_NODES, LANES_PER_NODE = 2, 8
 N_EPISODES = 20
@@ -155,16 +156,6 @@ def read_trainings(path: Path) -> list[KilledTraining]:
     return [KilledTraining(**training) for training in json.loads(path.read_text())] if path.exists() else []
 
 
-def write_trainings(path: Path, trainings: list[KilledTraining]) -> None:
-    """
-    :param path: of the results, which stay what they were if this is interrupted
-    :param trainings: all of them
-    """
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps([asdict(training) for training in trainings], indent=0))
-    part.replace(path)
-
-
 def main() -> None:
     """Train, and write what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -179,7 +170,8 @@ def main() -> None:
     for seed in sorted(set(range(options.trainings)) - done):
         trainings.append(train(seed, options.steps))
         print(trainings[-1].describe(), flush=True)
-        write_trainings(options.results, trainings)
+        results = json.dumps([asdict(training) for training in trainings], indent=0)
+        write_atomically(options.results, results.encode())
 
 
 if __name__ == "__main__":

@@ -433,6 +433,7 @@ def main() -> None:
     conditions = results.setdefault("conditions", {})
     floors: list[dict[str, float]] = []
     if "contenders" in arguments.only:
+        # With its threads and its memory gone before the contenders start
         results["limits"] = defaults.in_a_process_of_its_own(measure_limits)
     for name in arguments.only:
         take_part = (lambda: floors.append(measure_floor_of_a_worker())) if name == "contenders" else (lambda: None)

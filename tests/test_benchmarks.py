@@ -350,8 +350,16 @@ def test_peak_memory_is_that_of_the_program_alone():
     code = "import sys; block = b'x' * (100 * 2**20); sys.stdin.read(1)"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
         wait_until(lambda: read_peak_memory(process.pid) > 100)
-        process.stdin.close()
+        wait = process.wait
+
+        def end(timeout):
+            # Only now, when its memory has been read
+            process.stdin.close()
+            return wait(timeout)
+
+        process.wait = end
         assert 100 < wait_and_measure(process) < 300
+        process.wait = wait
     with pytest.raises(OSError):
         read_peak_memory(process.pid)
 

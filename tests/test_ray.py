@@ -294,14 +294,24 @@ def without_a_cluster():
     return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
 
-def test_nothing_is_left_of_a_cluster_of_our_own(tmp_path):
-    (tmp_path / "program.py").write_text(PROGRAM)
+def run_without_a_cluster(command, folder):
+    """What a program has printed."""
     result = subprocess.run(
-        [sys.executable, "program.py"],
-        cwd=tmp_path, env=without_a_cluster(), capture_output=True, text=True, timeout=DEADLINE, check=False,
+        command,
+        cwd=folder, env=without_a_cluster(), capture_output=True, text=True, timeout=DEADLINE, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-2:] == ["interrupted", "1000 []"]
+    return result.stdout
+
+
+def run_code(code, folder):
+    """The last two lines that a program has printed."""
+    (folder / "program.py").write_text(code)
+    return run_without_a_cluster([sys.executable, "program.py"], folder).splitlines()[-2:]
+
+
+def test_nothing_is_left_of_a_cluster_of_our_own(tmp_path):
+    assert run_code(PROGRAM, tmp_path) == ["interrupted", "1000 []"]
 
 
 JOINS = """
@@ -335,13 +345,7 @@ if __name__ == "__main__":
 
 def test_it_joins_a_cluster_and_leaves_it_running(tmp_path):
     """By default, each machine gets one node, and lanes by its CPUs."""
-    (tmp_path / "program.py").write_text(JOINS)
-    result = subprocess.run(
-        [sys.executable, "program.py"],
-        cwd=tmp_path, env=without_a_cluster(), capture_output=True, text=True, timeout=DEADLINE, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-2:] == ["400 [3.0, 1.0]", "[True, True]"]
+    assert run_code(JOINS, tmp_path) == ["400 [3.0, 1.0]", "[True, True]"]
 
 
 def test_a_killed_driver_leaves_nothing_and_its_training_goes_on(tmp_path):
@@ -358,9 +362,5 @@ def test_a_killed_driver_leaves_nothing_and_its_training_goes_on(tmp_path):
     assert psutil.wait_procs(processes, timeout=DEADLINE)[1] == []
     checkpoint = max(tmp_path.rglob("rl_model_*_steps.zip"), key=lambda path: path.stat().st_mtime_ns)
     n_steps = AsyncOneStepQ.load(checkpoint).num_timesteps
-    result = subprocess.run(
-        [*train, "-n", "200", "-i", str(checkpoint)],
-        env=without_a_cluster(), capture_output=True, text=True, timeout=DEADLINE, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    run_without_a_cluster([*train, "-n", "200", "-i", str(checkpoint)], tmp_path)
     assert AsyncOneStepQ.load(next(tmp_path.rglob("CartPole-v1_2/CartPole-v1.zip"))).num_timesteps == n_steps + 200

@@ -133,8 +133,10 @@ class Training:
         return self.server.exchange(Push(node, epoch, self.numbers[node], state.version, learned, [], {}, report))
 
     def begin(self):
+        """Let both nodes pull the parameters; returns the batches of the steps that they make from then on."""
         for node in (0, 1):
             self.push(node, change=None, n_steps=0)
+        return self.pool.batches()
 
     def lose_server(self):
         """Ray starts another one in the place of one that has died."""
@@ -157,8 +159,7 @@ def make_training(monkeypatch):
 
 def test_nodes_are_not_blamed_for_a_callback_that_takes_its_time(make_training):
     training = make_training()
-    training.begin()
-    batches = training.pool.batches()
+    batches = training.begin()
     for _ in range(2):
         for node in (0, 1):
             training.push(node)
@@ -201,8 +202,7 @@ def test_the_training_ends_without_a_node_that_cannot_start(make_training):
 
 def test_a_node_and_the_server_that_die_together(make_training):
     training = make_training()
-    training.begin()
-    batches = training.pool.batches()
+    batches = training.begin()
     for _ in range(20):
         for node in (0, 1):
             training.push(node)
@@ -221,8 +221,7 @@ def test_a_node_and_the_server_that_die_together(make_training):
 
 def test_the_parameters_stay_the_same_during_a_callback(make_training):
     training = make_training(outer_learning_rate=1.0)
-    training.begin()
-    batches = training.pool.batches()
+    batches = training.begin()
     training.push(0)
     next(batches)
     for _ in range(3):
@@ -241,8 +240,7 @@ def test_the_parameters_stay_the_same_during_a_callback(make_training):
 @pytest.mark.parametrize("looked_at", [False, True])
 def test_a_server_that_is_away_at_the_end(looked_at, make_training):
     training = make_training(outer_learning_rate=1.0, checkpoint_interval=10)
-    training.begin()
-    batches = training.pool.batches()
+    batches = training.begin()
     training.push(0)
     training.now = 11
     next(batches)
@@ -321,8 +319,7 @@ def test_targets_that_are_never_updated(value_based):
 def test_what_a_snapshot_plays_is_what_is_saved(make_training):
     """The parameters are the server's."""
     training = make_training(outer_learning_rate=1.0)
-    training.begin()
-    batches = training.pool.batches()
+    batches = training.begin()
     training.push(0)
     next(batches)
     training.model._pool = training.pool

@@ -313,7 +313,8 @@ class KeepsItsFeatures(BaseFeaturesExtractor):
 
 def test_each_worker_has_a_target_network_of_its_own(value_based):
     policy_kwargs = {"features_extractor_class": KeepsItsFeatures}
-    model = value_based("MlpPolicy", make_env(4), n_workers=2, target_update_interval=40, policy_kwargs=policy_kwargs)
+    # No update of the target network comes in between
+    model = value_based("MlpPolicy", make_env(4), n_workers=2, target_update_interval=1000, policy_kwargs=policy_kwargs)
     seen = []
 
     def look(locals_, globals_):

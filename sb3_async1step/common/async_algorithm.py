@@ -308,13 +308,16 @@ class AsyncAlgorithm(LiveAlgorithm):
             self._callback = callback
             check_evaluation_envs(callback)
             n_multiplications = self._count_multiplications()
-            n_workers = count_workers(self.n_workers, self.env, n_multiplications)
+            is_on_nodes = isinstance(self.env.unwrapped, RayVecEnv)
+            count = count_workers_of_nodes if is_on_nodes else count_workers
+            n_workers = count(self.n_workers, self.env, n_multiplications)
             self._update_schedules()
             try:
                 callback.on_training_start(locals(), globals())
-                if isinstance(self.env.unwrapped, RayVecEnv):
-                    self._run_nodes(call, n_multiplications, total_timesteps, callback, log_interval)
+                if is_on_nodes:
+                    self._run_nodes(call, n_workers, total_timesteps, callback, log_interval)
                 else:
+                    assert n_workers is not None
                     self._run_workers(call, n_workers, n_multiplications, total_timesteps, callback, log_interval)
             except BaseException:
                 close_progress_bars(callback)
@@ -363,13 +366,13 @@ class AsyncAlgorithm(LiveAlgorithm):
         self._lanes_may_be_anywhere = False
 
     def _run_nodes(
-        self, call: Call, n_multiplications: int, total_timesteps: int, callback: BaseCallback, log_interval: int | None
+        self, call: Call, n_workers: int | None, total_timesteps: int, callback: BaseCallback, log_interval: int | None
     ) -> None:
         """Let the nodes of a ``RayVecEnv`` learn, and follow them until they have ended."""
         env = self.env
         assert env is not None
         self._shared = self._share_parameters()
-        recipe = self._make_node_recipe(count_workers_of_nodes(self.n_workers, env, n_multiplications), total_timesteps)
+        recipe = self._make_node_recipe(n_workers, total_timesteps)
         self._pool = RayWorkerPool(
             env, recipe, self.update_interval, self._longest_sync_interval, self._shared, self._sync_after_jump
         )

@@ -195,15 +195,14 @@ class RayWorkerPool(Pool):
 
     def _start_node(self, number: int) -> None:
         node = self._base.nodes[number]
+        # A node that joins later begins with the parameters and the T of the start, too: when it pulls the present
+        # ones, it makes up for all updates of the target network
         recipe = replace(
             self._recipe,
             exchange=self.settings.exchange,
             wrappers=self._wrappers[number],
             lanes=node.lanes,
             n_cpus=node.place.n_cpus,
-            # Also for a node that joins later, with the parameters of the beginning: when it pulls the present ones, it
-            # makes up for all updates of the target network
-            num_timesteps=self._recipe.num_timesteps,
             seed=derive_seed(self._recipe.seed, self._recipe.num_timesteps, number, node.epoch),
             node=number,
             epoch=node.epoch,

@@ -51,13 +51,15 @@ class AleLane:
 
     :param settings: settings of the env that it replaces
     :param results_writer: writer of the monitor file of that env, None for no file
+    :param attributes: what can be asked of that env
     """
 
-    def __init__(self, settings: AtariSettings, results_writer: ResultsWriter | None) -> None:
+    def __init__(
+        self, settings: AtariSettings, results_writer: ResultsWriter | None, attributes: dict[str, Any]
+    ) -> None:
         self.settings = settings
         self.results_writer = results_writer
-        #: Of the env that it replaces
-        self.attributes: dict[str, Any] = {}
+        self.attributes = attributes
         self._start = time.time()
         self._lives = 0
         self._return = 0.0
@@ -196,9 +198,10 @@ class AleVecEnv(VecEnv):
                 )
         # Read all settings first: an env that cannot be replaced is refused before any engine starts
         settings = [read_settings(env) for env in envs]
-        self.lanes = [AleLane(s, find_results_writer(env)) for s, env in zip(settings, envs, strict=True)]
-        for game, env in zip(self.lanes, envs, strict=True):
-            game.attributes = {"render_mode": env.render_mode, "spec": env.spec}
+        self.lanes = [
+            AleLane(s, find_results_writer(env), {"render_mode": env.render_mode, "spec": env.spec})
+            for s, env in zip(settings, envs, strict=True)
+        ]
         super().__init__(len(envs), envs[0].observation_space, envs[0].action_space)
 
     def reset(self) -> np.ndarray:
