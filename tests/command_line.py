@@ -45,7 +45,7 @@ def call_zoo(words: list[str], folder: Path) -> tuple[int, str]:
     :return: exit code, and what was printed
     """
     # What --vec-env and --vec-env-kwargs replace for the rest of the process
-    defaults = {"default_vec_env_cls": None, "default_vec_env_kwargs": {}}
+    defaults = {"default_vec_env_cls": None, "default_vec_env_kwargs": {}, "own_vec_env": None}
     with patch.multiple(zoo.AsyncExperimentManager, **defaults), patch.dict(os.environ):
         return call_main(zoo.main, words, folder)
 

@@ -22,9 +22,10 @@ from stable_baselines3.common.monitor import load_results
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_async1step import A3C, AsyncNStepQ, AsyncOneStepQ, AsyncOneStepSarsa, MinAtarCNN, RayVecEnv
+from sb3_async1step.common.optimizers import OPTIMIZERS
 from sb3_async1step.registry import ALGORITHMS, Algorithm
 from sb3_async1step.value_based.algorithm import ValueBasedAlgorithm
-from sb3_async1step.value_based.search_space import NET_ARCHS, OPTIMIZERS
+from sb3_async1step.value_based.search_space import NET_ARCHS
 from sb3_async1step.zoo import (
     AsyncExperimentManager,
     cli,
@@ -298,9 +299,15 @@ def test_more_options_of_train(tmp_path):
     )
     (folder,) = (tmp_path / "logs" / "async_one_step_sarsa").glob("CartPole-v1_1_*-*")
     assert AsyncOneStepSarsa.load(folder / "CartPole-v1.zip").num_timesteps == 400
+    assert read_args(folder)["vec_env"] == "subproc"
     # Of both lanes: one may have made nearly all of the steps
     assert set(load_results(str(folder))["r"]) == {-1.0}
     assert "install W&B" in run("train --algo async_one_step_q --env CartPole-v1 --track", cwd=tmp_path, code=1)
+
+
+def read_args(folder):
+    (path,) = folder.glob("*/args.yml")
+    return yaml.unsafe_load(path.read_text())
 
 
 def test_atari_in_the_engine(tmp_path):
@@ -312,6 +319,7 @@ def test_atari_in_the_engine(tmp_path):
     folder = tmp_path / "logs" / "async_one_step_q" / "PongNoFrameskip-v4_1"
     assert AsyncOneStepQ.load(folder / "PongNoFrameskip-v4.zip").num_timesteps == 200
     assert "t_start" in (folder / "3.monitor.csv").read_text()
+    assert (read_args(folder)["vec_env"], read_args(folder)["vec_env_kwargs"]) == ("ale", {})
     wrong = run("train --algo async_one_step_q --env CartPole-v1 --vec-env ale", cwd=tmp_path, code=2)
     assert "AleVecEnv can't replace this env" in wrong
 
@@ -336,6 +344,10 @@ def test_videos(tmp_path):
     run("train --algo async_one_step_q --env CartPole-v1 -n 100 --eval-freq -1", cwd=tmp_path)
     run("record_video --algo async_one_step_q --env CartPole-v1 -f logs -n 20", cwd=tmp_path)
     (video,) = tmp_path.glob("logs/async_one_step_q/CartPole-v1_1/videos/*.mp4")
+    assert video.stat().st_size > 1000
+    # Without -f, an agent that comes with the package
+    run("record_video --algo a3c --env CartPole-v1 -o videos -n 20", cwd=tmp_path)
+    (video,) = tmp_path.glob("videos/*.mp4")
     assert video.stat().st_size > 1000
 
 
@@ -414,7 +426,7 @@ def test_samples_of_a3c():
     values = {
         "one_minus_gamma": 0.02, "one_minus_gae_lambda": 0.0625, "update_interval": 8, "learning_rate": 1e-3,
         "ent_coef": 0.01, "vf_coef": 0.5, "normalize_advantage": True, "max_grad_norm": 1.0, "rms_prop_eps": 1e-3,
-        "net_arch": "small", "activation_fn": "relu",
+        "net_arch": "small", "activation_fn": "relu", "optimizer": "adam",
     }  # fmt: skip
     hyperparams = sample("a3c", optuna.trial.FixedTrial(values))
     learning_rate = hyperparams.pop("learning_rate")
@@ -422,7 +434,7 @@ def test_samples_of_a3c():
     assert hyperparams == {
         "gamma": 0.98, "gae_lambda": 0.9375, "update_interval": 8, "ent_coef": 0.01, "vf_coef": 0.5,
         "normalize_advantage": True, "max_grad_norm": 1.0, "rms_prop_eps": 1e-3,
-        "policy_kwargs": {"net_arch": [64, 64], "activation_fn": th.nn.ReLU},
+        "policy_kwargs": {"net_arch": [64, 64], "activation_fn": th.nn.ReLU, "optimizer_class": th.optim.Adam},
     }  # fmt: skip
 
 
@@ -538,6 +550,11 @@ def test_other_folders_of_agents_are_the_users(tmp_path):
         ("train --algo async_one_step_r", "invalid choice: 'async_one_step_r'"),
         ("train --algo async_one_step_q --env CartPole-v9", "you maybe meant CartPole-v1"),
         ("train --algo async_one_step_q --env Blackjack-v1", "Hyperparameters not found for async_one_step_q"),
+        ("train --algo a3c --vec-env subprocess", "(choose from 'dummy', 'subproc', 'ale', 'healing', 'ray')"),
+        ("train --algo a3c --vec-env-kwargs start_method:\"'fork'\"", "DummyVecEnv got an unexpected keyword argument"),
+        ("train --algo a3c --vec-env healing --vec-env-kwargs n:1", "HealingVecEnv got an unexpected keyword argument"),
+        ("train --algo a3c -params learning_rate:lin_1e-3", "'lin_1e' is not defined. Values are Python, where a text"),
+        ("train --algo a3c -params n_workers:auto net_arch:[", "'auto' is not defined"),
     ],
 )
 def test_wrong_commands(arguments, problem, tmp_path):
@@ -549,7 +566,9 @@ def test_wrong_commands(arguments, problem, tmp_path):
 def test_help(tmp_path):
     help_page = run("--help", cwd=tmp_path)
     assert all(algo in help_page for algo in ALGORITHMS)
-    assert "--optimize-hyperparameters" in run("train --help", cwd=tmp_path)
+    help_of_train = run("train --help", cwd=tmp_path)
+    assert "--optimize-hyperparameters" in help_of_train
+    assert "--vec-env {dummy,subproc,ale,healing,ray}" in help_of_train and "--vec-env-kwargs" in help_of_train
     # A script of the Zoo's knows our algorithms
     assert "async_one_step_q" in run("record_video --help", cwd=tmp_path)
     module = sys.executable, "-m", "sb3_async1step.zoo"

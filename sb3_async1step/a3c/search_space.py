@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from sb3_async1step.common.optimizers import OPTIMIZERS
+
 if TYPE_CHECKING:
     import optuna
 
@@ -26,6 +28,8 @@ def sample_hyperparams(trial: "optuna.Trial") -> dict[str, Any]:
         "vf_coef": trial.suggest_float("vf_coef", 0.1, 1.0),
         "normalize_advantage": trial.suggest_categorical("normalize_advantage", [False, True]),
         "max_grad_norm": trial.suggest_float("max_grad_norm", 0.3, 40.0, log=True),
+        "optimizer": trial.suggest_categorical("optimizer", list(OPTIMIZERS)),
+        # Of SharedRMSprop
         "rms_prop_eps": trial.suggest_float("rms_prop_eps", 1e-5, 0.1, log=True),
         "net_arch": trial.suggest_categorical("net_arch", list(NET_ARCHS)),
         "activation_fn": trial.suggest_categorical("activation_fn", list(ACTIVATION_FNS)),
@@ -45,5 +49,6 @@ def convert_hyperparams(sampled: dict[str, Any]) -> dict[str, Any]:
     hyperparams["policy_kwargs"] = {
         "net_arch": NET_ARCHS[hyperparams.pop("net_arch")],
         "activation_fn": ACTIVATION_FNS[hyperparams.pop("activation_fn")],
+        "optimizer_class": OPTIMIZERS[hyperparams.pop("optimizer")],
     }
     return hyperparams

@@ -40,8 +40,8 @@ class SharedRMSprop(th.optim.Optimizer):
             raise ValueError(f"lr must not be negative, got {lr}")
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-        if eps < 0.0:
-            raise ValueError(f"eps must not be negative, got {eps}")
+        if not eps > 0.0:
+            raise ValueError(f"eps must be positive, got {eps}: an average of zero would be divided by its root")
         super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps})
         # Scratch memory of this object, which is neither shared between workers nor saved
         self._denominators: dict[th.Tensor, th.Tensor] = {}
@@ -85,3 +85,7 @@ class SharedRMSprop(th.optim.Optimizer):
         square_avg.mul_(alpha).addcmul_(gradient, gradient, value=1 - alpha)
         th.add(square_avg, eps, out=denominator).sqrt_()
         parameter.addcdiv_(gradient, denominator, value=-lr)
+
+
+#: Those that ``sb3-async1step train -optimize`` tries
+OPTIMIZERS = {"shared_rmsprop": SharedRMSprop, "adam": th.optim.Adam}

@@ -2,14 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
-import torch as th
-
-from sb3_async1step.common.optimizers import SharedRMSprop
+from sb3_async1step.common.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:
     import optuna
 
-OPTIMIZERS = {"shared_rmsprop": SharedRMSprop, "adam": th.optim.Adam}
 # Those that the RL Zoo calls so
 NET_ARCHS = {"small": [64, 64], "medium": [256, 256], "big": [400, 300]}
 

@@ -8,8 +8,10 @@ The commands are the Zoo's own, with all of their options.
 """
 
 import argparse
+import inspect
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -49,6 +51,12 @@ VEC_ENVS = {
     "ray": ("sb3_async1step.nodes.ray_vec_env", "RayVecEnv"),
 }
 
+#: Those of the Zoo's own parser
+ZOO_VEC_ENVS = {
+    "dummy": ("stable_baselines3.common.vec_env", "DummyVecEnv"),
+    "subproc": ("stable_baselines3.common.vec_env", "SubprocVecEnv"),
+}
+
 # Messages of exceptions that the user's command line causes, and that are printed without a traceback
 USER_ERRORS = (*ZOO_USER_ERRORS, "AleVecEnv can't replace this env")
 
@@ -69,19 +77,30 @@ def take_vec_env_options(arguments: list[str]) -> list[str]:
     :param arguments: arguments of the command line of ``train``
     :return: the arguments for the Zoo's parser
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--vec-env")
-    parser.add_argument("--vec-env-kwargs", nargs="+", action=StoreDict, default={})
+    parser = argparse.ArgumentParser(prog=sys.argv[0], add_help=False, allow_abbrev=False)
+    group = parser.add_argument_group("options of this package")
+    group.add_argument(
+        "--vec-env", choices=["dummy", "subproc", *VEC_ENVS], default="dummy", help="class of the VecEnv"
+    )
+    group.add_argument(
+        "--vec-env-kwargs", nargs="+", action=StoreDict, default={}, help="its arguments, e.g. start_method:\"'fork'\""
+    )
     options, others = parser.parse_known_args(arguments)
-    AsyncExperimentManager.default_vec_env_kwargs = options.vec_env_kwargs
-    if options.vec_env is None:
-        return others
-    if options.vec_env not in VEC_ENVS:
-        return [*others, "--vec-env", options.vec_env]
+    if {"-h", "--help"} & {*arguments}:
+        print(parser.format_help().partition("\n\n")[2], "the Zoo's own:", sep="\n")
+    module, name = (VEC_ENVS | ZOO_VEC_ENVS)[options.vec_env]
     if options.vec_env == "ray":
         check_ray()
-    module, name = VEC_ENVS[options.vec_env]
-    replace_vec_env_class(AsyncExperimentManager, getattr(import_module(module), name))
+    vec_env_class = getattr(import_module(module), name)
+    try:
+        inspect.signature(vec_env_class).bind([], **options.vec_env_kwargs)
+    except TypeError as error:
+        fail(f"--vec-env-kwargs: {name} {error}")
+    AsyncExperimentManager.default_vec_env_kwargs = options.vec_env_kwargs
+    if options.vec_env in ZOO_VEC_ENVS:
+        return [*others, "--vec-env", options.vec_env]
+    AsyncExperimentManager.own_vec_env = options.vec_env
+    replace_vec_env_class(AsyncExperimentManager, vec_env_class)
     return others
 
 
@@ -89,7 +108,7 @@ def find_agents(arguments: list[str]) -> list[str]:
     """
     Look for our algorithms' agents among those of this package, unless a folder is given.
 
-    :param arguments: arguments of the command line of ``enjoy``
+    :param arguments: arguments of the command line of ``enjoy`` or ``record_video``
     :return: the arguments for the Zoo's parser
     """
     parser = argparse.ArgumentParser(add_help=False)
@@ -130,6 +149,8 @@ def run(command: str) -> None:
     else:
         if command in REPAIRS:
             REPAIRS[command]()
+        if command == "record_video":
+            sys.argv[1:] = find_agents(sys.argv[1:])
         run_zoo_script(command, program=[sys.executable, "-m", "sb3_async1step.zoo"])
 
 
@@ -183,3 +204,8 @@ def main() -> None:
         if not any(message in str(error) for message in USER_ERRORS):
             raise
         fail(str(error))
+    except (NameError, SyntaxError) as error:
+        # The Zoo evaluates the values of --hyperparams, --env-kwargs and the like as Python
+        if not any(frame.filename == "<string>" for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        fail(f"{error}. Values are Python, where a text needs quotes of its own: -params learning_rate:\"'lin_1e-3'\"")

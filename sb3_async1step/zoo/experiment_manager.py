@@ -91,6 +91,8 @@ class AsyncExperimentManager(ExperimentManager):
         algorithms get their file of tuned hyperparameters
     """
 
+    #: ``--vec-env``, if it is one that the Zoo does not know
+    own_vec_env: ClassVar[str | None] = None
     #: Keyword arguments of the VecEnv's class, beside the Zoo's
     default_vec_env_kwargs: ClassVar[dict[str, Any]] = {}
 
@@ -98,6 +100,9 @@ class AsyncExperimentManager(ExperimentManager):
         if kwargs.get("config") is None and algo in ALGORITHMS:
             kwargs["config"] = hyperparams_path(algo)
         super().__init__(args, algo, *positional, **kwargs)
+        # What is written to args.yml
+        args.vec_env = self.own_vec_env or args.vec_env
+        args.vec_env_kwargs = self.default_vec_env_kwargs
         self.vec_env_kwargs = {**self.vec_env_kwargs, **self.default_vec_env_kwargs}
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
