@@ -1,6 +1,8 @@
 """What A3C has and the value-based methods have not: all action spaces, SB3's actor-critic policies, A2C's logs."""
 
+import copy
 import json
+import pickle
 import threading
 
 import numpy as np
@@ -20,7 +22,7 @@ from sb3_async1step import A3C, NipsCNN, SharedRMSprop
 from sb3_async1step.a3c import MlpPolicy
 from sb3_async1step.a3c.random_draws import DRAWING_FUNCTIONS, DrawFrom
 from tests.envs import BoxWalkEnv, RandomWalkEnv, make_env
-from tests.helpers import are_equal, weights_of, with_worker
+from tests.helpers import DEADLINE, are_equal, weights_of, with_worker
 from tests.test_vec_env_split import DictEnv
 
 
@@ -164,7 +166,8 @@ def test_noise_is_drawn_from_the_workers_own_generator():
         ({"ent_coef": "auto"}, "ent_coef must be a finite number of at least 0, got 'auto'"),
         ({"vf_coef": float("inf")}, "vf_coef must be a finite number of at least 0, got inf"),
         ({"vf_coef": float("nan")}, "vf_coef must be a finite number of at least 0, got nan"),
-        ({"rms_prop_eps": -1e-5}, "rms_prop_eps must be a finite number of at least 0, got -1e-05"),
+        ({"rms_prop_eps": -1e-5}, "rms_prop_eps must be positive, got -1e-05"),
+        ({"rms_prop_eps": 0.0}, "rms_prop_eps must be positive, got 0.0"),
         ({"sde_sample_freq": 0}, "sde_sample_freq must be -1, or 1 or more, got 0"),
         ({"sde_sample_freq": -2}, "sde_sample_freq must be -1, or 1 or more, got -2"),
         ({"sde_sample_freq": 1.5}, "sde_sample_freq must be -1, or 1 or more, got 1.5"),
@@ -203,6 +206,40 @@ class OwnPolicy(ActorCriticPolicy):
 
     def _get_action_dist_from_latent(self, latent_pi):
         return self.action_dist.proba_distribution(self.action_net(latent_pi) / self.temperature)
+
+
+class Rigid(ActorCriticPolicy):
+    """Acts by its ``forward()``, as A2C's policies do."""
+
+    def forward(self, obs, deterministic=False):
+        actions, values, log_prob = super().forward(obs, deterministic)
+        return th.zeros_like(actions), values, log_prob
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_workers_act_by_the_users_forward(n_workers):
+    class Record(BaseCallback):
+        actions = ()
+
+        def _on_step(self):
+            self.actions = (*self.actions, *self.locals["actions"])
+            return True
+
+    seen = []
+    for policy in (Rigid, "MlpPolicy"):
+        callback = Record()
+        A3C(policy, make_env(4), n_workers=n_workers, seed=0).learn(100, callback=callback)
+        seen.append(set(callback.actions))
+    assert seen[0] == {0} and len(seen[1]) > 1
+
+
+def test_a_compiled_policy():
+    model = A3C("MlpPolicy", make_env(4), n_workers=2, seed=0)
+    before = weights_of(model)
+    model.policy = th.compile(model.policy, backend="eager")
+    model.learn(100)
+    assert not are_equal(before, weights_of(model))
+    assert model.predict(np.zeros((3, 4), np.float32))[0].shape == (3,)
 
 
 @pytest.mark.parametrize("n_workers", [1, 2])
@@ -294,6 +331,8 @@ def test_the_optimizer():
     assert isinstance(A3C("MlpPolicy", make_env(2)).policy.optimizer, SharedRMSprop)
     with_eps = A3C("MlpPolicy", make_env(2), rms_prop_eps=0.01).policy.optimizer
     assert {group["eps"] for group in with_eps.param_groups} == {0.01}
+    named = A3C("MlpPolicy", make_env(2), rms_prop_eps=0.01, policy_kwargs={"optimizer_class": SharedRMSprop})
+    assert {group["eps"] for group in named.policy.optimizer.param_groups} == {0.01}
     adam = {"optimizer_class": th.optim.Adam, "optimizer_kwargs": {"eps": 1e-3}}
     other = A3C("MlpPolicy", make_env(2), rms_prop_eps=0.01, policy_kwargs=adam).policy.optimizer
     assert isinstance(other, th.optim.Adam) and other.param_groups[0]["eps"] == 1e-3
@@ -452,3 +491,60 @@ def test_predict_explores_with_the_noise_of_today(n_workers):
     observation = np.full(env.observation_space.shape, 0.5, np.float32)
     actions = [model.predict(observation, deterministic=choice)[0] for choice in (False, True)]
     np.testing.assert_allclose(*actions, atol=0.5)
+
+
+@pytest.mark.parametrize("use_sde", [False, True])
+def test_copies_of_a_policy_with_graphs(use_sde):
+    """SB3's distributions keep what they were last called with, in graphs, which can't be copied."""
+    model = A3C("MlpPolicy", make_env(2, BoxWalkEnv), use_sde=use_sde, seed=0)
+    observations = np.zeros((2, 4), np.float32)
+    copies = [copy.deepcopy(model)]
+
+    def look(locals_, globals_):
+        model.policy.evaluate_actions(th.zeros(2, 4), th.zeros(2, 2))
+        copies.append(copy.deepcopy(model))
+        return True
+
+    model.learn(4, callback=look)
+    copies.append(copy.deepcopy(model))
+    for twin in (*copies, pickle.loads(pickle.dumps(model))):
+        assert twin.predict(observations, deterministic=True)[0].shape == (2, 2)
+        assert twin.predict(observations)[0].shape == (2, 2)
+        twin.learn(4)
+    assert are_equal(weights_of(copy.deepcopy(model)), weights_of(model))
+    if use_sde:
+        assert th.equal(
+            copy.deepcopy(model).policy.action_dist.exploration_mat, model.policy.action_dist.exploration_mat
+        )
+
+
+def test_envs_that_play_against_the_model():
+    """Two workers ask it for actions at the same time. SB3's policies keep the parameters of one distribution."""
+    observations = np.random.default_rng(0).normal(size=(2, 100, 4)).astype(np.float32)
+    both, is_playing = threading.Barrier(2), threading.local()
+
+    class Meeting(MlpPolicy):
+        def get_distribution(self, obs):
+            distribution = super().get_distribution(obs)
+            if getattr(is_playing, "yes", False):
+                both.wait(DEADLINE)
+            return distribution
+
+    class Duel(RandomWalkEnv):
+        def step(self, action):
+            number = self.unwrapped.number
+            is_playing.yes = True
+            answers[number], _ = model.predict(observations[number], deterministic=True)
+            is_playing.yes = False
+            return super().step(action)
+
+    env = make_env(2, Duel)
+    for number, lane in enumerate(env.envs):
+        lane.unwrapped.number = number
+    model = A3C(Meeting, env, n_workers=2, seed=0)
+    expected = [model.predict(row, deterministic=True)[0] for row in observations]
+    assert not np.array_equal(*expected)
+    answers = [None, None]
+    # No update within the first segment
+    model.learn(2)
+    assert all(np.array_equal(*pair) for pair in zip(answers, expected, strict=True))

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from stable_baselines3 import DQN
+from stable_baselines3 import A2C, DQN
 from stable_baselines3.common.callbacks import (
     BaseCallback,
     CallbackList,
@@ -54,6 +54,7 @@ class Recorder(BaseCallback):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_order_of_calls(algorithm, backend):
+    """That of SB3's A2C."""
     recorder = Recorder()
     model = algorithm("MlpPolicy", make_env(4), n_workers=2, update_interval=3, backend=backend)
     model.learn(20, callback=recorder)
@@ -61,6 +62,100 @@ def test_order_of_calls(algorithm, backend):
         "training_start", "rollout_start", 4, 8, 12, "rollout_end", "rollout_start", 16, 20, "rollout_end",
         "training_end",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("n_steps", "stop_at"), [(24, None), (24, 8), (24, 12), (12, None), (0, None)])
+def test_calls_are_a2cs(algorithm, n_steps, stop_at):
+    """Also if the last rollout is complete, if a callback stops the training, and if there is nothing to learn."""
+
+    def record(algorithm, **kwargs):
+        recorder = Recorder()
+        stop = ConvertCallback(lambda locals_, globals_: locals_["self"].num_timesteps != stop_at)
+        algorithm("MlpPolicy", make_env(4), **kwargs).learn(n_steps, callback=[recorder, stop])
+        return recorder.tape
+
+    assert record(algorithm, n_workers=1, update_interval=3) == record(A2C, n_steps=3)
+
+
+def test_locals_and_arguments_are_sb3s(algorithm):
+    seen = []
+    env = make_env(4)
+    model = algorithm("MlpPolicy", env, n_workers=2)
+    model.learn(8, callback=lambda locals_, globals_: seen.append(locals_) or True)
+    assert all(locals_["env"] is env and locals_["clipped_actions"] is locals_["actions"] for locals_ in seen)
+
+    class AtStart(BaseCallback):
+        def _on_training_start(self):
+            seen.append(self.locals["tb_log_name"])
+
+        def _on_step(self):
+            return True
+
+    model.learn(8, callback=AtStart())
+    assert seen[-1] == algorithm.__name__
+
+
+def test_training_start_is_early_enough_for_settings(algorithm):
+    """Workers are made afterwards, and numbers that the constructor refuses are refused."""
+
+    class Set(BaseCallback):
+        def __init__(self, **settings):
+            super().__init__()
+            self.settings = settings
+
+        def _on_training_start(self):
+            for name, value in self.settings.items():
+                setattr(self.model, name, value)
+
+        def _on_rollout_start(self):
+            pool, _ = self.model.get_workers()
+            self.workers = pool.workers
+
+        def _on_step(self):
+            return True
+
+    callback = Set(n_workers=4, gamma=0.5, update_interval=7)
+    model = algorithm("MlpPolicy", make_env(4), n_workers=1).learn(8, callback=callback)
+    seen = [(worker.n_lanes, worker.settings.gamma, worker.settings.update_interval) for worker in callback.workers]
+    assert seen == [(1, 0.5, 7)] * 4
+    with pytest.raises(ValueError, match="gamma must be in"):
+        model.learn(8, callback=Set(gamma=7.0))
+    model.gamma, model.n_workers = 0.5, "many"
+    with pytest.raises(ValueError, match="n_workers"):
+        model.learn(8)
+
+
+def test_epsilons_set_at_training_start():
+    class Set(BaseCallback):
+        epsilons = ()
+
+        def _on_training_start(self):
+            self.model.exploration_initial_eps = self.model.exploration_final_eps = 0.3
+            self.model.exploration_final_probs = [1.0]
+
+        def _on_step(self):
+            pool, _ = self.model.get_workers()
+            self.epsilons = pool.workers[0].settings.exploration(1.0)
+            return True
+
+    callback = Set()
+    model = AsyncOneStepQ("MlpPolicy", make_env(4), n_workers=1).learn(40, callback=callback)
+    assert np.array_equal(callback.epsilons, [0.3] * 4) and model.exploration_rate == pytest.approx(0.3)
+
+
+def test_the_training_env_is_free_when_the_training_ends(algorithm):
+    class Evaluate(BaseCallback):
+        mean = None
+
+        def _on_training_end(self):
+            self.mean, _ = evaluate_policy(self.model, self.training_env, n_eval_episodes=4, warn=False)
+
+        def _on_step(self):
+            return True
+
+    callback = Evaluate()
+    algorithm("MlpPolicy", make_env(4), n_workers=2).learn(40, callback=callback)
+    assert callback.mean is not None
 
 
 @pytest.mark.parametrize("n_envs", [1, 4])

@@ -26,7 +26,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
 from sb3_async1step import A3C, AsyncNStepQ, AsyncOneStepQ, HistogramCallback, SharedRMSprop
-from tests.helpers import DEADLINE, meanwhile, wait_until
+from tests.helpers import DEADLINE, is_waiting, meanwhile, wait_until
 
 SMALL = {"net_arch": [4]}
 with_workers = pytest.mark.parametrize("n_workers", [1, 2])
@@ -785,3 +785,30 @@ def test_parameters_that_are_set_between_two_trainings(algorithm, monkeypatch):
     monkeypatch.setattr(model.actor_learner_class, "compute_loss", look)
     model.learn(60, reset_num_timesteps=False)
     assert len(seen) >= 2 and min(seen) > 45
+
+
+def test_threads_take_turns_with_the_whole_model(algorithm):
+    """A file that is saved does not hold half of what another thread sets."""
+    model = make_model(algorithm, 1)
+    order = []
+
+    def close():
+        with model._gate.closed():
+            order.append("second")
+
+    thread = threading.Thread(target=close)
+    with model._gate.closed():
+        thread.start()
+        wait_until(lambda: is_waiting(thread))
+        model.save(io.BytesIO())
+        order.append("first")
+    thread.join(DEADLINE)
+    assert order == ["first", "second"]
+
+
+def test_eval_eps_is_checked_where_it_is_used(value_based):
+    model = make_model(value_based, 1)
+    model.eval_eps = 7
+    assert model.predict(np.zeros(4, np.float32), deterministic=True)[0] in (0, 1)
+    with pytest.raises(ValueError, match="eval_eps must be in"):
+        model.predict(np.zeros(4, np.float32))

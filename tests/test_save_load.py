@@ -412,3 +412,28 @@ def test_an_envs_state_is_not_in_the_file(tmp_path):
     for word in ("_thread", "RandomWalkEnv", "ActorLearner object", "WorkerPool"):
         assert word not in data
     assert len(data) < 50_000
+
+
+def test_another_seed_than_the_files(algorithm):
+    """Seeds of a study that begins with one file; the file's own seed goes on where its training stopped."""
+
+    def act(model):
+        actions = []
+        model.learn(40, callback=lambda locals_, globals_: actions.append(locals_["actions"]) or True)
+        return np.array(actions)
+
+    file = io.BytesIO()
+    algorithm("MlpPolicy", make_env(4), n_workers=2, backend="serial", seed=3, update_interval=100).learn(8).save(file)
+
+    def load(**kwargs):
+        file.seek(0)
+        return algorithm.load(file, env=make_env(4), **kwargs)
+
+    goes_on = act(load())
+    assert np.array_equal(act(load(seed=3)), goes_on)
+    one, two = act(load(seed=1)), act(load(seed=2))
+    assert not np.array_equal(one, two) and not np.array_equal(one, goes_on)
+    assert np.array_equal(act(load(seed=1)), one)
+    model = load()
+    model.seed = 1
+    assert np.array_equal(act(model), one)

@@ -8,7 +8,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_async1step.a3c.actor_learner import A3CActorLearner, A3CSettings
-from sb3_async1step.a3c.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_async1step.a3c.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, view_policy
 from sb3_async1step.common.async_algorithm import AsyncAlgorithm, Backend, SelfAsyncAlgorithm
 from sb3_async1step.common.optimizers import SharedRMSprop
 from sb3_async1step.common.parameter_checks import (
@@ -16,6 +16,7 @@ from sb3_async1step.common.parameter_checks import (
     check_bool,
     check_first_action,
     check_not_negative,
+    check_positive,
     check_unit_interval,
     is_whole,
 )
@@ -167,7 +168,7 @@ class A3C(AsyncAlgorithm):
 
     def _make_policy(self) -> BasePolicy:
         policy_kwargs = dict(self.policy_kwargs)
-        if "optimizer_class" not in policy_kwargs:
+        if policy_kwargs.get("optimizer_class", SharedRMSprop) is SharedRMSprop:
             optimizer_kwargs = policy_kwargs.get("optimizer_kwargs") or {}
             policy_kwargs["optimizer_class"] = SharedRMSprop
             policy_kwargs["optimizer_kwargs"] = {"eps": self.rms_prop_eps, **optimizer_kwargs}
@@ -178,7 +179,8 @@ class A3C(AsyncAlgorithm):
     def _check_parameters(self) -> None:
         super()._check_parameters()
         check_unit_interval(gae_lambda=self.gae_lambda)
-        check_not_negative(ent_coef=self.ent_coef, vf_coef=self.vf_coef, rms_prop_eps=self.rms_prop_eps)
+        check_not_negative(ent_coef=self.ent_coef, vf_coef=self.vf_coef)
+        check_positive(rms_prop_eps=self.rms_prop_eps)
         check_bool(normalize_advantage=self.normalize_advantage, use_sde=self.use_sde)
         freq = self.sde_sample_freq
         check("sde_sample_freq", freq, is_whole(freq) and (freq == -1 or freq >= 1), "-1, or 1 or more")
@@ -205,7 +207,13 @@ class A3C(AsyncAlgorithm):
         )
 
     def _share_parameters(self) -> SharedParameters:
-        return SharedParameters(self.policy, self.policy, self.lock_updates)
+        # A compiled policy is a wrapper
+        policy = getattr(self.policy, "_orig_mod", self.policy)
+        return SharedParameters(policy, policy, self.lock_updates)
+
+    def _view_policy(self) -> BasePolicy:
+        # A compiled policy is none
+        return view_policy(self.policy) if isinstance(self.policy, ActorCriticPolicy) else self.policy
 
     def _forward_once(self, observation: Any) -> None:
         # A features extractor may change its input in place
@@ -240,10 +248,16 @@ class A3C(AsyncAlgorithm):
     def _log_is_due(self, log_interval: int, n_episodes_before: int, n_batches: int) -> bool:
         return n_batches % (log_interval * self.update_interval) == 0
 
-    def dump_logs(self) -> None:
-        """Write log data: A2C's keys, and the ``async/*`` metrics over the updates since the last log."""
+    def dump_logs(self, iteration: int | None = None) -> None:
+        """
+        Write log data: A2C's keys, and the ``async/*`` metrics over the updates since the last log.
+
+        :param iteration: what is logged as ``time/iterations``, by default the number of iterations of this training
+        """
         self._record_updates()
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
-        n_batches = (self.num_timesteps - self._num_timesteps_at_start) // self.n_envs
-        dump_logs_by_iterations(self, n_batches // self.update_interval)
+        if iteration is None:
+            n_batches = (self.num_timesteps - self._num_timesteps_at_start) // self.n_envs
+            iteration = n_batches // self.update_interval
+        dump_logs_by_iterations(self, iteration)

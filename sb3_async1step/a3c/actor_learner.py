@@ -74,12 +74,19 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
         if self.settings.use_sde and freq > 0 and n_steps // freq >= self._n_draws:
             self._draw_noise()
         with th.no_grad(), self._noise_of(lanes):
-            distribution = self.acting_policy.get_distribution(self.to_tensor(take_rows(self.observations, lanes)))
-            actions = self._draw(distribution.get_actions).cpu().numpy()
+            actions = self._act(self.to_tensor(take_rows(self.observations, lanes))).cpu().numpy()
         # Distributions flatten continuous actions
         shape = self.settings.action_space.shape
         assert shape is not None
         return actions.reshape(-1, *shape)
+
+    def _act(self, observations: Any) -> th.Tensor:
+        policy = self.acting_policy
+        if type(policy).forward is not ActorCriticPolicy.forward:
+            # A user's own, by which A2C acts
+            return self._draw(lambda: policy(observations)[0])
+        # The same without the values
+        return self._draw(policy.get_distribution(observations).get_actions)
 
     def to_env_actions(self, actions: np.ndarray) -> np.ndarray:
         # As SB3's A2C does

@@ -1,5 +1,6 @@
 """SB3's actor-critic policies, with mixed precision, for action spaces that start anywhere."""
 
+import copy
 from typing import Any
 
 import torch as th
@@ -48,3 +49,21 @@ class CnnPolicy(MlpPolicy, ActorCriticCnnPolicy):  # type: ignore[misc]
 
 class MultiInputPolicy(MlpPolicy, MultiInputActorCriticPolicy):  # type: ignore[misc]
     """SB3's ``MultiInputActorCriticPolicy``, with the parameters of :class:`MlpPolicy`."""
+
+
+def view_policy(policy: ActorCriticPolicy) -> ActorCriticPolicy:
+    """
+    SB3's policies keep the parameters of the last distribution between two calls, with the graph in which they were
+    computed: other threads must not replace them meanwhile, and a graph can't be copied.
+
+    :param policy: a policy
+    :return: the same modules and parameters, with a distribution of its own
+    """
+    view = copy.copy(policy)
+    view.action_dist = copy.copy(policy.action_dist)
+    for name, value in vars(policy.action_dist).items():
+        if isinstance(value, th.Tensor):
+            setattr(view.action_dist, name, value.detach())
+        elif name in ("distribution", "weights_dist"):
+            setattr(view.action_dist, name, None)
+    return view

@@ -166,6 +166,8 @@ class AsyncAlgorithm(LiveAlgorithm):
         self.lock_updates = lock_updates
         self.backend = backend
         self._random_generators: list[np.random.Generator] = []
+        # What they were made from
+        self._seed_of_generators = seed
         check_n_workers(n_workers, self.env)
 
     def _setup_runtime(self) -> None:
@@ -261,6 +263,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         if not self._gate.begin_learning(call):
             raise RuntimeError("This model's learn() is running already; another thread or a callback called it again.")
         try:
+            tb_log_name = tb_log_name or type(self).__name__
             self._train(call, total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
         finally:
             # Twice, since a Ctrl-C may interrupt the first
@@ -276,7 +279,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         total_timesteps: int,
         callback: MaybeCallback,
         log_interval: int | None,
-        tb_log_name: str | None,
+        tb_log_name: str,
         reset_num_timesteps: bool,
         progress_bar: bool,
     ) -> None:
@@ -303,17 +306,19 @@ class AsyncAlgorithm(LiveAlgorithm):
             self._process_watcher.start()
             warn_of_frames_skipped_twice(self.env)
             total_timesteps, callback = self._setup_learn(
-                total_timesteps, callback, reset_num_timesteps, tb_log_name or type(self).__name__, progress_bar
+                total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
             )
             self._callback = callback
             check_evaluation_envs(callback)
-            n_multiplications = self._count_multiplications()
-            is_on_nodes = isinstance(self.env.unwrapped, RayVecEnv)
-            count = count_workers_of_nodes if is_on_nodes else count_workers
-            n_workers = count(self.n_workers, self.env, n_multiplications)
-            self._update_schedules()
             try:
                 callback.on_training_start(locals(), globals())
+                # Which it may have set
+                self._check_parameters()
+                self._update_schedules()
+                n_multiplications = self._count_multiplications()
+                is_on_nodes = isinstance(self.env.unwrapped, RayVecEnv)
+                count = count_workers_of_nodes if is_on_nodes else count_workers
+                n_workers = count(self.n_workers, self.env, n_multiplications)
                 if is_on_nodes:
                     self._run_nodes(call, n_workers, total_timesteps, callback, log_interval)
                 else:
@@ -325,6 +330,8 @@ class AsyncAlgorithm(LiveAlgorithm):
         except BaseException as exception:
             self._process_watcher.check(exception)
             raise
+        # The lanes stand still, and a callback may play in them
+        unguard_vec_env(self.env)
         callback.on_training_end()
 
     def _run_workers(
@@ -467,12 +474,16 @@ class AsyncAlgorithm(LiveAlgorithm):
     def _follow(self, pool: Pool, callback: BaseCallback, log_interval: int | None) -> None:
         """Count, log and call back, once for every ``num_envs`` transitions that the workers make."""
         assert self.env is not None
-        base = self.env.unwrapped
+        # SB3's callbacks look for these names, and for those below
+        env = self.env
+        base = env.unwrapped
         heap = HeapTrimmer()
-        callback.on_rollout_start()
+        n_rollout_steps = 0
+        if self.num_timesteps < self._total_timesteps:
+            callback.on_rollout_start()
         for n_batches, transitions in enumerate(pool.batches(), start=1):
-            # SB3's callbacks look for these names
-            actions, new_obs, rewards = transitions.actions, transitions.new_obs, transitions.rewards
+            actions = clipped_actions = transitions.actions
+            new_obs, rewards = transitions.new_obs, transitions.rewards
             dones, infos = transitions.dones, transitions.infos
             n_episodes_before = self._episode_num
             with self._gate.passed():
@@ -482,16 +493,20 @@ class AsyncAlgorithm(LiveAlgorithm):
             if len(transitions) == pool.num_envs:
                 callback.update_locals(locals())
                 if not callback.on_step():
-                    break
+                    return
+                n_rollout_steps += 1
             with self._gate.passed():
                 self._update_schedules()
                 if log_interval and self._log_is_due(log_interval, n_episodes_before, n_batches):
                     self.dump_logs()
-            if n_batches % self.update_interval == 0:
+            if n_rollout_steps >= self.update_interval:
                 callback.on_rollout_end()
-                callback.on_rollout_start()
+                n_rollout_steps = 0
+                if self.num_timesteps < self._total_timesteps:
+                    callback.on_rollout_start()
             heap.trim_when_due()
-        callback.on_rollout_end()
+        if n_rollout_steps > 0:
+            callback.on_rollout_end()
 
     def _make_workers(
         self, envs: Sequence[Lanes | VecEnv], groups: list[range], observations: Observations
@@ -520,7 +535,8 @@ class AsyncAlgorithm(LiveAlgorithm):
 
     def _get_random_generators(self, n_workers: int) -> list[np.random.Generator]:
         """One generator for each worker, from one seed sequence; they go on from one ``learn()`` to the next."""
-        if len(self._random_generators) != n_workers:
+        if len(self._random_generators) != n_workers or self._seed_of_generators != self.seed:
+            self._seed_of_generators = self.seed
             # Without a seed, follow numpy's global generator, which users may have seeded
             seed = np.random.randint(2**31) if self.seed is None else self.seed
             self._random_generators = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(n_workers)]

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file, open_path, recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv, TensorDict
 from stable_baselines3.common.utils import check_for_correct_spaces
@@ -172,7 +173,14 @@ class LiveAlgorithm(BaseAlgorithm):
         """
         with self._gate.closed():
             self._refresh()
-            return super().predict(observation, state, episode_start, deterministic)
+            return self._view_policy().predict(observation, state, episode_start, deterministic)
+
+    def _view_policy(self) -> BasePolicy:
+        """
+        :return: the policy, as one that can be copied, and of which this thread alone asks actions: several workers may
+            do so at the same time, if their envs play against the model
+        """
+        return self.policy
 
     def save(
         self,
@@ -350,6 +358,8 @@ class LiveAlgorithm(BaseAlgorithm):
             left_out = {*self._runtime_attributes, "_logger"}
             state = {name: value for name, value in self.__dict__.items() if name not in left_out}
             state["_custom_logger"] = False
+            if "policy" in state:
+                state["policy"] = self._view_policy()
             if self._pool is None:
                 return state
             # The workers go on before the state has been written

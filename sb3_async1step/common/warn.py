@@ -43,8 +43,7 @@ def without_autocast(device: th.device) -> AbstractContextManager[Any]:
     if not th.is_autocast_enabled(device.type):
         return nullcontext()
     warn_the_caller(
-        "learn() ignores torch.autocast. The policies of the value-based algorithms compute in bfloat16 with "
-        "policy_kwargs=dict(mixed_precision=True)."
+        "learn() ignores torch.autocast. Policies compute in bfloat16 with policy_kwargs=dict(mixed_precision=True)."
     )
     return th.autocast(device.type, enabled=False)
 

@@ -291,6 +291,8 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         actions, state = super().predict(observation, state, episode_start, deterministic)
         if deterministic:
             return actions, state
+        # A callback may have set it
+        check_unit_interval(eval_eps=self.eval_eps)
         explores = np.random.random(actions.shape) < self.eval_eps
         random_actions = np.random.randint(self.action_space.n, size=actions.shape) + self.action_space.start
         return np.where(explores, random_actions, actions), state

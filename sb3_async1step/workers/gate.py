@@ -153,7 +153,7 @@ class Gate:
     def closed(self) -> "_Closed":
         """
         Wait until no thread is inside, and keep all threads from entering until the end of the ``with`` block. Any
-        thread may call this.
+        thread may call this; threads that call it at the same time take turns.
 
         :return: a context manager
         """
@@ -186,7 +186,8 @@ class Gate:
         deadline = time.monotonic() + timeout
         self.wait_for(lambda: not self._waiting or time.monotonic() > deadline)
         self._closing.add(call)
-        self.wait_for(lambda: not self._inside or time.monotonic() > deadline)
+        # One after another: a file that is saved must not hold half of the parameters that another thread sets
+        self.wait_for(lambda: (not self._inside and self._closing.list()[0] is call) or time.monotonic() > deadline)
 
     def open(self, call: Call) -> None:
         """
