@@ -226,14 +226,17 @@ def main() -> None:
     parser.add_argument("--algo", required=True, choices=VALUE_BASED)
     parser.add_argument("--env", required=True, choices=TASKS)
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder for the measurements")
     arguments = parser.parse_args()
     register_minatar()
-    path = results_path(arguments.env, arguments.algo)
+    path = arguments.results / results_path(arguments.env, arguments.algo).name
     for setting in list_settings(arguments.seeds):
-        if not is_measured(read_measurements(path), setting):
-            measurement = measure(arguments.env, arguments.algo, setting)
-            append_measurement(path, measurement)
-            print(*setting, measurement.steps, measurement.seconds, flush=True)
+        if is_measured(read_measurements(path), setting):
+            print(*setting, f"is in {path} already: remove it, or name another folder with --results", flush=True)
+            continue
+        measurement = measure(arguments.env, arguments.algo, setting)
+        append_measurement(path, measurement)
+        print(*setting, measurement.steps, measurement.seconds, flush=True)
 
 
 if __name__ == "__main__":

@@ -187,6 +187,7 @@ def main() -> None:
     for seed in arguments.seeds:
         path = result_path(arguments.results, arguments.env, arguments.algo, seed)
         if path.exists():
+            print(f"{path} is there already: remove it, or name another folder with --results", flush=True)
             continue
         run = run_and_evaluate(arguments.env, arguments.algo, seed, arguments.steps)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -319,3 +319,15 @@ def test_nested_learning_in_a_callback(algorithm):
     callback = TrainAnother()
     assert algorithm("MlpPolicy", make_env(4), n_workers=2).learn(200, callback=callback).num_timesteps == 200
     assert np.isfinite(callback.result).all()
+
+
+def test_a_learning_rate_that_falls_to_zero_falls_no_further(algorithm):
+    """The last vector step exceeds the number of steps."""
+    model = algorithm("MlpPolicy", make_env(4), learning_rate=lambda progress: 0.1 * progress, n_workers=1, seed=0)
+    rates = []
+    model.learn(
+        10, callback=lambda locals_, globals_: rates.append(model.policy.optimizer.param_groups[0]["lr"]) or True
+    )
+    assert model.num_timesteps == 12
+    assert rates == pytest.approx([0.1, 0.06, 0.02])
+    assert model.policy.optimizer.param_groups[0]["lr"] == 0.0

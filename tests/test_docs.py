@@ -16,7 +16,7 @@ import pytest
 import yaml
 from stable_baselines3.common.utils import LinearSchedule  # noqa: F401 (the parameters' tables name it)
 
-from benchmarks import learning
+from benchmarks import actor_learners, learning
 from benchmarks.report import PAGES, insert_table, make_tables
 from sb3_async1step import __version__
 from sb3_async1step.registry import ALGORITHMS
@@ -95,6 +95,7 @@ def test_commands(path, tmp_path, monkeypatch):
     # For the processes that they start
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(learning, "N_FINAL_EPISODES", 5)
+    monkeypatch.setattr(actor_learners, "N_ACTOR_LEARNERS", (1,))
     for words in read_commands(path):
         code, output = call(words, tmp_path)
         assert code == 0, f"{shlex.join(words)}\n{output}"

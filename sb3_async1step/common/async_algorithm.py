@@ -558,10 +558,11 @@ class AsyncAlgorithm(LiveAlgorithm):
     def _update_schedules(self) -> None:
         """Set the learning rate and the progress, from which workers follow their own schedules."""
         self._update_current_progress_remaining(self.num_timesteps, max(self._total_timesteps, 1))
+        # The last vector step may exceed total_timesteps: a schedule that falls to zero would fall below
+        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
         self._update_learning_rate(self.policy.optimizer)
         learning_rate = self.policy.optimizer.param_groups[0]["lr"]
-        # The last vector step may exceed total_timesteps, and a schedule zero
-        is_valid = np.isfinite(learning_rate) and (learning_rate >= 0 or self._current_progress_remaining <= 0)
+        is_valid = np.isfinite(learning_rate) and learning_rate >= 0
         check("learning_rate", learning_rate, is_valid, "a finite number at all times, and not negative")
         if self._shared is not None:
             self._shared.progress_remaining = self._current_progress_remaining
