@@ -9,6 +9,7 @@ import torch as th
 from sb3_async1step.common import async_algorithm
 from sb3_async1step.registry import ALGORITHMS
 from sb3_async1step.value_based.algorithm import ValueBasedAlgorithm
+from sb3_async1step.vec_envs import guard
 from tests.helpers import DEADLINE, actor_learners, insistent_ctrl_c, wait_until
 
 # Shells start background jobs with Ctrl-C ignored, and tests press it
@@ -27,8 +28,9 @@ def pytest_runtest_call() -> Generator[None]:
 
 @pytest.fixture(autouse=True)
 def patience_after_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a busy machine, processes may need more than a second to answer after Ctrl-C."""
+    """On a busy machine, processes may need more than a second to answer after Ctrl-C, and their watcher to wake up."""
     monkeypatch.setattr(async_algorithm, "PATIENCE", DEADLINE)
+    monkeypatch.setattr(guard, "PATIENCE_FOR_DEATHS", DEADLINE)
 
 
 # Tests of what all workers do alike. One-step Q-learning stands for Sarsa there, which only acts in another way

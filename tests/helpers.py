@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 
@@ -159,3 +160,11 @@ def actor_learners() -> list[str]:
     :return: names of the workers' threads that are alive
     """
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("actor-learner")]
+
+
+def knows_identity(model: BaseAlgorithm) -> bool:
+    """
+    :param model: learns on SB3's ``IdentityEnv(dim=4)``, whose best action is its state
+    :return: whether it has learned that
+    """
+    return model.predict(np.arange(4), deterministic=True)[0].tolist() == [0, 1, 2, 3]

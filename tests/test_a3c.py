@@ -384,6 +384,8 @@ def test_log_keys_are_a2cs(env_class, n_workers, tmp_path):
     ours.add("train/grad_norm")
     assert set(rows[A3C][-1]) == set(rows[A2C][-1]) | ours
     assert ("train/std" in rows[A3C][-1]) == (env_class is BoxWalkEnv)
+    # Of the first updates
+    assert rows[A3C][0].get("train/std", 1.0) == pytest.approx(1.0, abs=0.05)
     for key in ("time/iterations", "time/total_timesteps"):
         assert [row[key] for row in rows[A3C]] == [row[key] for row in rows[A2C]]
     assert all(row["train/value_loss"] > 0 for row in rows[A3C])

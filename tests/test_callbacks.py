@@ -2,6 +2,7 @@
 
 import io
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_async1step import AsyncOneStepQ
+from sb3_async1step.workers.thread_pool import ThreadWorkerPool
 from tests.envs import RandomWalkEnv, make_env
 from tests.helpers import are_equal, weights_of
 
@@ -331,3 +333,19 @@ def test_a_learning_rate_that_falls_to_zero_falls_no_further(algorithm):
     assert model.num_timesteps == 12
     assert rates == pytest.approx([0.1, 0.06, 0.02])
     assert model.policy.optimizer.param_groups[0]["lr"] == 0.0
+
+
+def test_workers_are_two_batches_ahead_at_most(algorithm, monkeypatch):
+    """The calling thread takes a batch when the workers wait for it."""
+
+    def look_late(pool):
+        is_late = not pool._may_step() and len(pool._waiting_since) == 2
+        return has_news(pool) and (is_late or threading.current_thread() is not threading.main_thread())
+
+    has_news = ThreadWorkerPool._has_news
+    monkeypatch.setattr(ThreadWorkerPool, "_has_news", look_late)
+    env = make_env(4)
+    model = algorithm("MlpPolicy", env, n_workers=2)
+    model.learn(10**6, callback=lambda *_: model.num_timesteps < 20)
+    n_steps = sum(len(lane.unwrapped.tape) - lane.unwrapped.tape.count("reset") for lane in env.envs)
+    assert model.num_timesteps == 20 < n_steps <= 20 + 2 * 4

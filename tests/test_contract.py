@@ -29,6 +29,7 @@ from sb3_async1step import MinAtarCNN, NipsCNN
 from sb3_async1step.common.torch_layers import ImageLayerNorm
 from sb3_async1step.value_based.algorithm import ValueBasedAlgorithm
 from sb3_async1step.workers import pool
+from sb3_async1step.workers.actor_learner import _average
 from tests.envs import RandomWalkEnv, make_env
 from tests.helpers import DEADLINE, are_equal, trained_parameters, wait_until, weights_of
 
@@ -373,16 +374,6 @@ def test_policy_kwargs_of_dqn(value_based, policy_kwargs):
     )
 
 
-def test_frozen_layers_stay_as_they_are(algorithm):
-    model = algorithm("MlpPolicy", make_env(4), n_workers=2, policy_kwargs={"net_arch": [8, 8]})
-    first, *_, last = trained_parameters(model)
-    first.requires_grad_(False)
-    before = first.clone(), last.clone()
-    model.learn(200)
-    assert th.equal(first, before[0])
-    assert not th.equal(last, before[1])
-
-
 # ---------------------------------------------------------------------- logging
 
 
@@ -608,3 +599,47 @@ def test_no_updates_are_kept_without_logs(algorithm):
     assert model._update_log.n_updates == model._n_updates
     # Sums alone, one for each key
     assert {type(total) for total, _ in model._update_log._sums.values()} == {float}
+
+
+def test_logs_are_means_over_the_updates_since_the_last_one(algorithm, tmp_path):
+    """The norms of the gradients are those before clipping."""
+    model = algorithm("MlpPolicy", make_env(4), n_workers=2, backend="serial", max_grad_norm=1e-6)
+    model.set_logger(configure(str(tmp_path), ["json"]))
+    updates, expected = [], []
+
+    def dump(locals_, globals_):
+        updates.extend(locals_["transitions"].updates)
+        if model.num_timesteps % 80 == 0:
+            keys = {key for update in updates for key in update.metrics}
+            means = {key: np.mean([u.metrics[key] for u in updates if key in u.metrics]) for key in keys}
+            n_before = expected[-1]["train/n_updates"] if expected else 0
+            expected.append({**means, "train/n_updates": n_before + len(updates), "async/n_workers": 2})
+            updates.clear()
+            model.dump_logs()
+        return True
+
+    model.learn(240, callback=dump, log_interval=None)
+    rows = [json.loads(line) for line in (tmp_path / "progress.json").read_text().splitlines()]
+    assert [{key: row[key] for key in each} for row, each in zip(rows, expected, strict=True)] == [
+        pytest.approx(each, rel=1e-4) for each in expected
+    ]
+    assert all(row["train/grad_norm"] > 1e-5 for row in rows)
+
+
+def test_the_exploration_rate_is_the_mean_of_the_lanes(value_based):
+    epsilons = {"exploration_final_eps": (0.1, 0.5), "exploration_final_probs": (0.75, 0.25)}
+    model = value_based("MlpPolicy", make_env(4), **epsilons)
+    assert model.learn(40).exploration_rate == pytest.approx(0.2)
+
+
+def test_metrics_of_a_rollout_in_parts():
+    assert _average([({"a": 1.0}, 1.0), ({"a": 4.0, "b": 2.0}, 3.0)]) == {"a": 3.25, "b": 2.0}
+
+
+@pytest.mark.parametrize("force_reset", [True, False])
+def test_an_env_that_goes_on_need_not_be_reset(algorithm, force_reset):
+    model, other = algorithm("MlpPolicy", make_env(2), n_workers=1).learn(4), make_env(2)
+    other.reset()
+    model.set_env(other, force_reset=force_reset)
+    model.learn(4, reset_num_timesteps=False)
+    assert [lane.unwrapped.tape[1] == "reset" for lane in other.envs] == [force_reset] * 2

@@ -17,6 +17,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from sb3_async1step import AsyncNStepQ, AsyncOneStepQ, AsyncOneStepSarsa, MinAtarCNN, NipsCNN, SharedRMSprop
 from sb3_async1step.common.parallelism import count_multiplications
 from tests.envs import RandomWalkEnv, make_env
+from tests.helpers import knows_identity
 from tests.test_contract import SampleEnv, box, image
 
 
@@ -222,7 +223,9 @@ def test_the_papers_hyperparameters(value_based):
     model = value_based("CnnPolicy", make_images(2), **hyperparams)
     assert isinstance(model.policy.optimizer, SharedRMSprop)
     assert kinds_of(model.q_net) == ["Conv2d", "ReLU", "Conv2d", "ReLU", "Flatten", "Linear", "ReLU", "Linear"]
-    assert (model.update_interval, model.target_update_interval, model.loss) == (5, 10_000, "mse")
+    values = (model.update_interval, model.target_update_interval, model.loss, model.max_grad_norm)
+    assert values == (5, 10_000, "mse", 40.0)
+    assert (model.exploration_final_eps, model.exploration_final_probs) == ((0.1, 0.01, 0.5), (0.4, 0.3, 0.3))
     assert [model.lr_schedule(progress) for progress in (1.0, 0.5, 0.0)] == [7e-4, 3.5e-4, 0.0]
 
 
@@ -262,7 +265,7 @@ def test_identity(algorithm):
     """As SB3's tests ask of DQN, A2C and PPO, from a single lane."""
     env = DummyVecEnv([lambda: IdentityEnv(dim=4)])
     model = algorithm("MlpPolicy", env, learning_rate=0.002, gamma=0.4, seed=0).learn(1200)
-    evaluate_policy(model, env, n_eval_episodes=20, reward_threshold=90, warn=False)
+    assert knows_identity(model)
 
 
 @pytest.mark.slow
@@ -275,3 +278,8 @@ def test_one_line_learns(algorithm, env_id, n_steps, score):
         model = algorithm("MlpPolicy", env_id, seed=seed).learn(n_steps)
         scores.append(evaluate_policy(model, make_vec_env(env_id, 10, seed=1000), n_eval_episodes=40)[0])
     assert sorted(scores)[1] >= score, scores
+
+
+def test_the_device_is_the_cpu_unless_another_one_is_named(algorithm, monkeypatch):
+    monkeypatch.setattr(th.cuda, "is_available", lambda: True)
+    assert algorithm("MlpPolicy", make_env(2)).device == th.device("cpu")

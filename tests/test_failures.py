@@ -434,7 +434,7 @@ def test_overlapping_trainings_restore_torchs_threads(algorithm):
 def test_many_lanes_opened_and_closed():
     process = psutil.Process()
     threads, memory = set(threading.enumerate()), []
-    for _ in range(5):
+    for _ in range(3):
         env = make_env(128)
         AsyncOneStepQ("MlpPolicy", env, n_workers=128).learn(128)
         env.close()

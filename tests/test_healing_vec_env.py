@@ -257,7 +257,7 @@ def test_a_step_that_fails(make, fault, n_parts):
 def test_a_lane_that_hangs(make, where):
     env = make(hang, env_kwargs={"where": where, "at": 1 if where == "step" else 2})
     env.reset()
-    hung = env.processes[1]
+    hung = env.processes[1].pid
     if where == "step":
         env.step_async(ACTIONS)
         wait_for_answers(env, [0, 2])
@@ -269,7 +269,7 @@ def test_a_lane_that_hangs(make, where):
         obs = env.reset()
         assert [info.get("lane_restart") for info in env.reset_infos] == [None, "it did not answer within 0 s", None]
     assert_equal(obs[1], make_twin().reset()[1])
-    assert not psutil.pid_exists(hung.pid if hung._popen else 0)
+    wait_until(lambda: not psutil.pid_exists(hung))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -813,28 +813,34 @@ if __name__ == "__main__":
     env.processes[0].kill()
     env.step([0] * 3)
     print(*[process.pid for process in env.processes], flush=True)
-    # Answers that nobody reads
+    # One of them hangs, and others have answers that nobody reads
+    os.kill(env.processes[0].pid, signal.SIGSTOP)
     env.step_async([0] * 3)
-    time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 def test_the_program_is_killed(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", str(tmp_path / "program.py")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        check=False,
-    )
-    assert result.returncode == -signal.SIGKILL
-    assert result.stderr == ""
-    pids = [int(word) for word in result.stdout.split()]
-    assert len(pids) == 3
-    wait_until(lambda: not any(is_running(pid) for pid in pids))
+    # Not to pipes, which the hanging process would keep open
+    with (tmp_path / "output").open("w") as output, (tmp_path / "errors").open("w") as errors:
+        result = subprocess.run(
+            [sys.executable, "-W", "ignore", str(tmp_path / "program.py")],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])},
+            stdout=output,
+            stderr=errors,
+            timeout=DEADLINE,
+            check=False,
+        )
+    pids = [int(word) for word in (tmp_path / "output").read_text().split()]
+    assert result.returncode == -signal.SIGKILL and len(pids) == 3
+    try:
+        wait_until(lambda: not any(is_running(pid) for pid in pids[1:]))
+        assert is_running(pids[0])
+    finally:
+        os.kill(pids[0], signal.SIGCONT)
+    wait_until(lambda: not is_running(pids[0]))
+    assert (tmp_path / "errors").read_text() == ""
 
 
 def is_running(pid):
@@ -1082,3 +1088,22 @@ class KillALane(BaseCallback):
     def _on_training_end(self):
         env = self.training_env.unwrapped
         self.seen.append((env.n_restarts, env.settings.step_timeout))
+
+
+def test_a_program_that_was_suspended_does_not_blame_its_lanes(make, tmp_path, monkeypatch):
+    """The clock has gone on; the lanes answer as soon as they go on, too."""
+    env = make(lambda: wait_until((tmp_path / "goes on").exists, FOREVER), env_kwargs={"at": 1}, step_timeout=60.0)
+    env.reset()
+    clock = SimpleNamespace(monotonic=time.monotonic)
+    monkeypatch.setattr(lane_process, "time", clock)
+
+    def look(waitables, timeout):
+        if waitables == env.remotes[1].process.waitables and not (tmp_path / "goes on").exists():
+            clock.monotonic = lambda: time.monotonic() + 1000.0
+            (tmp_path / "goes on").touch()
+            return []
+        return wait(waitables, DEADLINE)
+
+    monkeypatch.setattr(lane_process, "wait", look)
+    assert not env.step(ACTIONS)[2].any()
+    assert env.n_restarts == 0 and (tmp_path / "goes on").exists()

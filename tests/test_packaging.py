@@ -65,16 +65,23 @@ def test_wheel_holds_every_module_and_data_file(wheel):
 
 
 def test_the_wheel_works_without_the_sources(site, tmp_path):
-    code = (
-        "import sb3_async1step; from pathlib import Path; from sb3_async1step.registry import ALGORITHMS; "
-        "from sb3_async1step.zoo import hyperparams_path; "
-        "print(sb3_async1step.__file__); print(*[Path(hyperparams_path(a)).is_file() for a in ALGORITHMS])"
-    )
+    code = """
+import sys, sb3_async1step, sb3_async1step.registry, sb3_async1step.sb3_internals
+from pathlib import Path
+print([name for name in ("rl_zoo3", "optuna", "huggingface_sb3", "ale_py", "ray") if name in sys.modules])
+from sb3_async1step.registry import ALGORITHMS
+from sb3_async1step.zoo import hyperparams_path
+print("ray" in sys.modules)
+print(sb3_async1step.__file__)
+print(*[Path(hyperparams_path(a)).is_file() for a in ALGORITHMS])
+"""
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(site), "PATH": ""},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    file, found = result.stdout.splitlines()
+    imported, has_imported_ray, file, found = result.stdout.splitlines()
+    # What only the extras bring, the library does not import
+    assert (imported, has_imported_ray) == ("[]", "False")
     assert file.startswith(str(site))
     assert found.split() == ["True"] * len(ALGORITHMS)
 

@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 
 from sb3_async1step import AsyncOneStepQ, split_vec_env
 from sb3_async1step.vec_envs import guard
-from sb3_async1step.vec_envs.guard import QUERIES, STEPS, ProcessWatcher
+from sb3_async1step.vec_envs.guard import NOBODY_ELSE, QUERIES, STEPS, ProcessWatcher
 from tests.envs import RaisingEnv, RandomWalkEnv, make_env
 from tests.helpers import (
     DEADLINE,
@@ -99,16 +99,6 @@ def test_callbacks_may_ask_the_training_env(algorithm, vec_env, n_workers):
     env.close()
 
 
-@pytest.mark.parametrize("what", ["step", "reset"])
-def test_callbacks_may_not_step_the_training_env(algorithm, what):
-    def interfere(locals_, globals_):
-        env = locals_["self"].get_env()
-        env.reset() if what == "reset" else env.step(np.zeros(4, dtype=int))
-
-    with pytest.raises(RuntimeError, match="nobody else may step or reset it until learn"):
-        algorithm("MlpPolicy", make_env(4), n_workers=2).learn(100, callback=interfere)
-
-
 def test_learning_twice_at_once(algorithm):
     def learn_again(locals_, globals_):
         locals_["self"].learn(10)
@@ -121,14 +111,14 @@ def test_two_models_on_one_env(algorithm):
     """At the same moment, one of them learns and the other is told why not; one after the other, both learn."""
     env = make_env(4)
     models = [algorithm("MlpPolicy", env, n_workers=2) for _ in range(2)]
-    barrier, errors = threading.Barrier(2), []
+    barrier = threading.Barrier(2)
 
     def learn(model):
         barrier.wait()
         try:
-            model.learn(400)
+            outcomes.append(model.learn(400).num_timesteps)
         except RuntimeError as error:
-            errors.append(str(error))
+            outcomes.append(str(error))
 
     def learn_other(locals_, globals_):
         other = models[1] if locals_["self"] is models[0] else models[0]
@@ -136,15 +126,15 @@ def test_two_models_on_one_env(algorithm):
             other.learn(10)
         return True
 
-    for _ in range(5):
+    for _ in range(3):
+        outcomes = []
         threads = [threading.Thread(target=learn, args=(model,)) for model in models]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         # The two may have missed each other on a busy machine
-        assert all("nobody else may step or reset it until learn" in error for error in errors)
-        assert sum(model.num_timesteps == 400 for model in models) + len(errors) >= 2
+        assert len(outcomes) == 2 and 400 in outcomes and set(outcomes) <= {400, NOBODY_ELSE}
     for model in models:
         assert model.learn(40, callback=learn_other).num_timesteps == 40
     env.step(np.zeros(4, dtype=int))

@@ -1,9 +1,13 @@
 """A split VecEnv makes the transitions of the whole, and gives it back the state of its lanes."""
 
+import threading
+import time
+
 import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import (
     DummyVecEnv,
     SubprocVecEnv,
@@ -266,3 +270,28 @@ def test_original_observations_of_an_env_that_begins_with_integers():
         part.step(np.zeros(2, dtype=int))
     for name in ("old_obs", "old_reward"):
         np.testing.assert_array_equal(getattr(env, name), np.concatenate([getattr(part, name) for part in parts]))
+
+
+def test_parts_update_the_statistics_one_at_a_time(monkeypatch):
+    env = make(RandomWalkEnv, [VecNormalize], DummyVecEnv, 4)
+    env.reset()
+    parts = split_vec_env(env, group_lanes(4, 2))
+    inside, n_inside = [], []
+
+    def update_slowly(self, values):
+        inside.append(self)
+        # Another part would come now, were it not made to wait
+        time.sleep(0.02)
+        n_inside.append(len(inside))
+        update(self, values)
+        inside.remove(self)
+
+    update = RunningMeanStd.update
+    monkeypatch.setattr(RunningMeanStd, "update", update_slowly)
+    barrier = threading.Barrier(2)
+    threads = [threading.Thread(target=lambda part=part: (barrier.wait(), part.step([0, 0]))) for part in parts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert n_inside == [1] * 4

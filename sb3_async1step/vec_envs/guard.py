@@ -31,6 +31,8 @@ NOBODY_ELSE = (
 MAKE_ANEW = "make the env anew and give it to the model by set_env()"
 #: Seconds that processes have to answer when a training was interrupted
 PATIENCE = 1.0
+#: Seconds in which the watcher sees that a process has ended whose pipe is broken
+PATIENCE_FOR_DEATHS = 1.0
 
 
 class GuardedMethod(partial):
@@ -148,7 +150,7 @@ class ProcessWatcher:
         if not isinstance(exception, (EOFError, OSError)):
             return
         # A pipe may break before the process is seen to have ended
-        deadline = time.monotonic() + 1.0
+        deadline = time.monotonic() + PATIENCE_FOR_DEATHS
         while self._is_watching and not self._deaths and time.monotonic() < deadline:
             time.sleep(0.001)
         if self._deaths:
