@@ -23,7 +23,7 @@ from sb3_async1step import AsyncOneStepQ
 
 LATEST = "latest.zip"
 #: Seconds for what a killed training has started to end
-PATIENCE = 60
+START_TIMEOUT = 60
 
 
 def train(vec_env: str, folder: Path, interval: float, has_started: Event) -> None:
@@ -72,8 +72,8 @@ def kill_trainings(vec_env: str, n_kills: int, interval: float, rng: random.Rand
         has_started = context.Event()
         process = context.Process(target=train, args=(vec_env, folder, interval, has_started))
         process.start()
-        if not has_started.wait(timeout=PATIENCE):
-            failures.append(f"training {i} has not saved within {PATIENCE} s")
+        if not has_started.wait(timeout=START_TIMEOUT):
+            failures.append(f"training {i} has not saved within {START_TIMEOUT} s")
         time.sleep(rng.uniform(0.0, 4 * interval))
         children = []
         with suppress(psutil.NoSuchProcess):
@@ -86,7 +86,7 @@ def kill_trainings(vec_env: str, n_kills: int, interval: float, rng: random.Rand
             for child in children:
                 with suppress(psutil.NoSuchProcess):
                     child.kill()
-        _, left = psutil.wait_procs(children, timeout=PATIENCE)
+        _, left = psutil.wait_procs(children, timeout=START_TIMEOUT)
         failures += [f"{child} was left by kill {i}" for child in left]
         n_unfinished += len(list(folder.glob(".*")))
         for path in folder.glob("*.zip"):

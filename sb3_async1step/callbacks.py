@@ -34,7 +34,7 @@ class HistogramCallback(BaseCallback):
         return True
 
     def _record_parameters(self) -> None:
-        # Copies, since workers go on before the next log
+        # Copies: workers change the parameters before the next log
         for name, parameter in self.model.policy.named_parameters():
             self._record(f"weights/{name}", parameter.detach().clone())
             if parameter.grad is not None:

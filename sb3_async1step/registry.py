@@ -24,7 +24,7 @@ class Algorithm:
 
     :param model_class: its SB3 class
     :param sample_hyperparams: lets an Optuna trial choose values
-    :param convert_hyperparams: makes hyperparameters of these values, as they are in the YAML files
+    :param convert_hyperparams: converts sampled values to hyperparameters, as in the YAML files
     """
 
     model_class: type[AsyncAlgorithm]
@@ -39,7 +39,7 @@ class Algorithm:
         return self.model_class.__name__
 
 
-#: By their ids in the RL Zoo. The hyperparameters of an algorithm are in ``hyperparams/ID.yml``
+#: The algorithms by their ids in the RL Zoo. The hyperparameters of an algorithm are in ``hyperparams/ID.yml``
 ALGORITHMS: dict[str, Algorithm] = {
     "async_one_step_q": Algorithm(AsyncOneStepQ, value_based.sample_hyperparams, value_based.convert_hyperparams),
     "async_one_step_sarsa": Algorithm(

@@ -32,7 +32,7 @@ from stable_baselines3.common.vec_env.subproc_vec_env import _worker
 
 #: Attributes of a ``VecEnv`` with an element for each lane
 VEC_ENV_ATTRIBUTES_PER_LANE = ("reset_infos", "_seeds", "_options")
-#: What a process of ``SubprocVecEnv`` answers by ``NotImplemented``, unlike anything that anybody else asks it
+#: What a process of ``SubprocVecEnv`` answers by ``NotImplemented``, unlike any other request
 REQUEST_ANSWERED_BY_NOT_IMPLEMENTED: tuple[str, tuple] = ("env_method", ("__subclasshook__", (None,), {}))
 #: Another request, which ``VecEnv``'s constructor makes, too
 REQUEST_OF_AN_ATTRIBUTE = ("get_attr", "render_mode")
@@ -248,7 +248,7 @@ def run_zoo_script(name: str, program: Sequence[str]) -> None:
     original = subprocess.call
 
     def call(command: list[str], *args: Any, **kwargs: Any) -> int:
-        # Whoever has the name of an environment's files means the environment
+        # The Zoo passes the name of an environment's files; Gymnasium needs its id
         command = [getattr(word, "gym_id", word) for word in command]
         return original(replace_python(command, program), *args, **kwargs)
 

@@ -29,8 +29,8 @@ def pytest_runtest_call() -> Generator[None]:
 @pytest.fixture(autouse=True)
 def patience_after_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine, processes may need more than a second to answer after Ctrl-C, and their watcher to wake up."""
-    monkeypatch.setattr(async_algorithm, "PATIENCE", DEADLINE)
-    monkeypatch.setattr(guard, "PATIENCE_FOR_DEATHS", DEADLINE)
+    monkeypatch.setattr(async_algorithm, "INTERRUPT_TIMEOUT", DEADLINE)
+    monkeypatch.setattr(guard, "DEATH_TIMEOUT", DEADLINE)
 
 
 # Tests of what all workers do alike. One-step Q-learning stands for Sarsa there, which only acts in another way

@@ -68,7 +68,7 @@ def no_evaluation_left() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine may need long for the present step of an evaluation."""
-    monkeypatch.setattr(background_eval, "PATIENCE", DEADLINE)
+    monkeypatch.setattr(background_eval, "EVALUATION_END_TIMEOUT", DEADLINE)
 
 
 class ScoreEnv(RandomWalkEnv):
@@ -616,7 +616,7 @@ def test_stop(tmp_path):
 
 
 def test_a_hanging_evaluation_does_not_keep_an_exception(monkeypatch, tmp_path):
-    monkeypatch.setattr(background_eval, "PATIENCE", 0.05)
+    monkeypatch.setattr(background_eval, "EVALUATION_END_TIMEOUT", 0.05)
     release = threading.Event()
     eval_env = make_env(1, BlockingEnv, release=release, where="step")
 

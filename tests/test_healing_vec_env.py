@@ -134,7 +134,7 @@ FAULTS = {
 @pytest.fixture(autouse=True)
 def no_patience(monkeypatch):
     """Stopped processes heed no SIGTERM, and are killed then."""
-    monkeypatch.setattr(lane_process, "PATIENCE_AFTER_SIGTERM", 0.1)
+    monkeypatch.setattr(lane_process, "SIGTERM_TIMEOUT", 0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -771,7 +771,7 @@ def test_an_attribute_error_of_any_lane_that_can_not_be_made(make):
 @pytest.mark.parametrize("state", ["idle", "dead", "stopped", "hung", "failed"])
 def test_closing(make, tmp_path, monkeypatch, state):
     """Whatever the lanes are doing. The fixture looks for what is left."""
-    monkeypatch.setattr(healing_lane, "PATIENCE", 0.2)
+    monkeypatch.setattr(healing_lane, "PROCESS_END_TIMEOUT", 0.2)
 
     class Closing(FaultyEnv):
         def close(self):

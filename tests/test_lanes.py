@@ -117,7 +117,7 @@ def test_a_lane_that_hangs_delays_nobody(algorithm, n_workers):
 @pytest.mark.parametrize("n_workers", [1, 2])
 def test_ctrl_c_while_a_lane_hangs(n_workers, monkeypatch):
     """The processes are ended, since one of them does not answer."""
-    monkeypatch.setattr(async_algorithm, "PATIENCE", guard.PATIENCE)
+    monkeypatch.setattr(async_algorithm, "INTERRUPT_TIMEOUT", guard.INTERRUPT_TIMEOUT)
     env = make_processes([lambda: WaitingEnv(fork.Event(), FOREVER), CountingEnv])
     processes = list(env.processes)
     model = AsyncOneStepQ("MlpPolicy", env, n_workers=n_workers)

@@ -450,7 +450,7 @@ def test_ctrl_c_at_the_very_end(n_workers, before_its_message, monkeypatch):
 
     monkeypatch.setattr(ProcessWatcher, "_stop", interrupted_stop)
     # A busy machine may need long for an answer
-    monkeypatch.setattr(guard, "PATIENCE", DEADLINE)
+    monkeypatch.setattr(guard, "INTERRUPT_TIMEOUT", DEADLINE)
     with pytest.raises(KeyboardInterrupt):
         model.learn(30)
     assert model.learn(30).num_timesteps == 30

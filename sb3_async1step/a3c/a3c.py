@@ -147,8 +147,9 @@ class A3C(AsyncAlgorithm):
     def paper_hyperparams(cls) -> dict[str, Any]:
         """
         The paper's settings (sections 4 and 5.1, and section 8 of its supplement), which are made for 16 lanes of
-        Atari games and millions of steps. The learning rate, RMSProp's epsilon and ``vf_coef`` are as its authors told
-        (https://github.com/muupan/async-rl/wiki), the norm of the gradients is that of later implementations::
+        Atari games and millions of steps. The learning rate, RMSProp's epsilon and ``vf_coef`` are those that its
+        authors gave in correspondence (https://github.com/muupan/async-rl/wiki), the norm to which gradients are
+        clipped follows later implementations::
 
             A3C("CnnPolicy", env, **A3C.paper_hyperparams())
 
@@ -187,7 +188,7 @@ class A3C(AsyncAlgorithm):
         check_first_action(self.action_space, self.policy_class, MlpPolicy)
 
     def _sync_after_jump(self, before: int, after: int) -> None:
-        # The noise of gSDE is that of the standard deviations that were learned elsewhere
+        # Draw the noise of gSDE again: the server has replaced log_std
         if self.use_sde:
             self.policy.reset_noise(self.n_envs)
 
@@ -207,12 +208,12 @@ class A3C(AsyncAlgorithm):
         )
 
     def _share_parameters(self) -> SharedParameters:
-        # A compiled policy is a wrapper
+        # torch.compile() wraps the policy: share the module inside
         policy = getattr(self.policy, "_orig_mod", self.policy)
         return SharedParameters(policy, policy, self.lock_updates)
 
     def _view_policy(self) -> BasePolicy:
-        # A compiled policy is none
+        # The wrapper of torch.compile() is no ActorCriticPolicy
         return view_policy(self.policy) if isinstance(self.policy, ActorCriticPolicy) else self.policy
 
     def _forward_once(self, observation: Any) -> None:

@@ -83,9 +83,9 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
     def _act(self, observations: Any) -> th.Tensor:
         policy = self.acting_policy
         if type(policy).forward is not ActorCriticPolicy.forward:
-            # A user's own, by which A2C acts
+            # A2C acts by forward(), which a subclass has overridden
             return self._draw(lambda: policy(observations)[0])
-        # The same without the values
+        # The same as SB3's forward(), without the values
         return self._draw(policy.get_distribution(observations).get_actions)
 
     def to_env_actions(self, actions: np.ndarray) -> np.ndarray:
@@ -116,7 +116,9 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
         if self.settings.normalize_advantage and len(advantages) > 1:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
+        # d_theta <- d_theta + grad log pi(a_i | s_i; theta') (R - V(s_i; theta'_v)) + beta grad H(pi(s_i; theta'))
         policy_loss = -(advantages * log_prob).mean()
+        # d_theta_v <- d_theta_v + d(R - V(s_i; theta'_v))^2 / d_theta'_v
         value_loss = F.mse_loss(returns, values)
         # Some distributions have no analytical entropy
         entropy_loss = -th.mean(-log_prob if entropy is None else entropy)
@@ -141,13 +143,13 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
         continues = (~rollout.terminated).astype(np.float32)
         ends = rollout.truncated | rollout.is_last
         goes_on = continues * ~ends
-        # Python's numbers, which leave arrays in float32
+        # Python floats: NumPy's scalars would promote the arrays to float64
         gamma, gae_lambda = float(self.settings.gamma), float(self.settings.gae_lambda)
 
-        # With lambda = 1, this is R - V(s_i), with R <- r_i + gamma * R
         td_errors = rollout.rewards + gamma * continues * self.compute_next_values(rollout, values, ends) - values
         advantages = np.empty_like(td_errors)
         following = np.zeros_like(td_errors[0])
+        # GAE (Schulman et al. 2016, equation 16). With lambda = 1, it is R - V(s_i), with R <- r_i + gamma * R
         for i in reversed(range(len(rollout))):
             following = advantages[i] = td_errors[i] + gamma * gae_lambda * goes_on[i] * following
         return advantages

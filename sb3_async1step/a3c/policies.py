@@ -15,7 +15,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from sb3_async1step.common.mixed_precision import MixedPrecision
 
 
-# SB3's extract_features() differs from that of its base class, too
+# ActorCriticPolicy overrides extract_features() with another signature, hence the type: ignore
 class MlpPolicy(ActorCriticPolicy, MixedPrecision):  # type: ignore[misc]
     """
     SB3's ``ActorCriticPolicy``.
@@ -31,7 +31,7 @@ class MlpPolicy(ActorCriticPolicy, MixedPrecision):  # type: ignore[misc]
         self.mixed_precision = mixed_precision
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        # SB3 forgets share_features_extractor, and loads separate extractors into one
+        # SB3 omits share_features_extractor, so that a loaded policy would share its extractor
         ours = {"share_features_extractor": self.share_features_extractor, "mixed_precision": self.mixed_precision}
         return {**super()._get_constructor_parameters(), **ours}
 

@@ -36,8 +36,7 @@ DRAWING_FUNCTIONS = frozenset(
 
 class DrawFrom(TorchFunctionMode):
     """
-    A context in which PyTorch draws from one generator. It holds for the thread that enters it alone: others draw from
-    the global generator, or from one of theirs.
+    A context in which PyTorch draws from a given generator. It applies to the thread that enters it only.
 
     :param generator: the generator, of the device on which is drawn
     """

@@ -9,7 +9,7 @@ from sb3_async1step.common.optimizers import OPTIMIZERS
 if TYPE_CHECKING:
     import optuna
 
-# Those that the RL Zoo calls so
+# The RL Zoo's names for these architectures
 NET_ARCHS = {"tiny": [64], "small": [64, 64], "medium": [256, 256]}
 ACTIVATION_FNS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
@@ -17,7 +17,7 @@ ACTIVATION_FNS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 def sample_hyperparams(trial: "optuna.Trial") -> dict[str, Any]:
     """
     :param trial: the Optuna trial
-    :return: the values that it chose
+    :return: the sampled values
     """
     return {
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True),

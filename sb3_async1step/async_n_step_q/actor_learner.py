@@ -29,7 +29,7 @@ class NStepQActorLearner(ValueBasedActorLearner[NStepQSettings, Rollout]):
     def compute_targets(self, rollout: Rollout) -> th.Tensor:
         rewards = self.to_device(rollout.rewards)
         continues = self.to_device(~rollout.terminated).float()
-        # Where no longer return is known than the bootstrapped one
+        # The last steps of the rollout and of truncated episodes: returns bootstrap there
         ends = rollout.truncated | rollout.is_last
         is_end = self.to_device(ends)
         next_values = self.compute_next_values(rollout, ends)

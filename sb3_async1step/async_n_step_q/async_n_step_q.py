@@ -91,6 +91,7 @@ class AsyncNStepQ(ValueBasedAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
+        # Before super().__init__(), which checks all parameters
         self.q_lambda = q_lambda
         super().__init__(
             policy,

@@ -25,7 +25,7 @@ class OneStepQActorLearner(OneStepActorLearner[Rollout]):
     :param shared: the online network and the target network
     """
 
-    #: Of the current observations, with their graph; None if the gradient needs a forward pass of its own
+    #: Q(s, .) of the forward pass that chose the actions, reused for the gradient; None if it can't be
     _q_values: th.Tensor | None = None
 
     def __init__(self, recipe: WorkerRecipe, env: Lanes, observations: Observations, shared: SharedQNetworks) -> None:

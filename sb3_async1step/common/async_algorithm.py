@@ -53,8 +53,8 @@ from sb3_async1step.nodes.ray_pool import RayWorkerPool
 from sb3_async1step.nodes.ray_vec_env import RayVecEnv
 from sb3_async1step.sb3_internals import close_progress_bars
 from sb3_async1step.vec_envs.guard import (
+    INTERRUPT_TIMEOUT,
     NOBODY_ELSE,
-    PATIENCE,
     ProcessWatcher,
     guard_vec_env,
     make_process_watcher,
@@ -74,7 +74,7 @@ from sb3_async1step.workers.transitions import Transitions
 
 SelfAsyncAlgorithm = TypeVar("SelfAsyncAlgorithm", bound="AsyncAlgorithm")
 
-#: Attributes of a model that belong to its lanes and logs: a file without them plays, and learns with others
+#: Attributes that belong to a model's lanes and logs: saved without them, it can predict, and learn with other envs
 STATE_OF_LANES = ("_last_obs", "_last_original_obs", "_worker_states", "ep_info_buffer", "_random_generators")
 
 Backend = Literal["threads", "serial"]
@@ -166,7 +166,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         self.lock_updates = lock_updates
         self.backend = backend
         self._random_generators: list[np.random.Generator] = []
-        # What they were made from
+        # From which they were spawned
         self._seed_of_generators = seed
         check_n_workers(n_workers, self.env)
 
@@ -176,7 +176,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         self._shared: SharedParameters | None = None
         self._process_watcher: ProcessWatcher | None = None
         self._callback: BaseCallback | None = None
-        # Whether learn() has begun to step them, and not yet said where they stopped
+        # True from the first step until the lanes' last observations are stored
         self._lanes_may_be_anywhere = False
         self._update_log = UpdateLog()
 
@@ -283,7 +283,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         reset_num_timesteps: bool,
         progress_bar: bool,
     ) -> None:
-        """Do what ``learn()`` promises, but for :meth:`_end_learning`; ``call`` is the call of ``learn()``."""
+        """Train; ``learn()``, whose call ``call`` is, cleans up afterwards."""
         assert self.env is not None
         if not learning_on(self.env.unwrapped).claim(call):
             raise RuntimeError(NOBODY_ELSE)
@@ -312,7 +312,7 @@ class AsyncAlgorithm(LiveAlgorithm):
             check_evaluation_envs(callback)
             try:
                 callback.on_training_start(locals(), globals())
-                # Which it may have set
+                # on_training_start() may have changed parameters
                 self._check_parameters()
                 self._update_schedules()
                 n_multiplications = self._count_multiplications()
@@ -413,7 +413,7 @@ class AsyncAlgorithm(LiveAlgorithm):
 
     def jump(self, num_timesteps: int) -> None:
         """
-        Go on from where others have come to meanwhile.
+        Advance the number of time steps to that of all nodes.
 
         :param num_timesteps: environment steps of all models that learn together (the paper's T)
         """
@@ -429,7 +429,7 @@ class AsyncAlgorithm(LiveAlgorithm):
 
     def learn_from_lanes(self, lanes: range, num_envs: int) -> None:
         """
-        Be one of several models that learn together. The model's env has but some of the lanes of all of them.
+        Learn as one of several nodes: the model's env has some of the lanes of all nodes.
 
         :param lanes: which these are
         :param num_envs: number of all lanes
@@ -457,9 +457,9 @@ class AsyncAlgorithm(LiveAlgorithm):
         if self.env is not None and call in learning_on(self.env.unwrapped):
             unguard_vec_env(self.env)
         if self._process_watcher is not None:
-            # Who presses Ctrl-C wants an end although a lane hangs
+            # After Ctrl-C, don't wait for a lane that hangs
             was_interrupted = isinstance(sys.exc_info()[1], KeyboardInterrupt)
-            self._process_watcher.end(PATIENCE if was_interrupted else math.inf)
+            self._process_watcher.end(INTERRUPT_TIMEOUT if was_interrupted else math.inf)
         if self._callback is not None:
             stop_evaluations(self._callback)
         restore_intra_op_threads(call)
@@ -524,7 +524,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         return workers
 
     def _count_multiplications(self) -> int:
-        """For each observation."""
+        """Count the multiplications of a forward pass for one observation."""
         assert self.env is not None
         observations = check_first_observations(self._last_obs, self.observation_space, self.env.num_envs)
         # A copy, since a features extractor may change its input in place

@@ -19,7 +19,7 @@ from sb3_async1step.vec_envs.exceptions import add_note, advise_on_threads
 from sb3_async1step.workers.thread_pool import release_import_lock
 
 #: Seconds that a training which has failed waits for the present step of an evaluation
-PATIENCE = 1.0
+EVALUATION_END_TIMEOUT = 1.0
 
 
 class BackgroundEvalCallback(EvalCallback):
@@ -66,7 +66,7 @@ class BackgroundEvalCallback(EvalCallback):
         try:
             self._evaluation.wait()
         except BaseException:
-            self.stop(PATIENCE)
+            self.stop(EVALUATION_END_TIMEOUT)
             raise
         self._publish()
 
@@ -248,4 +248,4 @@ def stop_evaluations(callback: BaseCallback) -> None:
     """
     for each in list_callbacks(callback):
         if isinstance(each, BackgroundEvalCallback):
-            each.stop(PATIENCE)
+            each.stop(EVALUATION_END_TIMEOUT)

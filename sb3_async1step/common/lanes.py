@@ -33,8 +33,8 @@ def make_lanes(env: GymEnv | str | None, n_envs: int | None, seed: int | None, v
         n_lanes = n_envs or DEFAULT_N_ENVS
         if verbose >= 1:
             print(f"Creating {n_lanes} environments from the given name '{env}'")
-        # SB3 would make them with render_mode="rgb_array". Nobody looks at them, and some envs do the work of drawing
-        # nevertheless: LunarLander-v3 simulates the engines' sparks, which takes up to 3 ms a step
+        # SB3 would make them with render_mode="rgb_array", with which some envs work even if render() is never called:
+        # LunarLander-v3 simulates the engines' sparks, which takes up to 3 ms a step
         return make_vec_env(functools.partial(gym.make, env), n_envs=n_lanes, seed=seed)
     n_lanes = env.num_envs if isinstance(env, VecEnv) else 1
     if n_envs is not None and env is not None and n_envs != n_lanes:
@@ -89,7 +89,7 @@ def count_workers(n_workers: int | str, env: VecEnv, n_multiplications: int) -> 
     :raises ValueError: if the number is none
     :raises TypeError: if the env can't be split among them
     """
-    # Set as an attribute, perhaps
+    # It may have been set after the construction
     check_n_workers(n_workers, None)
     if n_workers != "auto":
         if int(n_workers) > env.num_envs:

@@ -39,14 +39,14 @@ IS_LOADING: ContextVar[bool] = ContextVar("IS_LOADING", default=False)
 
 class LiveAlgorithm(BaseAlgorithm):
     """
-    Whoever predicts, saves, reads or replaces the parameters waits until no worker is in the middle of a step, and no
-    worker begins one meanwhile.
+    Any thread may call it while it learns: ``predict()``, ``save()``, ``get_parameters()`` and ``set_parameters()``
+    wait until no worker is in the middle of a step, and no worker begins one meanwhile.
 
     :param args: see :class:`BaseAlgorithm <stable_baselines3.common.base_class.BaseAlgorithm>`
     :param kwargs: see there
     """
 
-    # Attributes that workers follow while learn() runs, and those that they were made with
+    # Attributes whose changes are forwarded to the workers while learn() runs, and those that can't be changed then
     _followed: ClassVar[frozenset[str]] = frozenset({"gamma", "update_interval", "max_grad_norm"})
     _fixed_while_learning: ClassVar[frozenset[str]] = frozenset(
         {
@@ -75,7 +75,7 @@ class LiveAlgorithm(BaseAlgorithm):
         "_lanes_may_be_anywhere",
         "_update_log",
     )
-    # What tells the files that it can load from those of our other algorithms
+    # Attributes that tell files of this algorithm, and of those with the same policies, from others
     _own_attributes: ClassVar[tuple[str, ...]]
     # SB3's algorithm with the same policies
     _sb3_counterpart: ClassVar[str]
@@ -199,7 +199,7 @@ class LiveAlgorithm(BaseAlgorithm):
         :param include: names of attributes to save that would not be saved by default
         """
         if not isinstance(path, (str, pathlib.Path)):
-            # SB3's errors for what it can't write to
+            # SB3's errors for what is no file
             open_path(path, "w")
         with self._gate.closed():
             self._refresh()
@@ -214,7 +214,7 @@ class LiveAlgorithm(BaseAlgorithm):
             return
         path = pathlib.Path(path)
         if path.suffix == "":
-            # SB3's
+            # SB3's suffix
             path = path.with_name(f"{path.name}.zip")
         write_atomically(path, content)
 
@@ -314,7 +314,7 @@ class LiveAlgorithm(BaseAlgorithm):
             return super().get_vec_normalize_env()
 
     def _refresh(self) -> None:
-        """Somebody is about to look at the parameters, which may be elsewhere."""
+        """Fetch the newest parameters, if nodes learn."""
         pool = self.__dict__.get("_pool")
         if pool is not None:
             pool.refresh()

@@ -11,7 +11,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 
 class MixedPrecision(BaseModel):
     """
-    Stands behind a class of SB3 among the bases of a policy or network, and says how features are extracted.
+    A mixin, listed after a class of SB3 among the bases of a policy or network, that extracts features.
 
     :cvar mixed_precision: whether the features extractor computes in bfloat16
     """
@@ -29,7 +29,7 @@ class MixedPrecision(BaseModel):
         preprocessed_obs = self._preprocess(obs, th.bfloat16 if mixed_precision else th.float32)
         if not mixed_precision:
             return features_extractor(preprocessed_obs)
-        # What is cached of the weights would outlive an update if the caller is inside of another torch.autocast
+        # Inside of another torch.autocast, its cache of converted weights would survive an update
         with th.autocast(self.device.type, dtype=th.bfloat16, cache_enabled=False):
             features = features_extractor(preprocessed_obs)
         return features.float()

@@ -126,7 +126,7 @@ def check_observation_space(space: spaces.Space) -> None:
     :raises AssertionError: if SB3's buffers do not support it
     """
     for part in list_spaces(space):
-        # In the words of SB3's constructor
+        # The wording of SB3's constructor
         assert isinstance(part, SUPPORTED_OBSERVATION_SPACES), (
             f"The algorithm only supports {SUPPORTED_OBSERVATION_SPACES}, or a Dict of them, as observation spaces "
             f"but {space} was provided"
@@ -137,8 +137,8 @@ def check_first_action(action_space: spaces.Space, policy_class: type, ours: typ
     """
     :param action_space: the action space
     :param policy_class: class of the policy
-    :param ours: a class whose policies predict actions of spaces that don't start at 0
-    :raises ValueError: if the space is one of these, and the policy is not
+    :param ours: class of policies that predict actions of spaces that don't start at 0
+    :raises ValueError: if the space does not start at 0, and the policy is of another class
     """
     # Of Discrete and MultiDiscrete
     start = getattr(action_space, "start", 0)

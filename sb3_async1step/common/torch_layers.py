@@ -1,4 +1,4 @@
-"""Features extractors for images, and what is known of modules."""
+"""Features extractors for images, and which modules keep nothing between calls."""
 
 from collections.abc import Iterable, Sequence
 
@@ -140,7 +140,7 @@ class MinAtarCNN(BaseFeaturesExtractor):
         return self.linear(self.cnn(observations.permute(0, 3, 1, 2)))
 
 
-#: Their forward pass is the same in training and in evaluation mode, and leaves nothing behind in the module
+#: Modules without a state, whose forward pass is the same in training and in evaluation mode
 PURE_MODULES = frozenset(
     (
         *(nn.Sequential, nn.ModuleDict, nn.Identity, nn.Flatten),

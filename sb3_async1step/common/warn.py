@@ -34,8 +34,8 @@ def warn_of_frames_skipped_twice(env: VecEnv) -> None:
 
 def without_autocast(device: th.device) -> AbstractContextManager[Any]:
     """
-    Workers don't follow ``torch.autocast``, and its caller is told so: it applies to a single thread, and it keeps what
-    it has converted until its ``with`` block ends, so that the network would seem to stay as it is.
+    Disable ``torch.autocast``, with a warning. Workers can't follow it: it applies to a single thread, and it keeps
+    what it has converted until its ``with`` block ends, so that the network would seem to stay as it is.
 
     :param device: the model's
     :return: a context manager without it
@@ -81,7 +81,7 @@ def warn_of_what_is_not_followed(
 
 def warn_the_caller(message: str) -> None:
     """
-    Warn of the line outside of this package that called it: the one with the model's ``learn()``.
+    Warn with the line of the user's call of ``learn()``.
 
     :param message: the warning
     """

@@ -9,7 +9,7 @@ from typing import Any
 from sb3_async1step.nodes.ray_module import import_ray
 from sb3_async1step.sb3_internals import start_ray_on_loopback
 
-# How many use the cluster that this process has started or joined by itself; None if somebody else did
+# Ids of those that use the cluster, and whether this process has started or joined it by itself
 _users: set[int] = set()
 _is_ours = False
 

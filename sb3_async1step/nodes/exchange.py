@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_wrapper
+from stable_baselines3.common.vec_env import unwrap_vec_normalize
 
 from sb3_async1step.nodes.messages import Learned, Pull, Push, Report
 from sb3_async1step.nodes.moments import read_moments, store_moments
@@ -14,7 +14,7 @@ from sb3_async1step.nodes.parameters import read_buffers, read_values, store_buf
 from sb3_async1step.nodes.ray_module import import_ray
 
 #: Seconds after which a node asks again, if the server is away or has nothing to do for it
-PATIENCE = 0.05
+RETRY_INTERVAL = 0.05
 
 
 class Exchange(ABC):
@@ -37,7 +37,7 @@ class Exchange(ABC):
         # The parameters that the node went on with
         self._pulled: np.ndarray | None = None
         self._seconds = 0.0
-        self._normalize = unwrap_vec_wrapper(model.env, VecNormalize)
+        self._normalize = unwrap_vec_normalize(model.env)
         self._moments = read_moments(self._normalize)
         self._pool: Any = None
         self._shared: Any = None
@@ -71,7 +71,7 @@ class Exchange(ABC):
         pull = self._call(self._make_push(report, self.take_learned() if len(report.dones) > 0 else None))
         while pull is not None and pull.n_granted == 0 and not pull.is_over:
             # All steps have been promised to others, who may fail
-            time.sleep(PATIENCE)
+            time.sleep(RETRY_INTERVAL)
             pull = self._call(self._make_push(Report(), None))
         if pull is not None:
             self._take(pull)
@@ -98,7 +98,7 @@ class Exchange(ABC):
             if pull is not None:
                 self._seconds = time.perf_counter() - start
                 return pull
-            time.sleep(PATIENCE)
+            time.sleep(RETRY_INTERVAL)
         return None
 
     def _take(self, pull: Pull) -> None:

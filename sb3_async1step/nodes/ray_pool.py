@@ -9,14 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize, unwrap_vec_wrapper
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor, unwrap_vec_normalize, unwrap_vec_wrapper
 
 from sb3_async1step.nodes.messages import Report
 from sb3_async1step.nodes.moments import read_moments, store_moments
 from sb3_async1step.nodes.node import NodeRecipe
 from sb3_async1step.nodes.parameters import read_buffers, read_values, store_buffers, store_values
 from sb3_async1step.nodes.ray_module import import_ray
-from sb3_async1step.nodes.ray_vec_env import PATIENCE, RayVecEnv, unwrap
+from sb3_async1step.nodes.ray_vec_env import NODE_END_TIMEOUT, RayVecEnv, unwrap
 from sb3_async1step.nodes.server import News, ServerState, grant_size
 from sb3_async1step.nodes.wrappers import pack_wrappers
 from sb3_async1step.workers.pool import Pool
@@ -119,7 +119,7 @@ class RayWorkerPool(Pool):
         self._base, self._recipe, self._shared, self._on_jump = base, recipe, shared, on_jump
         self._wrappers = [pack_wrappers(env, node.lanes) for node in base.nodes]
         self._monitor = unwrap_vec_wrapper(env, VecMonitor)
-        self._normalize = unwrap_vec_wrapper(env, VecNormalize)
+        self._normalize = unwrap_vec_normalize(env)
         self._steps = ReportedSteps()
         # T that the server had when it was last asked, and when the model's parameters were last replaced
         self._num_timesteps = self._num_timesteps_when_pulled = recipe.num_timesteps
@@ -379,7 +379,7 @@ class RayWorkerPool(Pool):
         for number in self._learning:
             self._base.nodes[number].actor.stop.remote()
         if self._learning:
-            self._ray.wait(list(self._learning.values()), num_returns=len(self._learning), timeout=PATIENCE)
+            self._ray.wait(list(self._learning.values()), num_returns=len(self._learning), timeout=NODE_END_TIMEOUT)
         if not self._pull():
             self._take_checkpoint()
         if self.settings.exchange == "gradients":

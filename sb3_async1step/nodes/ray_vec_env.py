@@ -16,11 +16,12 @@ from sb3_async1step.nodes.server import ParameterServer
 from sb3_async1step.nodes.settings import ExchangeSettings, check_number
 from sb3_async1step.vec_envs.observations import concatenate
 from sb3_async1step.vec_envs.split import split_vec_env
+from sb3_async1step.workers.lanes import join_results
 
 #: Threads of a node's actor: one learns, others answer what callbacks ask the lanes
 N_THREADS = 4
 #: Seconds that a node has to close its envs
-PATIENCE = 5.0
+NODE_END_TIMEOUT = 5.0
 
 
 class RayNode:
@@ -58,13 +59,22 @@ class RayNode:
         """Kill the process, if it is still there."""
         import_ray().kill(self.actor)
 
+    def ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """
+        :param method: name of a method of the node's VecEnv
+        :param args: its positional arguments
+        :param kwargs: its keyword arguments
+        :return: a reference to what it returns
+        """
+        return self.actor.call.remote(method, *args, **kwargs)
+
     def is_alive(self) -> bool:
         """
         :return: whether the process has not ended
         """
         ray = import_ray()
         try:
-            ray.get(self.actor.__ray_ready__.remote(), timeout=PATIENCE)
+            ray.get(self.actor.__ray_ready__.remote(), timeout=NODE_END_TIMEOUT)
         except ray.exceptions.GetTimeoutError:
             return True
         except ray.exceptions.RayActorError:
@@ -162,9 +172,6 @@ class RayVecEnv(VecEnv):
 
     # ------------------------------------------------------------------ as any VecEnv
 
-    def _ask(self, node: RayNode, method: str, *args: Any, **kwargs: Any) -> Any:
-        return node.actor.call.remote(method, *args, **kwargs)
-
     def _get(self, requests: list[Any]) -> list[Any]:
         ray = import_ray()
         try:
@@ -207,18 +214,14 @@ class RayVecEnv(VecEnv):
         :param actions: of each lane
         """
         parts = [actions[node.lanes.start : node.lanes.stop] for node in self.nodes]
-        self._requests = [self._ask(node, "step", part) for node, part in zip(self.nodes, parts, strict=True)]
+        self._requests = [node.ask("step", part) for node, part in zip(self.nodes, parts, strict=True)]
 
     def step_wait(self) -> VecEnvStepReturn:
         """
         :return: observations, rewards, dones and infos
         """
         requests, self._requests = self._requests, []
-        observations, rewards, dones, infos = zip(*self._get(requests), strict=True)
-        return (
-            concatenate(observations), np.concatenate(rewards), np.concatenate(dones),
-            [info for part in infos for info in part],
-        )  # fmt: skip
+        return join_results(self._get(requests))
 
     def _ask_lanes(self, method: str, *args: Any, indices: VecEnvIndices, **kwargs: Any) -> list[Any]:
         """Call a method that answers for some lanes, and put the answers into the order of the indices."""
@@ -229,9 +232,9 @@ class RayVecEnv(VecEnv):
             if lanes:
                 order += lanes
                 own = [lane - node.lanes.start for lane in lanes]
-                requests.append(self._ask(node, method, *args, indices=own, **kwargs))
-        answers = [answer for part in self._get(requests) for answer in part or [None] * self.num_envs]
-        by_lane = dict(zip(order, answers, strict=False))
+                requests.append(node.ask(method, *args, indices=own, **kwargs))
+        answers = [answer for part in self._get(requests) for answer in part]
+        by_lane = dict(zip(order, answers, strict=True))
         return [by_lane[lane] for lane in wanted]
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
@@ -252,7 +255,7 @@ class RayVecEnv(VecEnv):
         for node in self.nodes:
             own = [lane - node.lanes.start for lane in wanted if lane in node.lanes]
             if own:
-                self._get([self._ask(node, "set_attr", attr_name, value, own)])
+                self._get([node.ask("set_attr", attr_name, value, own)])
 
     def env_method(self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any) -> list[Any]:
         """
@@ -276,7 +279,7 @@ class RayVecEnv(VecEnv):
         """
         :return: a picture of each lane
         """
-        return [image for part in self._get([self._ask(node, "get_images") for node in self.nodes]) for image in part]
+        return [image for part in self._get([node.ask("get_images") for node in self.nodes]) for image in part]
 
     def close(self) -> None:
         """Close the envs, and end the nodes, and Ray if this program has started it."""
@@ -285,8 +288,8 @@ class RayVecEnv(VecEnv):
         self.closed = True
         ray = import_ray()
         if ray.is_initialized() and "server" in self.__dict__:
-            requests = [self._ask(node, "close") for node in self.nodes]
-            ray.wait(requests, num_returns=len(requests), timeout=PATIENCE)
+            requests = [node.ask("close") for node in self.nodes]
+            ray.wait(requests, num_returns=len(requests), timeout=NODE_END_TIMEOUT)
             for node in self.nodes:
                 node.end()
             ray.kill(self.server)

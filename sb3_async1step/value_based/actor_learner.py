@@ -57,7 +57,7 @@ class ValueBasedActorLearner(ActorLearner[AnySettings, AnyRollout]):
 
     def __init__(self, recipe: WorkerRecipe, env: Lanes, observations: Observations, shared: SharedQNetworks) -> None:
         super().__init__(recipe, env, observations, shared)
-        # Of this worker's own: modules may keep what they have computed until it is used
+        # A view for each worker: some modules keep activations between calls, which threads must not share
         self._target_network = view_network(shared.target_network)
         self._target_network.set_training_mode(False)
         self._target_parameters = list(self._target_network.parameters())
@@ -108,6 +108,7 @@ class ValueBasedActorLearner(ActorLearner[AnySettings, AnyRollout]):
             targets: Any = rollout.flatten(self.compute_targets(rollout))
         actions = self.to_batch(rollout, rollout.actions).reshape(-1, 1)
         q_values = self.compute_q_values(rollout).gather(dim=1, index=actions)
+        # d_theta <- d_theta + d(y - Q(s, a; theta))^2 / d_theta
         loss = LOSSES[self.settings.loss](q_values.squeeze(dim=1), targets)
         return loss, {"train/loss": loss.item(), "train/q_mean": q_values.mean().item()}
 
@@ -144,4 +145,4 @@ class ValueBasedActorLearner(ActorLearner[AnySettings, AnyRollout]):
             self.shared.sync_target(n_syncs, self.settings.tau)
 
     def before_target_sync(self) -> None:
-        """Do what needs the old target network."""
+        """Do what is due before the target network is updated."""

@@ -40,7 +40,7 @@ LEARNING_RATE_OF_IMAGES = LinearSchedule(1e-4, 0.0, 1.0)
 def default_learning_rate(observation_space: spaces.Space) -> Schedule:
     """
     :param observation_space: observation space
-    :return: the learning rate of a user who names none: lower if the networks are as large as images need them
+    :return: the default learning rate, which is lower for images
     """
     has_images = any(is_image_space(space) for space in list_spaces(observation_space))
     return LEARNING_RATE_OF_IMAGES if has_images else LEARNING_RATE
@@ -217,7 +217,7 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         }
 
     def _get_exploration_schedule(self, num_envs: int) -> ExplorationSchedule:
-        """One for each ``learn()``, unless a callback changes its parameters."""
+        """Return the schedule of this training, which is made again when one of its parameters changes."""
         if self._exploration is None:
             final_epsilons = allot_final_epsilons(self.exploration_final_eps, self.exploration_final_probs, num_envs)
             self._exploration = ExplorationSchedule(
@@ -234,8 +234,8 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
 
     def learn_from_lanes(self, lanes: range, num_envs: int) -> None:
         """
-        Be one of several models that learn together. The model's env has but some of the lanes of all of them, with the
-        final epsilons that these would have in an env of all lanes.
+        Learn as one of several nodes: the model's env has some of the lanes of all nodes, with the final epsilons that
+        these would have in an env of all lanes.
 
         :param lanes: which these are
         :param num_envs: number of all lanes

@@ -109,7 +109,7 @@ class MlpPolicy(DQNPolicy):
         mixed_precision: bool = False,
         **kwargs: Any,
     ) -> None:
-        # A partial, or any other function, is fine as well
+        # It may be a functools.partial, or another function that makes the extractor
         extractor = getattr(features_extractor_class, "func", features_extractor_class)
         extractor = extractor if isinstance(extractor, type) else BaseFeaturesExtractor
         features_extractor_kwargs = {

@@ -7,14 +7,14 @@ from sb3_async1step.common.optimizers import OPTIMIZERS
 if TYPE_CHECKING:
     import optuna
 
-# Those that the RL Zoo calls so
+# The RL Zoo's names for these architectures
 NET_ARCHS = {"small": [64, 64], "medium": [256, 256], "big": [400, 300]}
 
 
 def sample_hyperparams(trial: "optuna.Trial") -> dict[str, Any]:
     """
     :param trial: the Optuna trial
-    :return: the values that it chose
+    :return: the sampled values
     """
     return {
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True),

@@ -23,8 +23,8 @@ def count_syncs(interval: int, before: int | float, after: int | float) -> int:
 @th.no_grad()
 def move_towards(targets: Iterable[th.Tensor], sources: Iterable[th.Tensor], tau: float) -> None:
     """
-    SB3's ``polyak_update``, but each number goes from its old to its new value at once. SB3's are multiplied by
-    ``1 - tau`` in between, which is 0 for a copy, and other workers may read them.
+    Unlike SB3's ``polyak_update``, this never scales the target in place: other workers would read ``(1 - tau)`` times
+    the target meanwhile, that is, zeros for a copy.
 
     :param targets: tensors of the target network
     :param sources: tensors of the online network

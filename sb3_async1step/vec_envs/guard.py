@@ -19,8 +19,9 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from sb3_async1step.sb3_internals import REQUEST_ANSWERED_BY_NOT_IMPLEMENTED, REQUEST_OF_AN_ATTRIBUTE
 from sb3_async1step.vec_envs.healing_vec_env import HealingVecEnv
+from sb3_async1step.vec_envs.lane_process import describe_end
 
-# What callbacks may call on the training env. It would talk to envs (or to pipes) that workers use
+# What callbacks may call on the training env. These reach the envs (or their pipes), which workers use
 QUERIES = ("env_is_wrapped", "env_method", "get_attr", "get_images", "has_attr", "set_attr")
 STEPS = ("reset", "step_async")
 NOBODY_ELSE = (
@@ -30,9 +31,9 @@ NOBODY_ELSE = (
 # What to do with a VecEnv whose processes have ended
 MAKE_ANEW = "make the env anew and give it to the model by set_env()"
 #: Seconds that processes have to answer when a training was interrupted
-PATIENCE = 1.0
+INTERRUPT_TIMEOUT = 1.0
 #: Seconds in which the watcher sees that a process has ended whose pipe is broken
-PATIENCE_FOR_DEATHS = 1.0
+DEATH_TIMEOUT = 1.0
 
 
 class GuardedMethod(partial):
@@ -131,7 +132,7 @@ class ProcessWatcher:
             for lane, process in enumerate(self._env.processes):
                 if process.sentinel in ended:
                     process.join()
-                    self._deaths.append(f"The process of env lane {lane} {describe_exit(process.exitcode)}.")
+                    self._deaths.append(f"The process of env lane {lane} {describe_end(process.exitcode)}.")
             if not self._deaths:
                 # On this thread, which no Ctrl-C interrupts
                 heed_ctrl_c(self._env)
@@ -150,7 +151,7 @@ class ProcessWatcher:
         if not isinstance(exception, (EOFError, OSError)):
             return
         # A pipe may break before the process is seen to have ended
-        deadline = time.monotonic() + PATIENCE_FOR_DEATHS
+        deadline = time.monotonic() + DEATH_TIMEOUT
         while self._is_watching and not self._deaths and time.monotonic() < deadline:
             time.sleep(0.001)
         if self._deaths:
@@ -159,7 +160,7 @@ class ProcessWatcher:
             ) from exception
 
     def hurry(self) -> None:
-        """Lanes that hang shall not hold up the end of the training, if they can be replaced."""
+        """Stop waiting for lanes that hang, if they can be replaced."""
 
     def end(self, patience: float = math.inf) -> None:
         """
@@ -172,14 +173,14 @@ class ProcessWatcher:
             self._stop(patience)
         except KeyboardInterrupt:
             # The first one, which came only now; or it was pressed again while an env does not answer
-            self._stop(PATIENCE)
+            self._stop(INTERRUPT_TIMEOUT)
             raise
         finally:
             if self._is_watching and self._thread.is_alive() and isinstance(self._env, SubprocVecEnv):
                 end_processes(self._env)
                 warnings.warn(
-                    f"A process of the env did not answer within {PATIENCE:g} s after the training was interrupted, so "
-                    f"they were all ended. To go on, {MAKE_ANEW}.",
+                    f"A process of the env did not answer within {INTERRUPT_TIMEOUT:g} s after the training was "
+                    f"interrupted, so they were all ended. To go on, {MAKE_ANEW}.",
                     stacklevel=2,
                 )
 
@@ -226,14 +227,6 @@ def make_process_watcher(env: VecEnv) -> ProcessWatcher:
     :return: what watches its processes, if it has any
     """
     return HealingWatcher(env) if isinstance(env.unwrapped, HealingVecEnv) else ProcessWatcher(env)
-
-
-def describe_exit(exitcode: int | None) -> str:
-    """
-    :param exitcode: a process's exit code, negative for a signal
-    :return: in words
-    """
-    return f"was killed by signal {-exitcode}" if exitcode is not None and exitcode < 0 else "ended"
 
 
 def end_processes(env: SubprocVecEnv) -> None:

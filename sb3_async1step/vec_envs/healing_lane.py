@@ -11,14 +11,20 @@ import gymnasium as gym
 import numpy as np
 
 from sb3_async1step.vec_envs.exceptions import add_note
-from sb3_async1step.vec_envs.lane_process import PATIENCE, LaneFailure, LaneProcess, LaneSettings, RemoteTraceback
+from sb3_async1step.vec_envs.lane_process import (
+    PROCESS_END_TIMEOUT,
+    LaneFailure,
+    LaneProcess,
+    LaneSettings,
+    RemoteTraceback,
+)
 
 #: A command for a process of a ``SubprocVecEnv``, and its argument
 Request = tuple[str, Any]
 
 
 class State(Enum):
-    """What is known of the pipe to the process."""
+    """State of the pipe to the process."""
 
     #: All answers have been received
     IDLE = auto()
@@ -30,7 +36,7 @@ class State(Enum):
 
 class RestartInfo(dict[str, Any]):
     """
-    What a lane says of the step in which it was restarted. The env has not said anything: ``VecMonitor``, which reads
+    Info of the step in which a lane was restarted. The env has not said anything: ``VecMonitor``, which reads
     its ``info_keywords`` whenever an episode ends, gets None for each.
     """
 
@@ -124,7 +130,7 @@ class HealingLane:
         if failure is None:
             return True
         if failure.error is not None and self._request[0] not in ("step", "reset") and len(self._expected) == 1:
-            # The caller's mistake, perhaps: an attribute that does not exist
+            # It may be the caller's mistake: an attribute that does not exist
             raise failure.error.restore() from RemoteTraceback(failure.error.traceback)
         self._restart(failure)
         return False
@@ -237,7 +243,7 @@ class HealingLane:
         """Start another process, and let it come to where the lane's next answer is expected."""
         if self.process is not None:
             # An env that raised an exception ends its process
-            self.process.end(PATIENCE if failure.error else 0.0)
+            self.process.end(PROCESS_END_TIMEOUT if failure.error else 0.0)
         self._count_restart(failure)
         self._restart_reason = failure.reason
         warnings.warn(f"Env lane {self.number} was restarted: {failure.reason}.", stacklevel=2)
@@ -297,7 +303,9 @@ class HealingLane:
     def begin_closing(self) -> None:
         """Ask the process to close the env and to end. It has less time if it has not answered yet."""
         self._is_closed = True
-        patience = {State.IDLE: self._settings.step_timeout, State.WAITING: PATIENCE, State.BROKEN: 0.0}[self._state]
+        patience = {State.IDLE: self._settings.step_timeout, State.WAITING: PROCESS_END_TIMEOUT, State.BROKEN: 0.0}[
+            self._state
+        ]
         if self.process is not None and self._state is not State.BROKEN:
             self._state = State.BROKEN
             self.process.send([ForkingPickler.dumps(("close", None))])

@@ -16,7 +16,7 @@ from sb3_async1step.vec_envs.lane_process import LaneSettings
 from sb3_async1step.vec_envs.split import split_vec_env, take_lanes
 
 #: Seconds that lanes still have to answer when a training has been interrupted
-PATIENCE = 1.0
+LAST_ANSWER_TIMEOUT = 1.0
 # Seconds; pipes count milliseconds with 32 bits
 LONGEST_TIMEOUT = 1e6
 
@@ -120,7 +120,7 @@ class HealingVecEnv(SubprocVecEnv):
 
     def hurry(self) -> None:
         """Whoever waits for an answer gets an exception if it does not come soon."""
-        self.settings.give_up_at = time.monotonic() + PATIENCE
+        self.settings.give_up_at = time.monotonic() + LAST_ANSWER_TIMEOUT
 
     def end_hurry(self) -> None:
         """Undo :meth:`hurry`."""

@@ -24,13 +24,13 @@ from sb3_async1step.sb3_internals import answer_requests, replace_results_writer
 from sb3_async1step.vec_envs.monitor_file import ContinuedResultsWriter
 
 #: Seconds between two looks at the clock while a process does not answer
-LOOK_INTERVAL = 0.1
+POLL_INTERVAL = 0.1
 #: Seconds that a process has to end by itself, and to heed SIGTERM
-PATIENCE = 5.0
-PATIENCE_AFTER_SIGTERM = 1.0
+PROCESS_END_TIMEOUT = 5.0
+SIGTERM_TIMEOUT = 1.0
 
 #: Ends of the pipes between this process and those of envs. A forked process inherits them; as long as it holds the end
-#: of another env's process, nobody is told that this one has ended, and the same with the end of the program
+#: of another env's process, the end of that process goes unnoticed, and so does the end of the program
 PIPE_ENDS: WeakSet[Connection] = WeakSet()
 
 
@@ -180,11 +180,11 @@ class LaneProcess:
         :raises RuntimeError: if the training ends meanwhile
         """
         is_late = False
-        while not (ready := wait(self.waitables, LOOK_INTERVAL)):
+        while not (ready := wait(self.waitables, POLL_INTERVAL)):
             now = time.monotonic()
             if now > self._settings.give_up_at:
                 raise RuntimeError(f"{self.process.name} had not answered when the training ended.")
-            # A last chance follows, since it may have been suspended together with this process
+            # Wait once more: it may have been suspended together with this process
             if is_late:
                 raise self._describe_delay()
             is_late = now > self._waiting_since + self._timeout
@@ -228,7 +228,7 @@ class LaneProcess:
         return LaneFailure(f"it did not answer within {self._timeout:g} s")
 
     def _describe_end(self) -> LaneFailure:
-        self.end(PATIENCE)
+        self.end(PROCESS_END_TIMEOUT)
         return LaneFailure(f"its process {describe_end(self.exitcode)}")
 
     def end(self, patience: float) -> None:
@@ -243,13 +243,13 @@ class LaneProcess:
             process.join(min(patience, 1e6))
             if process.is_alive():
                 process.terminate()
-                process.join(PATIENCE_AFTER_SIGTERM)
+                process.join(SIGTERM_TIMEOUT)
             if process.is_alive():
                 process.kill()
-                process.join(PATIENCE)
+                process.join(PROCESS_END_TIMEOUT)
             self.exitcode = process.exitcode
         if self.exitcode is not None:
-            # Its file descriptors, too
+            # This also releases its file descriptors
             process.close()
         self._connection.close()
         self._remote.close()

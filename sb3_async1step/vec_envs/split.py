@@ -193,7 +193,7 @@ class _HeldStep(VecEnvWrapper):
         return self.venv.reset()
 
 
-# What a part of a VecNormalize has of its own
+# Attributes of a part of a VecNormalize that are not those of the whole
 OF_ITS_LANES = ("num_envs", "venv", "returns", "old_reward", "old_obs", *VEC_ENV_ATTRIBUTES_PER_LANE)
 
 

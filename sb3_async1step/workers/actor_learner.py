@@ -92,7 +92,7 @@ class WorkerState:
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         if {field.name for field in fields(self)} != set(attributes):
-            # From a file of an earlier version. No worker has no name, so none continues from it
+            # From a file of an earlier version: the empty name is no worker's, so that set_state() ignores it
             attributes = {"actor_learner": "", "lanes": range(0), "update_interval": 0}
         self.__dict__.update(attributes)
 
@@ -131,10 +131,10 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         self.rollout: RolloutBuffer[AnyRollout] = self._make_buffer()
         self._is_in_segment = False
         self._n_since_update = 0
-        # What the lanes do that step at present
+        # Actions of the steps in flight
         self._actions: Any = None
         self._env_actions: Any = None
-        # Of each part of the rollout whose gradient has been accumulated, and its number of time steps
+        # Metrics and number of time steps of each gradient since the last update
         self._metrics: list[tuple[dict[str, float], float]] = []
         self._graph_is_checked = False
 
@@ -326,7 +326,7 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         return UpdateStats(metrics, staleness)
 
     def _clip_gradient(self) -> float:
-        """Return the norm before."""
+        """Clip the gradient, and return its norm before."""
         norm = th.nn.utils.clip_grad_norm_(self.local.parameters, self.settings.max_grad_norm)
         if not th.isfinite(norm):
             raise ValueError(
@@ -342,7 +342,7 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         :param observations: observations of some lanes
         :return: tensors, as networks take them
         """
-        # A features extractor may change its input in place. Others than float32, SB3's preprocessing converts
+        # A features extractor may change its input in place. Arrays of other dtypes are copied by SB3's preprocessing
         return obs_as_tensor(map_arrays(copy_if_float32, observations), self.settings.device)
 
     def to_batch(self, rollout: Rollout, observations: Observations) -> Any:

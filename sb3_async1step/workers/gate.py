@@ -14,9 +14,9 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 #: Seconds after which a waiting thread looks whether it waits for a call that was interrupted
-PATIENCE = 0.05
+RECHECK_INTERVAL = 0.05
 #: Seconds that a fork waits for workers to end their steps, at most: one of them may wait for the thread that forks
-PATIENCE_BEFORE_FORK = 5.0
+FORK_TIMEOUT = 5.0
 
 
 @dataclass(eq=False, slots=True)
@@ -105,8 +105,9 @@ class Calls:
 
 class Gate:
     """
-    Whoever changes the model is inside; whoever reads or replaces it as a whole waits until nobody is, and keeps the
-    gate closed meanwhile. A model has one gate all its life, so that a training waits for those that closed it before.
+    A lock like that of readers and writers: workers, which change the model, are inside together; a thread that reads
+    or replaces the model as a whole waits until nobody is inside, and keeps the gate closed meanwhile. A model has one
+    gate all its life, so that a training waits for those that closed it before.
 
     It is fair: a thread that closes the gate lets those pass first that wait in front of it.
 
@@ -246,7 +247,7 @@ class Gate:
         self._sleeping[call] = alarm
         try:
             while not condition():
-                if not alarm.acquire(timeout=PATIENCE):
+                if not alarm.acquire(timeout=RECHECK_INTERVAL):
                     self._forget_interrupted_calls()
         finally:
             self._sleeping.pop(call, None)
@@ -266,6 +267,7 @@ class Gate:
                 self._sleeping.pop(call, None)
 
 
+# By hand: a context manager made from a generator could be interrupted before it has said whose call it is
 class _Closed:
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
@@ -321,7 +323,7 @@ def _close_gates() -> None:
     call = Call(frame)
     closed = _closed_for_fork[threading.get_ident()] = [(gate, call) for gate in list(_gates)]
     for gate, call in closed:
-        gate.close(call, PATIENCE_BEFORE_FORK)
+        gate.close(call, FORK_TIMEOUT)
 
 
 def _open_gates() -> None:

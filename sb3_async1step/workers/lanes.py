@@ -19,7 +19,7 @@ from sb3_async1step.workers.rollout import ALL_LANES
 #: Which of a worker's lanes
 Rows = np.ndarray | slice
 #: Seconds for which a worker waits for a lane, before it looks whether the training is over
-LOOK_INTERVAL = 0.05
+POLL_INTERVAL = 0.05
 
 
 class Lanes:
@@ -50,7 +50,7 @@ class Lanes:
     def next_idle(self, n_lanes: int) -> Rows:
         """
         :param n_lanes: a number of lanes
-        :return: so many of those that wait for an action
+        :return: indices of this many lanes that wait for an action
         """
         assert n_lanes == self.n_lanes
         return ALL_LANES
@@ -92,7 +92,7 @@ class LanesAtTheirOwnPace(Lanes):
         self._pipes = Pipes(remotes) if can_change or os.name == "nt" else LastingPipes(remotes)
         self._idle = list(range(self.n_lanes))
         self._stepping: list[int] = []
-        # Of lanes that were ready before the worker was
+        # Results that arrived before the worker asked for them
         self._kept: dict[int, VecEnvStepReturn] = {}
 
     @property
@@ -162,7 +162,7 @@ class Pipes:
         """
         # A callback may be asking the lanes meanwhile: this only looks, and a HealingVecEnv may close what it looks at
         with suppress(OSError, ValueError):
-            wait([waitable for row in rows for waitable in list_waitables(self._remotes[row])], LOOK_INTERVAL)
+            wait([waitable for row in rows for waitable in list_waitables(self._remotes[row])], POLL_INTERVAL)
 
 
 class LastingPipes(Pipes):
@@ -183,7 +183,7 @@ class LastingPipes(Pipes):
         return [row for row in rows if row in ready]
 
     def wait(self, rows: Sequence[int]) -> None:
-        self._selector.select(LOOK_INTERVAL)
+        self._selector.select(POLL_INTERVAL)
 
 
 class SharedLanes:

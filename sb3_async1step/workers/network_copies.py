@@ -95,8 +95,10 @@ def view_network(network: AnyNetwork) -> AnyNetwork:
 
 def share_memory(views: Iterable[nn.Parameter], parameters: Iterable[nn.Parameter]) -> None:
     """
-    :param views: parameters that from then on have the memory of...
-    :param parameters: these; a callback may have given them other memory, by assigning to ``data``
+    Let parameters use the memory of others, to which a callback may have given other memory, by assigning to ``data``.
+
+    :param views: parameters to redirect
+    :param parameters: those whose memory they get
     """
     for view, parameter in zip(views, parameters, strict=True):
         if view.data_ptr() != parameter.data_ptr():
@@ -105,8 +107,10 @@ def share_memory(views: Iterable[nn.Parameter], parameters: Iterable[nn.Paramete
 
 def share_hooks(mine: nn.Parameter, shared: nn.Parameter) -> None:
     """
-    :param mine: a worker's parameter, which gets the hooks by which others follow or change the gradient of...
-    :param shared: the parameter
+    Give a parameter the hooks of another one, by which callbacks follow or change its gradient.
+
+    :param mine: a worker's parameter
+    :param shared: the shared parameter
     """
     for name in HOOKS_OF_TENSORS:
         hooks = getattr(shared, name)

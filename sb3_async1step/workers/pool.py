@@ -65,11 +65,11 @@ class Pool(ABC):
         """
 
     def refresh(self) -> None:  # noqa: B027
-        """Give the model the newest parameters, if they are elsewhere: somebody looks at it."""
+        """Fetch the newest parameters, if they are elsewhere. This is called before the model is read."""
 
     def check_change(self, name: str) -> None:  # noqa: B027
         """
-        :param name: what somebody wants to change while the workers learn
+        :param name: name of what shall be changed while the workers learn
         :raises RuntimeError: if they would not follow
         """
 
@@ -93,17 +93,17 @@ class WorkerPool(Pool):
         self._last_timestep = num_timesteps + n_vector_steps * self.num_envs
         self._gate = gate
         self._process_id = os.getpid()
-        # Of all workers: steps begun, and steps taken (the paper's T)
+        # Steps that the workers have begun, and that they have taken (the paper's T)
         self._claimed_timesteps = num_timesteps
         self._taken_timesteps: int | float = num_timesteps
         self._is_stopping = False
-        # Of each worker: steps that it may still claim, None if only total_timesteps limits them
+        # Steps that each worker may still begin, None if only total_timesteps limits them
         self._quotas: dict[ActorLearner, int] | None = None
         # Transitions for the calling thread. The workers write the first number, that thread the second
         self._unreported: deque[Transitions] = deque()
         self._n_reported = 0
         self._n_taken = 0
-        # Of each worker: seconds that it has spent waiting, and when it began to wait if it does
+        # Seconds that each worker has spent waiting, and when those that wait began to
         self._idle_seconds = dict.fromkeys(workers, 0.0)
         self._waiting_since: dict[ActorLearner, float] = {}
         self._idle_before = 0.0, time.perf_counter()
@@ -281,7 +281,7 @@ def run_step(worker: ActorLearner, n_lanes: int, count: Callable[[int], int | fl
             worker.begin_step(n_lanes)
         return worker.finish_step(count)
     except StopIteration as exception:
-        # Unchanged, it would end the loop over the batches as if the training were over
+        # Inside of a generator, StopIteration would look like its normal end
         raise RuntimeError(f"StopIteration was raised in {describe_lanes(worker, exception)}.") from exception
     except Exception as exception:
         add_note(exception, f"Raised in {describe_lanes(worker, exception)}.")

@@ -8,7 +8,7 @@ import torch as th
 
 from sb3_async1step.vec_envs.observations import Observations, map_arrays, store_rows, take_rows
 
-#: Of a worker's lanes
+#: Selects all lanes of a worker
 ALL_LANES = slice(None)
 
 
@@ -169,7 +169,7 @@ class RolloutBuffer(Generic[AnyRollout]):
             return
         self._n_lanes = state.rewards.shape[1]
         if len(state) >= self.n_steps:
-            # Of lanes at their own pace, which may be ahead of the others
+            # A lane at its own pace may be ahead of the others
             self.n_steps, self._storage = len(state) + 1, None
         for t in range(len(state)):
             lanes = ALL_LANES if state.lengths is None else np.flatnonzero(state.lengths > t)

@@ -17,7 +17,7 @@ from sb3_async1step.workers.network_copies import (
 )
 from sb3_async1step.workers.optimizer_views import is_observed, view_optimizer
 
-# Attributes of modules: PyTorch's own, the distribution, which keeps what it was last called with, and what no copy has
+# Attributes of modules that are no statistics: PyTorch's own, the distribution of the last call, the optimizer
 NO_STATISTICS = (*vars(nn.Module()), "call_super_init", "action_dist", "optimizer")
 
 
@@ -89,7 +89,7 @@ class SharedParameters:
             view.step()
 
     def _show(self, gradients: list[th.Tensor | None]) -> None:
-        """Let the optimizer and callbacks see the gradient of each parameter."""
+        """Store each gradient in ``grad`` of the shared parameter, where the optimizer and callbacks find it."""
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
 
@@ -177,7 +177,7 @@ class LocalParameters:
             )
 
     def share_buffers(self) -> None:
-        """Share those buffers (of BatchNorm) that a forward pass replaced instead of changing them in place."""
+        """Write back the buffers (of BatchNorm) that a forward pass replaced instead of changing them in place."""
         if not self._shared.buffers:
             return
         buffers = dict(self.learning_network.named_buffers())

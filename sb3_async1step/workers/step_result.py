@@ -40,7 +40,8 @@ class StepResult:
 
 def check_result(returned: Any, observations: Observations, lanes: np.ndarray) -> StepResult:
     """
-    As with SB3's DQN, a VecEnv of the user's own may return whatever numpy makes arrays from.
+    Convert and check the result of a step. As with SB3's DQN, a VecEnv of the user's own may return
+    anything like arrays.
 
     :param returned: what ``VecEnv.step()`` returned
     :param observations: the observations before

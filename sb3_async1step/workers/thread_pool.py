@@ -62,7 +62,8 @@ class ThreadWorkerPool(WorkerPool):
         try:
             self._wait_for_the_end()
         except KeyboardInterrupt:
-            # Wait in spite of a second Ctrl-C: a running worker would step environments that the next learn() resets
+            # Go on waiting although Ctrl-C was pressed again: a running worker would step envs that the next learn()
+            # resets
             self.stop()
             raise
 

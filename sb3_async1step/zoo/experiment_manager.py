@@ -100,7 +100,7 @@ class AsyncExperimentManager(ExperimentManager):
         if kwargs.get("config") is None and algo in ALGORITHMS:
             kwargs["config"] = hyperparams_path(algo)
         super().__init__(args, algo, *positional, **kwargs)
-        # What is written to args.yml
+        # For args.yml
         args.vec_env = self.own_vec_env or args.vec_env
         args.vec_env_kwargs = self.default_vec_env_kwargs
         self.vec_env_kwargs = {**self.vec_env_kwargs, **self.default_vec_env_kwargs}
