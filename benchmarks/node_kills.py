@@ -68,6 +68,7 @@ class KilledTraining:
     curve_steps: list[int] = field(default_factory=list)
     curve_seconds: list[float] = field(default_factory=list)
     curve_returns: list[float] = field(default_factory=list)
+    failure: str = ""
 
     def describe(self) -> str:
         """
@@ -76,7 +77,7 @@ class KilledTraining:
         killed = ", ".join(f"{what} at {step}" for what, step, _ in self.kills)
         return (
             f"seed {self.seed}: {killed}; {self.num_timesteps} of {self.total_timesteps} steps, {self.seconds:.0f} s, "
-            f"mean return {np.mean(self.returns):.1f}"
+            f"mean return {np.mean(self.returns):.1f}" + (f", {self.failure}" if self.failure else "")
         )
 
 
@@ -138,7 +139,11 @@ def train(seed: int, n_steps: int) -> KilledTraining:
     with simulated_machines(N_NODES) as cluster:
         env = make_lanes(make_cartpole, N_NODES, LANES_PER_NODE, node_timeout=120.0)
         model, start = AsyncOneStepQ("MlpPolicy", env, seed=seed), time.monotonic()
-        model.learn(n_steps, Killer(cluster, env, training), log_interval=None)
+        try:
+            model.learn(n_steps, Killer(cluster, env, training), log_interval=None)
+        except Exception as exception:
+            # A result, too
+            training.failure = f"{type(exception).__name__}: {exception}"
         training.seconds = time.monotonic() - start
         training.num_timesteps = model.num_timesteps
         env.close()

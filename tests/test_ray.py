@@ -230,7 +230,11 @@ def test_the_exception_of_an_env_arrives_with_its_lane(cluster):
     with pytest.raises(ValueError, match="broken") as caught:
         AsyncOneStepQ("MlpPolicy", env).learn(10_000)
     notes = "\n".join(caught.value.__notes__)
-    assert "Raised in env lane 0" in notes and "node 0, whose lanes are 0 to 1 of all lanes" in notes
+    assert (
+        ", in step\n" in notes
+        and "Raised in env lane 0" in notes
+        and "node 0, whose lanes are 0 to 1 of all lanes" in notes
+    )
     env.close()
     env.close()
 

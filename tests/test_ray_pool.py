@@ -1,6 +1,8 @@
 """The driver of a training on Ray, whose nodes and clock are played here. ``test_ray.py`` has real ones."""
 
+import os
 import pickle
+import signal
 import types
 
 import gymnasium as gym
@@ -15,11 +17,11 @@ from sb3_async1step.common import lanes as common_lanes
 from sb3_async1step.common.lanes import count_workers_of_nodes
 from sb3_async1step.common.parallelism import SMALL_NETWORK
 from sb3_async1step.common.snapshot import Snapshot
-from sb3_async1step.nodes import exchange, ray_pool
+from sb3_async1step.nodes import cluster, exchange, ray_pool
 from sb3_async1step.nodes.cluster import Place
 from sb3_async1step.nodes.exchange import DeltaExchange
 from sb3_async1step.nodes.messages import Learned, Push, Report
-from sb3_async1step.nodes.node import NodeCallback
+from sb3_async1step.nodes.node import NodeCallback, make_picklable
 from sb3_async1step.nodes.parameters import read_values
 from sb3_async1step.nodes.ray_pool import RayWorkerPool
 from sb3_async1step.nodes.server import ParameterServer, ServerState
@@ -30,10 +32,16 @@ class ActorError(Exception):
     """What Ray raises when a process is away."""
 
 
+class LostError(Exception):
+    """What Ray raises when an answer was on its way from a machine that is lost."""
+
+
 class FakeRay:
     """Requests are functions that answer when they are asked, or tokens of what has not ended yet."""
 
-    exceptions = types.SimpleNamespace(RayActorError=ActorError, RayTaskError=ZeroDivisionError)
+    exceptions = types.SimpleNamespace(
+        RayActorError=ActorError, ObjectLostError=LostError, RayTaskError=ZeroDivisionError
+    )
 
     def __init__(self):
         self.ended = set()
@@ -116,6 +124,7 @@ class Training:
         self.env.server = Actor(self.server)
         self.pool = RayWorkerPool(
             self.env,
+            self.model._gate,
             self.model._make_node_recipe(1, total),
             1,
             500,
@@ -331,3 +340,185 @@ def test_what_a_snapshot_plays_is_what_is_saved(make_training):
     saved = AsyncOneStepQ.load(snapshot._file).policy.state_dict()
     assert all(th.equal(played[name], saved[name]) for name in saved)
     np.testing.assert_allclose(read_values(list(snapshot._player.q_net.parameters())), training.start + 1.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("error", [ActorError, LostError])
+def test_nodes_ask_again_if_an_answer_is_lost(error, monkeypatch):
+    """With the server, or with a machine while it is on its way. The push is applied once."""
+    server, failures = ParameterServer(), [error, error]
+
+    class Unreliable(ParameterServer):
+        def exchange(self, push, seconds=0.0):
+            answer = server.exchange(push, seconds)
+            if failures:
+                raise failures.pop()
+            return answer
+
+    model = AsyncOneStepQ("MlpPolicy", make_vec_env("CartPole-v1", 2), policy_kwargs={"net_arch": [4]}, n_workers=1)
+    start = read_values(model.list_learned_parameters())
+    server.load(ServerState(start, [], {}, [2], 0, 40, 40), ExchangeSettings(sync_interval=4))
+    monkeypatch.setattr(exchange, "import_ray", FakeRay)
+    way = DeltaExchange(Actor(Unreliable()), 0, 0, model)
+    model.learn(10**6, NodeCallback(way), log_interval=None)
+    assert failures == [] and server.state.num_timesteps == 40 == sum(len(r.dones) for r in server._reports)
+    np.testing.assert_allclose(server.state.values, read_values(model.list_learned_parameters()), atol=1e-5)
+
+
+def test_a_server_that_was_started_again_has_the_checkpoints_parameters(make_training):
+    training = make_training(outer_learning_rate=1.0, checkpoint_interval=10)
+    batches = training.begin()
+    training.push(0, change=2.0)
+    training.now = 11
+    next(batches)
+    training.push(0, change=7.0)
+    training.lose_server()
+    training.pool._take_news()
+    np.testing.assert_allclose(training.server.state.values, training.start + 2.0, atol=1e-5)
+    training.push(1, change=1.0)
+    training.pool.stop()
+    assert training.has_changed_by(3.0)
+
+
+def test_a_server_that_never_comes_back(make_training):
+    training = make_training()
+    batches = training.begin()
+    training.push(0)
+    next(batches)
+    training.env.server._methods = None
+    for training.now in (1, 100):
+        assert training.pool._take_news() is False
+    training.now = 102
+    with pytest.raises(RuntimeError, match="server of the nodes has been away for node_timeout=100 seconds"):
+        next(batches)
+
+
+def test_a_server_that_was_started_again_promises_nothing_to_a_node_that_cannot_start(make_training):
+    training = make_training(total=40)
+    batches = training.pool.batches()
+    pull = training.push(0, change=None, n_steps=0)
+    training.push(0)
+    next(batches)
+    training.lose_server()
+    training.pool._take_news()
+    while not pull.is_over:
+        pull = training.push(0, n_steps=2 * pull.n_granted)
+    assert sum(len(batch) for batch in batches) == 36
+
+
+def test_the_last_steps_need_not_be_those_of_a_node_that_cannot_start():
+    """Lanes of unequal numbers: those of the other node do not add up to the last step."""
+    server = ParameterServer()
+    server.load(ServerState(np.zeros(1, np.float32), [], {}, [6, 2], 0, 11, 16), ExchangeSettings(sync_interval=6))
+    n_steps, pulls = 0, []
+    for number in range(4):
+        report = Report(np.zeros(n_steps, bool))
+        pulls.append(server.exchange(Push(0, 0, number, 0, None, [], {}, report)))
+        n_steps = 6 * pulls[-1].n_granted
+        if pulls[-1].is_over:
+            break
+    assert pulls[-1].is_over and server.state.num_timesteps == 12
+
+
+def test_a_node_that_waits_gets_no_parameters(make_training):
+    training = make_training(total=4)
+    assert training.push(0, change=None, n_steps=0).values is not None
+    waits = training.push(1, change=None, n_steps=0)
+    assert (waits.n_granted, waits.values, waits.is_over) == (0, None, False)
+    over = training.push(0)
+    assert over.is_over and over.values is not None
+
+
+def test_lanes_that_are_closed_or_copied():
+    """Ray would start another cluster for the first, and end the nodes when the second is forgotten."""
+    env = FakeLanes()
+    env.nodes, env._start_timeout = [], 1.0
+    for use in (env.reset, env.get_images, env.restart_dead_nodes, lambda: env.env_method("close")):
+        with pytest.raises(RuntimeError, match="is closed: make it anew"):
+            use()
+    with pytest.raises(TypeError, match="can't be copied: to copy a model that has one, save and load it"):
+        pickle.dumps(env)
+
+
+def test_exceptions_that_cannot_be_sent():
+    class Local(Exception):
+        pass
+
+    sendable = ValueError("an env")
+    assert make_picklable(sendable) is sendable
+    exception = Local("an env")
+    exception.add_note("in lane 1")
+    substitute = make_picklable(exception)
+    assert (type(substitute), str(substitute), substitute.__notes__) == (RuntimeError, "Local: an env", ["in lane 1"])
+
+
+class FakeConnection:
+    """Ray as a connection to a cluster."""
+
+    def __init__(self):
+        self.number, self.connected, self.n_shutdowns = 0, False, 0
+
+    def init(self, **arguments):
+        self.number, self.connected = self.number + 1, True
+        os.environ["RAY_AUTH_MODE"] = "token"
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def is_initialized(self):
+        return self.connected
+
+    def shutdown(self):
+        self.connected, self.n_shutdowns = False, self.n_shutdowns + 1
+
+    def get_runtime_context(self):
+        return types.SimpleNamespace(get_worker_id=lambda: str(self.number))
+
+
+@pytest.fixture
+def connection(monkeypatch):
+    ray = FakeConnection()
+    monkeypatch.setattr(cluster, "import_ray", lambda: ray)
+    monkeypatch.setattr(cluster, "start_ray_on_loopback", ray.init)
+    monkeypatch.setattr(cluster, "_users", set())
+    monkeypatch.setattr(cluster, "_connection", None)
+    monkeypatch.setattr(cluster, "_set_by_ray", set())
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    yield ray
+    signal.signal(signal.SIGTERM, before)
+    os.environ.pop("RAY_AUTH_MODE", None)
+
+
+def test_the_last_user_ends_what_was_started(connection):
+    def handler(number, frame):
+        raise AssertionError
+
+    signal.signal(signal.SIGTERM, handler)
+    for user in ("one", "two"):
+        cluster.enter_cluster(user, 1)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    cluster.leave_cluster("one")
+    assert connection.is_initialized()
+    cluster.leave_cluster("two")
+    assert connection.n_shutdowns == 1 and "RAY_AUTH_MODE" not in os.environ
+
+
+def test_a_cluster_that_somebody_else_has_started_goes_on(connection, monkeypatch):
+    def fail(**arguments):
+        raise ConnectionError
+
+    # The first attempt fails, then the user connects
+    monkeypatch.setattr(cluster, "start_ray_on_loopback", fail)
+    with pytest.raises(ConnectionError):
+        cluster.enter_cluster("one", 1)
+    connection.init()
+    cluster.enter_cluster("one", 1)
+    cluster.leave_cluster("one")
+    assert connection.n_shutdowns == 0
+    connection.shutdown()
+    # The user ends ours, and connects
+    monkeypatch.setattr(cluster, "start_ray_on_loopback", connection.init)
+    cluster.enter_cluster("one", 1)
+    connection.shutdown()
+    connection.init()
+    cluster.leave_cluster("one")
+    assert connection.is_initialized() and connection.n_shutdowns == 2

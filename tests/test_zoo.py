@@ -555,6 +555,7 @@ def test_other_folders_of_agents_are_the_users(tmp_path):
         ("train --algo a3c --vec-env subprocess", "(choose from 'dummy', 'subproc', 'ale', 'healing', 'ray')"),
         ("train --algo a3c --vec-env-kwargs start_method:\"'fork'\"", "DummyVecEnv got an unexpected keyword argument"),
         ("train --algo a3c --vec-env healing --vec-env-kwargs n:1", "HealingVecEnv got an unexpected keyword argument"),
+        ("train --algo a3c --vec-env ray -optimize --n-jobs 2", "trials run one after another: leave --n-jobs out"),
         ("train --algo a3c -params learning_rate:lin_1e-3", "'lin_1e' is not defined. Values are Python, where a text"),
         ("train --algo a3c -params n_workers:auto net_arch:[", "'auto' is not defined"),
     ],

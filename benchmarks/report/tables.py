@@ -294,7 +294,7 @@ def node_kills_table(trainings: list[dict[str, Any]]) -> list[str]:
     for n_steps in sorted({training["total_timesteps"] for training in trainings}):
         group = [training for training in trainings if training["total_timesteps"] == n_steps]
         scores = [float(np.mean(training["returns"])) for training in group]
-        n_complete = sum(training["num_timesteps"] >= n_steps for training in group)
+        n_complete = sum(training["num_timesteps"] >= n_steps and not training.get("failure") for training in group)
         lines.append(
             f"| {format_count(n_steps)} | {len(group)} | {sum(len(training['kills']) for training in group)} "
             f"| {n_complete} | {np.mean(scores):.1f} ± {np.std(scores):.1f} "

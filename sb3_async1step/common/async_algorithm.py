@@ -46,6 +46,7 @@ from sb3_async1step.common.warn import (
     list_modules_and_parameters,
     warn_of_frames_skipped_twice,
     warn_of_what_is_not_followed,
+    warn_the_caller,
     without_autocast,
 )
 from sb3_async1step.nodes.node import NodeRecipe
@@ -378,10 +379,18 @@ class AsyncAlgorithm(LiveAlgorithm):
         """Let the nodes of a ``RayVecEnv`` learn, and follow them until they have ended."""
         env = self.env
         assert env is not None
+        if self.device.type != "cpu":
+            warn_the_caller("The nodes of a RayVecEnv learn on the CPU, whatever the model's device is.")
         self._shared = self._share_parameters()
         recipe = self._make_node_recipe(n_workers, total_timesteps)
         self._pool = RayWorkerPool(
-            env, recipe, self.update_interval, self._longest_sync_interval, self._shared, self._sync_after_jump
+            env,
+            self._gate,
+            recipe,
+            self.update_interval,
+            self._longest_sync_interval,
+            self._shared,
+            self._sync_after_jump,
         )
         if self.verbose >= 1:
             print(self._pool.describe())

@@ -2,6 +2,10 @@
 
 import logging
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -9,9 +13,13 @@ from typing import Any
 from sb3_async1step.nodes.ray_module import import_ray
 from sb3_async1step.sb3_internals import start_ray_on_loopback
 
-# Ids of those that use the cluster, and whether this process has started or joined it by itself
+# Trials of a study may run on several threads
+_lock = threading.RLock()
+# Ids of those that use the cluster, and the id of Ray's connection to it if it was made here
 _users: set[int] = set()
-_is_ours = False
+_connection: str | None = None
+# Environment variables that starting it has set: another cluster may need other values
+_set_by_ray: set[str] = set()
 
 
 def enter_cluster(user: object, n_cpus: int) -> Any:
@@ -22,39 +30,64 @@ def enter_cluster(user: object, n_cpus: int) -> Any:
     :param n_cpus: number of CPUs that a new one shall have at least
     :return: the package ``ray``
     """
-    global _is_ours
+    global _connection
     ray = import_ray()
-    if not ray.is_initialized():
-        _users.clear()
-        _is_ours = True
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            _start(n_cpus)
-    _users.add(id(user))
+    with _lock:
+        if not ray.is_initialized():
+            _users.clear()
+            _connection = None
+            with _keep_sigterm():
+                if os.environ.get("RAY_ADDRESS"):
+                    ray.init(log_to_driver=False, logging_level=logging.ERROR)
+                else:
+                    _start(n_cpus)
+            _connection = ray.get_runtime_context().get_worker_id()
+        _users.add(id(user))
     return ray
+
+
+@contextmanager
+def _keep_sigterm() -> Iterator[None]:
+    """Ray replaces the handler of SIGTERM, by one that ends the program; a handler of the program's own is kept."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _start(n_cpus: int) -> None:
     # Ray would report to its makers
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    has_auth_mode = "RAY_AUTH_MODE" in os.environ
     start_ray_on_loopback(
         num_cpus=max(n_cpus, os.cpu_count() or 1),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+    if not has_auth_mode:
+        _set_by_ray.add("RAY_AUTH_MODE")
 
 
 def leave_cluster(user: object) -> None:
     """
     :param user: who entered the cluster; the last one ends what this process has started
     """
-    global _is_ours
-    _users.discard(id(user))
-    if _is_ours and not _users:
-        _is_ours = False
-        import_ray().shutdown()
+    global _connection
+    ray = import_ray()
+    with _lock:
+        _users.discard(id(user))
+        if _connection is None or _users:
+            return
+        # Somebody else may have connected Ray to another cluster since
+        if ray.is_initialized() and ray.get_runtime_context().get_worker_id() == _connection:
+            ray.shutdown()
+        _connection = None
+        for name in _set_by_ray:
+            os.environ.pop(name, None)
+        _set_by_ray.clear()
 
 
 @dataclass

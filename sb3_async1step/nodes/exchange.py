@@ -11,7 +11,7 @@ from stable_baselines3.common.vec_env import unwrap_vec_normalize
 from sb3_async1step.nodes.messages import Learned, Pull, Push, Report
 from sb3_async1step.nodes.moments import read_moments, store_moments
 from sb3_async1step.nodes.parameters import read_buffers, read_values, store_buffers, store_values
-from sb3_async1step.nodes.ray_module import import_ray
+from sb3_async1step.nodes.ray_module import import_ray, lost_errors
 
 #: Seconds after which a node asks again, if the server is away or has nothing to do for it
 RETRY_INTERVAL = 0.05
@@ -93,7 +93,7 @@ class Exchange(ABC):
             start = time.perf_counter()
             try:
                 pull = ray.get(self._server.exchange.remote(push, self._seconds))
-            except ray.exceptions.RayActorError:
+            except lost_errors(ray):
                 pull = None
             if pull is not None:
                 self._seconds = time.perf_counter() - start
@@ -103,6 +103,7 @@ class Exchange(ABC):
 
     def _take(self, pull: Pull) -> None:
         model, shared, pool = self._model, self._shared, self._pool
+        assert pull.values is not None
         self._pulled, self._version = np.array(pull.values), pull.version
         store_values(shared.parameters, self._pulled)
         store_buffers(shared, pull.buffers)

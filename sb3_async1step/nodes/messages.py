@@ -68,7 +68,7 @@ class Pull:
     What the server answers.
 
     :param version: version of the parameters
-    :param values: the parameters
+    :param values: the parameters, None if the node shall ask again
     :param buffers: the network's buffers
     :param moments: the running statistics
     :param num_timesteps: environment steps of all nodes (the paper's T)
@@ -78,7 +78,7 @@ class Pull:
     """
 
     version: int
-    values: np.ndarray
+    values: np.ndarray | None
     buffers: list[np.ndarray]
     moments: dict[str, Moments]
     num_timesteps: int

@@ -2,7 +2,9 @@
 
 import io
 import os
+import pickle
 import random
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,8 +124,10 @@ class Node:
             model.learn(n_left, NodeCallback(self._exchange), log_interval=None, reset_num_timesteps=False)
         except Exception as exception:
             first, last = recipe.lanes[0], recipe.lanes[-1]
+            # Its traceback can't be sent
+            add_note(exception, f"On the node:\n{''.join(traceback.format_exception(exception))}")
             add_note(exception, f"It was raised on node {recipe.node}, whose lanes are {first} to {last} of all lanes.")
-            return exception
+            return make_picklable(exception)
         return None
 
     def stop(self) -> None:
@@ -173,6 +177,21 @@ class NodeCallback(BaseCallback):
             return False
         self._n_left = pull.n_granted
         return not pull.is_over
+
+
+def make_picklable(exception: BaseException) -> BaseException:
+    """
+    :param exception: an exception with notes
+    :return: itself, or if it can't be sent, a ``RuntimeError`` with its message and notes
+    """
+    try:
+        pickle.loads(pickle.dumps(exception))
+    except Exception:
+        substitute = RuntimeError(f"{type(exception).__name__}: {exception}")
+        for note in getattr(exception, "__notes__", []):
+            add_note(substitute, note)
+        return substitute
+    return exception
 
 
 def strip(info: dict[str, Any]) -> dict[str, Any]:

@@ -13,3 +13,12 @@ def import_ray() -> Any:
         return import_module("ray")
     except ModuleNotFoundError as error:
         raise ImportError("RayVecEnv needs Ray, which is not installed: pip install 'sb3-async1step[ray]'") from error
+
+
+def lost_errors(ray: Any) -> tuple[type[Exception], ...]:
+    """
+    :param ray: the package ``ray``
+    :return: what it raises if a process or a machine has ended that was asked something: before it had answered, or
+        while the answer was on its way
+    """
+    return ray.exceptions.RayActorError, ray.exceptions.ObjectLostError

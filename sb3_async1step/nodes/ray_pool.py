@@ -15,10 +15,11 @@ from sb3_async1step.nodes.messages import Report
 from sb3_async1step.nodes.moments import read_moments, store_moments
 from sb3_async1step.nodes.node import NodeRecipe
 from sb3_async1step.nodes.parameters import read_buffers, read_values, store_buffers, store_values
-from sb3_async1step.nodes.ray_module import import_ray
+from sb3_async1step.nodes.ray_module import import_ray, lost_errors
 from sb3_async1step.nodes.ray_vec_env import NODE_END_TIMEOUT, RayVecEnv, unwrap
 from sb3_async1step.nodes.server import News, ServerState, grant_size
 from sb3_async1step.nodes.wrappers import pack_wrappers
+from sb3_async1step.workers.gate import Gate
 from sb3_async1step.workers.pool import Pool
 from sb3_async1step.workers.shared_parameters import SharedParameters
 from sb3_async1step.workers.transitions import Transitions, UpdateStats
@@ -91,6 +92,7 @@ class RayWorkerPool(Pool):
     thread processes a batch.
 
     :param env: the training env
+    :param gate: the model's gate
     :param recipe: what each node learns with; its lanes and numbers are set here
     :param update_interval: vector steps between two updates of a node's worker
     :param longest_sync_interval: most steps of all nodes that should lie between two exchanges
@@ -101,6 +103,7 @@ class RayWorkerPool(Pool):
     def __init__(
         self,
         env: VecEnv,
+        gate: Gate,
         recipe: NodeRecipe,
         update_interval: int,
         longest_sync_interval: float,
@@ -110,6 +113,8 @@ class RayWorkerPool(Pool):
         base = env.unwrapped
         assert isinstance(base, RayVecEnv)
         self._ray = import_ray()
+        self._lost_errors = lost_errors(self._ray)
+        self._gate = gate
         self.num_envs = env.num_envs
         self.workers = []
         most_lanes = max(len(node.lanes) for node in base.nodes)
@@ -138,8 +143,10 @@ class RayWorkerPool(Pool):
         self._checkpoint = self._make_state()
         self._checkpoint_time = time.monotonic()
         self._server = base.server
+        # Since when it has not answered, None if it does
+        self._server_lost_at: float | None = None
         # If the server is away, it is given the checkpoint when it is back
-        with suppress(self._ray.exceptions.RayActorError):
+        with suppress(*self._lost_errors):
             self._load_server()
 
     @property
@@ -254,7 +261,7 @@ class RayWorkerPool(Pool):
         del self._learning[number]
         try:
             exception = self._ray.get(request)
-        except self._ray.exceptions.RayActorError as error:
+        except self._lost_errors as error:
             self._restart_node(number, f"has ended ({str(error).splitlines()[0]})")
             return
         except self._ray.exceptions.RayTaskError as error:
@@ -267,10 +274,13 @@ class RayWorkerPool(Pool):
         if timeout is None:
             return False
         now = time.monotonic()
-        if number not in self._last_exchanges and self._has_ended(self._starting[number]):
+        if number not in self._last_exchanges and self._has_started(number):
             # Its process has started, which may take as long as it takes the cluster to have a CPU for it
             self._last_exchanges[number] = now
         return now - self._last_exchanges.get(number, now) > timeout
+
+    def _has_started(self, number: int) -> bool:
+        return number in self._last_exchanges or self._has_ended(self._starting[number])
 
     def _restart_node(self, number: int, reason: str) -> None:
         if self._n_restarts == self.settings.max_restarts:
@@ -280,7 +290,7 @@ class RayWorkerPool(Pool):
         node.restart()
         # A server that begins anew may not hear of it
         self._last_numbers[number] = -1
-        with suppress(self._ray.exceptions.RayActorError):
+        with suppress(*self._lost_errors):
             self._ray.get(self._server.begin_epoch.remote(number, node.epoch))
         self._start_node(number)
 
@@ -295,14 +305,24 @@ class RayWorkerPool(Pool):
             if news is None:
                 self._reload()
                 return False
-        except self._ray.exceptions.RayActorError:
+        except self._lost_errors as error:
             # It starts again
+            self._check_server(now, error)
             time.sleep(POLL_INTERVAL)
             return False
+        self._server_lost_at = None
         if news.state is not None:
             self._checkpoint, self._checkpoint_time = news.state, now
         self._count(news)
         return True
+
+    def _check_server(self, now: float, error: Exception) -> None:
+        self._server_lost_at = self._server_lost_at or now
+        timeout = self.settings.node_timeout
+        if timeout is not None and now - self._server_lost_at > timeout:
+            raise RuntimeError(
+                f"The server of the nodes has been away for node_timeout={timeout:g} seconds."
+            ) from error
 
     def _count(self, news: News) -> None:
         for report in news.reports:
@@ -310,7 +330,8 @@ class RayWorkerPool(Pool):
             self._write_episodes(report)
         self._num_timesteps, self._version = news.num_timesteps, news.version
         self._is_complete = news.is_complete
-        store_moments(self._normalize, news.moments)
+        with self._gate.passed():
+            store_moments(self._normalize, news.moments)
         self._metrics.add(news)
         for number, last in news.last_numbers.items():
             if last >= 0 and last != self._last_numbers.get(number):
@@ -328,11 +349,10 @@ class RayWorkerPool(Pool):
         # What was counted must not be counted again
         state.last_numbers = dict(self._last_numbers)
         n_left = state.last_timestep - state.num_timesteps
-        # Nobody knows what was granted since, but no node has got more
-        state.granted = {
-            number: min(n_left, grant_size(self.settings, len(nodes[number].lanes))) for number in self._learning
-        }
-        state.n_side_by_side = dict.fromkeys(self._learning, len(self._learning))
+        # Nobody knows what was granted since, but no node has got more. One that waits for a CPU has got nothing
+        there = [number for number in self._learning if self._has_started(number)]
+        state.granted = {number: min(n_left, grant_size(self.settings, len(nodes[number].lanes))) for number in there}
+        state.n_side_by_side = dict.fromkeys(there, len(there))
         self._load_server()
 
     def _write_episodes(self, report: Report) -> None:
@@ -354,17 +374,20 @@ class RayWorkerPool(Pool):
 
     def _pull(self) -> bool:
         """Whether the server was there, whose parameters the model has now."""
+        # It may rise while the server answers
+        version = self._version
         try:
             answer = self._ray.get(self._server.get_values.remote())
-        except self._ray.exceptions.RayActorError:
+        except self._lost_errors:
             answer = None
         if answer is None:
             return False
-        self._store(*answer)
+        values, buffers = answer
+        self._store(values, buffers, version)
         return True
 
-    def _store(self, values: np.ndarray, buffers: list[np.ndarray]) -> None:
-        self._pulled_version, self._pull_time = self._version, time.monotonic()
+    def _store(self, values: np.ndarray, buffers: list[np.ndarray], version: int) -> None:
+        self._pulled_version, self._pull_time = version, time.monotonic()
         store_values(self._shared.parameters, values)
         store_buffers(self._shared, buffers)
         self._on_jump(self._num_timesteps_when_pulled, self._num_timesteps)
@@ -380,10 +403,12 @@ class RayWorkerPool(Pool):
             self._base.nodes[number].actor.stop.remote()
         if self._learning:
             self._ray.wait(list(self._learning.values()), num_returns=len(self._learning), timeout=NODE_END_TIMEOUT)
-        if not self._pull():
-            self._take_checkpoint()
-        if self.settings.exchange == "gradients":
-            self._take_optimizer()
+        # Other threads may be about to look at the model
+        with self._gate.passed():
+            if not self._pull():
+                self._take_checkpoint()
+            if self.settings.exchange == "gradients":
+                self._take_optimizer()
         self._is_stopped = True
         for number, request in list(self._learning.items()):
             if not self._has_ended(request):
@@ -398,12 +423,12 @@ class RayWorkerPool(Pool):
             stacklevel=2,
         )
         if self._checkpoint_time > self._pull_time:
-            self._store(self._checkpoint.values, self._checkpoint.buffers)
+            self._store(self._checkpoint.values, self._checkpoint.buffers, self._version)
 
     def _take_optimizer(self) -> None:
         """Give the model's optimizer the state of the server's, or if the server is away, that of the checkpoint."""
         state = None
-        with suppress(self._ray.exceptions.RayActorError):
+        with suppress(*self._lost_errors):
             state = self._ray.get(self._server.get_optimizer_state.remote())
         state = state or self._checkpoint.optimizer
         if state is not None:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import gymnasium as gym
 import numpy as np
@@ -11,7 +11,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvO
 
 from sb3_async1step.nodes.cluster import Place, enter_cluster, leave_cluster, list_machines, place_lanes
 from sb3_async1step.nodes.node import Node
-from sb3_async1step.nodes.ray_module import import_ray
+from sb3_async1step.nodes.ray_module import import_ray, lost_errors
 from sb3_async1step.nodes.server import ParameterServer
 from sb3_async1step.nodes.settings import ExchangeSettings, check_number
 from sb3_async1step.vec_envs.observations import concatenate
@@ -77,7 +77,7 @@ class RayNode:
             ray.get(self.actor.__ray_ready__.remote(), timeout=NODE_END_TIMEOUT)
         except ray.exceptions.GetTimeoutError:
             return True
-        except ray.exceptions.RayActorError:
+        except lost_errors(ray):
             return False
         return True
 
@@ -112,7 +112,7 @@ class RayVecEnv(VecEnv):
     :param max_restarts: number of restarts of nodes in one ``learn()`` that do not end it
     :param node_timeout: seconds without an exchange after which a node is taken for hanging and restarted, None for no
         limit
-    :param start_timeout: seconds until all nodes have made their envs
+    :param start_timeout: seconds until all nodes have made their envs, and in which they reset them
     :raises ValueError: if a parameter is out of range, or the cluster has too few CPUs
     :raises ImportError: if Ray is not installed
     """
@@ -139,6 +139,7 @@ class RayVecEnv(VecEnv):
         )  # fmt: skip
         check_layout(len(env_fns), n_nodes, lanes_per_node)
         check_number("start_timeout", start_timeout, above=0)
+        self._start_timeout = start_timeout
         # Nothing to close so far
         self.closed = True
         self.nodes: list[RayNode] = []
@@ -162,23 +163,37 @@ class RayVecEnv(VecEnv):
         try:
             return ray.get(requests, timeout=timeout)[0]
         except ray.exceptions.GetTimeoutError:
-            raise RuntimeError(
-                f"{len(self.nodes)} nodes have not made their envs within start_timeout={timeout:g} seconds. Each "
-                f"needs a free CPU of Ray's cluster, of whose {ray.cluster_resources().get('CPU', 0):g} CPUs "
-                f"{ray.available_resources().get('CPU', 0):g} are free."
-            ) from None
-        except ray.exceptions.RayActorError as error:
-            raise unwrap(error) from error
+            raise self._describe_delay("made", timeout) from None
+
+    def _describe_delay(self, what: str, timeout: float) -> RuntimeError:
+        ray = import_ray()
+        return RuntimeError(
+            f"{len(self.nodes)} nodes have not {what} their envs within start_timeout={timeout:g} seconds. Each needs "
+            f"a free CPU of Ray's cluster, of whose {ray.cluster_resources().get('CPU', 0):g} CPUs "
+            f"{ray.available_resources().get('CPU', 0):g} are free."
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("The nodes of a RayVecEnv can't be copied: to copy a model that has one, save and load it.")
+
+    def _check_open(self) -> None:
+        # Ray would start another cluster
+        if self.closed:
+            raise RuntimeError("The RayVecEnv is closed: make it anew and give it to the model by set_env().")
 
     # ------------------------------------------------------------------ as any VecEnv
 
-    def _get(self, requests: list[Any]) -> list[Any]:
+    def _get(self, requests: list[Any], timeout: float | None = None) -> list[Any]:
+        self._check_open()
         ray = import_ray()
         try:
-            return ray.get(requests)
+            return ray.get(requests, timeout=timeout)
+        except ray.exceptions.GetTimeoutError:
+            assert timeout is not None
+            raise self._describe_delay("reset", timeout) from None
         except ray.exceptions.RayTaskError as error:
             raise unwrap(error) from error
-        except ray.exceptions.RayActorError as error:
+        except lost_errors(ray) as error:
             self.restart_dead_nodes()
             raise RuntimeError(
                 "A node's process has ended, and another one has taken its place: reset the env."
@@ -189,7 +204,9 @@ class RayVecEnv(VecEnv):
         Start other processes in the place of those that have ended.
 
         :return: the nodes that had ended
+        :raises RuntimeError: if the env is closed
         """
+        self._check_open()
         dead = [node for node in self.nodes if not node.is_alive()]
         for node in dead:
             node.restart()
@@ -203,7 +220,7 @@ class RayVecEnv(VecEnv):
         for node in self.nodes:
             lanes = slice(node.lanes.start, node.lanes.stop)
             requests.append(node.actor.reset.remote(self._seeds[lanes], self._options[lanes]))
-        observations, infos = zip(*self._get(requests), strict=True)
+        observations, infos = zip(*self._get(requests, self._start_timeout), strict=True)
         self.reset_infos = [info for part in infos for info in part]
         self._reset_seeds()
         self._reset_options()

@@ -24,7 +24,8 @@ class ServerState:
     :param n_lanes: number of lanes of each node
     :param num_timesteps: environment steps that were pushed (the paper's T)
     :param total_timesteps: T at which the training is over
-    :param last_timestep: T that is not exceeded: ``total_timesteps``, rounded up to a vector step of all lanes
+    :param last_timestep: ``total_timesteps``, rounded up to a vector step of all lanes. If the nodes have unequal
+        numbers of lanes, the steps of the last one may exceed it
     :param version: number of pushes that were applied
     :param momentum: running mean of the deltas
     :param optimizer: the state of the optimizer that applies gradients
@@ -224,15 +225,19 @@ class ParameterServer:
         state = self.state
         assert state is not None
         n_left = state.last_timestep - state.num_timesteps
-        is_enough = state.num_timesteps >= state.total_timesteps and n_left < min(state.n_lanes)
+        # Those of a node that waits for a CPU need not be taken by it
+        there = [n for node, n in enumerate(state.n_lanes) if state.last_numbers.get(node, -1) >= 0]
+        is_enough = state.num_timesteps >= state.total_timesteps and n_left < min(there or state.n_lanes)
         return is_enough and not state.granted
 
     def _answer(self, node: int, n_granted: int, is_over: bool) -> Pull:
         state = self.state
         assert state is not None
-        self._n_bytes += state.values.nbytes
+        # Nodes that wait for steps ask many times a second
+        values = state.values if n_granted > 0 or is_over else None
+        self._n_bytes += 0 if values is None else values.nbytes
         return Pull(
-            state.version, state.values, state.buffers, state.moments, state.num_timesteps, n_granted,
+            state.version, values, state.buffers, state.moments, state.num_timesteps, n_granted,
             max(1, len(state.granted)), is_over,
         )  # fmt: skip
 

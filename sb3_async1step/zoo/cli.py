@@ -33,7 +33,7 @@ from sb3_async1step.sb3_internals import (
     replace_vec_env_class,
     run_zoo_script,
 )
-from sb3_async1step.zoo.experiment_manager import AsyncExperimentManager, trained_agents_path
+from sb3_async1step.zoo.experiment_manager import ONE_TRIAL_AT_A_TIME, AsyncExperimentManager, trained_agents_path
 from sb3_async1step.zoo.hyperparams_search import make_sampler
 
 # Modules of rl_zoo3 that run as scripts
@@ -58,7 +58,7 @@ ZOO_VEC_ENVS = {
 }
 
 # Messages of exceptions that the user's command line causes, and that are printed without a traceback
-USER_ERRORS = (*ZOO_USER_ERRORS, "AleVecEnv can't replace this env")
+USER_ERRORS = (*ZOO_USER_ERRORS, "AleVecEnv can't replace this env", ONE_TRIAL_AT_A_TIME)
 
 
 def register() -> None:

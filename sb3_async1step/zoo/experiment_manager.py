@@ -19,6 +19,9 @@ from sb3_async1step.registry import ALGORITHMS
 from sb3_async1step.sb3_internals import evaluate_hyperparam
 from sb3_async1step.zoo.hyperparams_search import keep_policy_kwargs, make_sampler
 
+#: Each would need the CPUs of the whole cluster
+ONE_TRIAL_AT_A_TIME = "With --vec-env ray, trials run one after another: leave --n-jobs out."
+
 
 def find_folder(name: str) -> Path:
     """
@@ -142,6 +145,8 @@ class AsyncExperimentManager(ExperimentManager):
 
     def hyperparameters_optimization(self) -> None:
         """Search. What is not searched for is that of the environment's entry, also among the ``policy_kwargs``."""
+        if self.n_jobs > 1 and self.vec_env_class is RayVecEnv:
+            raise ValueError(ONE_TRIAL_AT_A_TIME)
         if self.algo in ALGORITHMS:
             policy_kwargs = self._hyperparams.get("policy_kwargs", {})
             HYPERPARAMS_SAMPLER[self.algo] = make_sampler(  # type: ignore[assignment]
