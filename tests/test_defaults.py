@@ -283,3 +283,8 @@ def test_one_line_learns(algorithm, env_id, n_steps, score):
 def test_the_device_is_the_cpu_unless_another_one_is_named(algorithm, monkeypatch):
     monkeypatch.setattr(th.cuda, "is_available", lambda: True)
     assert algorithm("MlpPolicy", make_env(2)).device == th.device("cpu")
+
+
+def test_adam_is_fused_by_default(value_based):
+    optimizer = value_based("MlpPolicy", make_env(2)).policy.optimizer
+    assert isinstance(optimizer, th.optim.Adam) and optimizer.defaults["fused"] is True

@@ -522,3 +522,10 @@ def test_a_cluster_that_somebody_else_has_started_goes_on(connection, monkeypatc
     connection.init()
     cluster.leave_cluster("one")
     assert connection.is_initialized() and connection.n_shutdowns == 2
+
+
+def test_settings_that_a_callback_changes(make_training):
+    training = make_training()
+    for name in ("gamma", "learning_rate", "The parameters"):
+        with pytest.raises(RuntimeError, match=f"{name} can't be changed while the nodes of a RayVecEnv learn"):
+            training.pool.check_change(name)

@@ -437,3 +437,18 @@ def test_another_seed_than_the_files(algorithm):
     model = load()
     model.seed = 1
     assert np.array_equal(act(model), one)
+
+
+def test_attributes_that_are_left_out_or_added(algorithm):
+    model = algorithm("MlpPolicy", make_env(2), n_workers=1, seed=0)
+    # SB3 leaves out the second one by default
+    model.note = model.replay_buffer = "a note"
+
+    def read(**kwargs):
+        file = io.BytesIO()
+        model.save(file, **kwargs)
+        attributes = vars(algorithm.load(file))
+        return {name for name in ("note", "replay_buffer") if attributes.get(name) == "a note"}
+
+    assert read() == {"note"}
+    assert read(exclude=["note"], include=["replay_buffer"]) == {"replay_buffer"}
