@@ -178,7 +178,7 @@ def test_every_algorithm_has_a_page():
         page = (DOCS / "modules" / f"{algo}.md").read_text()
         assert page.startswith(f"# {algorithm.name}\n")
         assert f".. autoclass:: sb3_async1step.{algorithm.name}\n" in page
-        assert f"[]({algo}.md)" in overview
+        assert f"]({algo}.md)" in overview
         assert f"\nmodules/{algo}\n" in (DOCS / "index.md").read_text()
 
 

@@ -24,6 +24,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from benchmarks.interrupts import interrupt, raise_keyboard_interrupt
 from sb3_async1step import AsyncOneStepQ, BackgroundEvalCallback
+from sb3_async1step.common import async_algorithm
 from sb3_async1step.common.model_file import pack_model
 from sb3_async1step.workers import gate
 from sb3_async1step.workers.gate import Call
@@ -120,6 +121,19 @@ def test_model_learns_on(tmp_path, name, n_workers, every_bytecode, n_interrupts
         with suppress(KeyboardInterrupt), Interrupter(n_events, every_bytecode):
             call()
         learn_on(model)
+
+
+def test_an_interrupt_at_the_end_of_a_forward_pass_without_gradients(monkeypatch):
+    """That before the training begins."""
+
+    def count(policy, forward):
+        th.set_grad_enabled(False)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(async_algorithm, "count_multiplications", count)
+    with pytest.raises(KeyboardInterrupt):
+        AsyncOneStepQ("MlpPolicy", "CartPole-v1", n_envs=2).learn(4)
+    assert th.is_grad_enabled()
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="Windows has no such timer")

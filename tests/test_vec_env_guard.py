@@ -190,7 +190,8 @@ def test_an_exception_in_a_process(algorithm, capfd):
     env = ForkedVecEnv([RandomWalkEnv, lambda: RaisingEnv(at_step=9), RandomWalkEnv])
     processes = processes_of(env)
     with pytest.raises(
-        RuntimeError, match=r"The process of env lane 1 ended\. If it raised an exception, its traceback"
+        RuntimeError,
+        match=r"The process of env lane 1 ended with exit code 1\. If it raised an exception, its traceback",
     ):
         algorithm("MlpPolicy", env, n_workers=3).learn(10_000)
     assert psutil.wait_procs(processes, timeout=DEADLINE)[1] == []

@@ -265,7 +265,11 @@ class AsyncAlgorithm(LiveAlgorithm):
             raise RuntimeError("This model's learn() is running already; another thread or a callback called it again.")
         try:
             tb_log_name = tb_log_name or type(self).__name__
-            self._train(call, total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+            # Ctrl-C between the two halves of a th.no_grad() block leaves the process without gradients
+            with th.enable_grad():
+                self._train(
+                    call, total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
+                )
         finally:
             # Twice, since a Ctrl-C may interrupt the first
             try:
@@ -360,8 +364,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         make_pool = WORKER_POOLS["threads" if on_threads else "serial"]
         self._pool = make_pool(workers, self._gate, self.num_timesteps, total_timesteps)
         guard_vec_env(env, self._gate.closed, self._pool.settle, lambda: self._gate.is_inside() or not call.is_running)
-        # Ctrl-C between the two halves of a th.no_grad() block leaves the process without gradients
-        with th.enable_grad(), without_autocast(self.device):
+        with without_autocast(self.device):
             self._follow(self._pool, callback, log_interval)
         self._pool.stop()
         self._pool.settle()
@@ -395,7 +398,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         if self.verbose >= 1:
             print(self._pool.describe())
         guard_vec_env(env, self._gate.closed, self._pool.settle, lambda: not call.is_running)
-        with th.enable_grad(), without_autocast(self.device):
+        with without_autocast(self.device):
             self._follow(self._pool, callback, log_interval)
         self._pool.stop()
 
