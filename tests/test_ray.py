@@ -336,7 +336,9 @@ if __name__ == "__main__":
     actors = ray._private.state.actors()
     where = [actors[node.actor._actor_id.hex()]["Address"]["NodeID"] for node in env.nodes]
     n_cpus = {node["NodeID"]: node["Resources"]["CPU"] for node in ray.nodes()}
-    print(model.num_timesteps, [n_cpus[machine] for machine in where])
+    # The last node to take steps may have six lanes
+    assert 400 <= model.num_timesteps < 408, model.num_timesteps
+    print([n_cpus[machine] for machine in where])
     env.close()
     assert not ray.is_initialized()
     # The cluster is there for others
@@ -349,7 +351,7 @@ if __name__ == "__main__":
 
 def test_it_joins_a_cluster_and_leaves_it_running(tmp_path):
     """By default, each machine gets one node, and lanes by its CPUs."""
-    assert run_code(JOINS, tmp_path) == ["400 [3.0, 1.0]", "[True, True]"]
+    assert run_code(JOINS, tmp_path) == ["[3.0, 1.0]", "[True, True]"]
 
 
 def test_a_killed_driver_leaves_nothing_and_its_training_goes_on(tmp_path):
