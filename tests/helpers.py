@@ -168,3 +168,39 @@ def knows_identity(model: BaseAlgorithm) -> bool:
     :return: whether it has learned that
     """
     return model.predict(np.arange(4), deterministic=True)[0].tolist() == [0, 1, 2, 3]
+
+
+def learns_identity(model: BaseAlgorithm) -> bool:
+    """
+    :param model: is trained on SB3's ``IdentityEnv(dim=4)`` until it knows it. How many steps that takes depends on the
+        order of the updates
+    :return: whether it has learned it in fewer than 40 000 steps
+    """
+    model.learn(40_000, callback=lambda *_: model.num_timesteps % 400 > 0 or not knows_identity(model))
+    return model.num_timesteps < 40_000
+
+
+class CountingOptimizer(th.optim.SGD):
+    """Each update adds one to every weight, in two halves."""
+
+    @th.no_grad()
+    def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
+        """
+        :param closure: not used
+        """
+        for group in self.param_groups:
+            for _ in range(2):
+                for parameter in group["params"]:
+                    parameter.add_(0.5)
+                # Whoever does not wait for the end of the update comes here
+                time.sleep(0.001)
+
+
+def count_additions(model: BaseAlgorithm, start: list[th.Tensor]) -> set[float]:
+    """
+    :param model: has a :class:`CountingOptimizer`
+    :param start: its trained parameters before
+    :return: by how much its weights have grown: one whole number, unless it was looked at in the middle of an update
+    """
+    weights = zip(trained_parameters(model), start, strict=True)
+    return {round(difference, 3) for p, q in weights for difference in (p - q).flatten().tolist()}

@@ -2,19 +2,19 @@
 
 import copy
 import pickle
-import time
 
 import cloudpickle
 import numpy as np
 import pytest
-import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import HumanOutputFormat
 
 from tests.envs import make_env
 from tests.helpers import (
+    CountingOptimizer,
     actor_learners,
     are_equal,
+    count_additions,
     has_made_steps,
     meanwhile,
     trained_parameters,
@@ -75,19 +75,6 @@ def test_a_copy_in_a_callback(algorithm, copier, n_workers, tmp_path):
     model.learn(20, reset_num_timesteps=False)
 
 
-class CountingOptimizer(th.optim.SGD):
-    """Each update adds one to every weight, in two halves."""
-
-    @th.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for _ in range(2):
-                for p in group["params"]:
-                    p.add_(0.5)
-                # Whoever does not wait for the end of the update comes here
-                time.sleep(0.001)
-
-
 def test_copies_from_another_thread(algorithm):
     """Each is of one moment, though workers update all the time."""
     policy_kwargs = {"net_arch": [8], "optimizer_class": CountingOptimizer}
@@ -107,8 +94,7 @@ def test_copies_from_another_thread(algorithm):
         model.learn(10**9, callback=lambda locals_, globals_: None not in done)
     wait_until(lambda: not actor_learners())
     for twin in done[:2]:
-        weights = zip(trained_parameters(twin), start, strict=True)
-        (n_updates,) = {round(d, 3) for p, q in weights for d in (p - q).flatten().tolist()}
+        (n_updates,) = count_additions(twin, start)
         assert n_updates == int(n_updates) > 0
         assert twin.learn(10).num_timesteps == 10
 

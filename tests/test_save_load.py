@@ -21,7 +21,15 @@ from sb3_async1step import A3C, AsyncNStepQ, AsyncOneStepQ, AsyncOneStepSarsa
 from sb3_async1step.common import live_algorithm, model_file
 from sb3_async1step.value_based.algorithm import ValueBasedAlgorithm
 from tests.envs import BoxWalkEnv, RandomWalkEnv, make_env
-from tests.helpers import are_equal, meanwhile, trained_parameters, wait_until, weights_of
+from tests.helpers import (
+    CountingOptimizer,
+    are_equal,
+    count_additions,
+    meanwhile,
+    trained_parameters,
+    wait_until,
+    weights_of,
+)
 
 
 def state_of(model):
@@ -242,17 +250,6 @@ def test_a_failed_save_leaves_the_old_file(algorithm, where, tmp_path, monkeypat
 @pytest.mark.parametrize(("backend", "n_workers"), [("threads", 4), ("serial", 2)])
 def test_saving_from_another_thread(algorithm, backend, n_workers, tmp_path):
     """Each file holds one moment: online network, statistics and counters of the same number of updates."""
-
-    class CountingOptimizer(th.optim.SGD):
-        """Each update adds one to every weight, in two halves."""
-
-        @th.no_grad()
-        def step(self, closure=None):
-            for group in self.param_groups:
-                for _ in range(2):
-                    for p in group["params"]:
-                        p.add_(0.5)
-
     model = algorithm(
         "MlpPolicy", make_env(4), backend=backend, n_workers=n_workers, lock_updates=True, update_interval=1,
         policy_kwargs={"optimizer_class": CountingOptimizer, "net_arch": [4]},
@@ -277,8 +274,7 @@ def test_saving_from_another_thread(algorithm, backend, n_workers, tmp_path):
         )
     counts = []
     for path in files:
-        weights = trained_parameters(algorithm.load(path))
-        steps = {round(d, 3) for p, q in zip(weights, start, strict=True) for d in (p - q).flatten().tolist()}
+        steps = count_additions(algorithm.load(path), start)
         assert len(steps) == 1
         counts.append(steps.pop())
         assert counts[-1] == int(counts[-1])
