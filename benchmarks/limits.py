@@ -108,10 +108,13 @@ def measure_limit(model: AsyncOneStepQ, mixed_precision: bool) -> float:
     """
     images = th.zeros(1, *IMAGES, dtype=th.uint8)
     model.policy.set_training_mode(False)
-    n_operations = 2 * count_multiplications(model.q_net, lambda: model.q_net(images))
+    n_multiplications = count_multiplications(model.q_net, lambda: model.q_net(images))
+    first = next(layer for layer in model.q_net.modules() if isinstance(layer, th.nn.Conv2d))
+    n_of_first = count_multiplications(first, lambda: model.q_net(images))
     # Targets, the forward pass of the gradient and two of the backward pass; with update_interval=1, the first of the
-    # gradient's is the one that chooses the actions
+    # gradient's is the one that chooses the actions. Images need no gradient: the first layer has one pass less
     n_passes = 4 if model.update_interval == 1 else 5
+    n_operations = 2 * (n_passes * n_multiplications - n_of_first)
     matrix = th.ones(N_ROWS, N_ROWS, dtype=th.bfloat16 if mixed_precision else th.float32)
     seconds_per_operation = on_one_core(lambda: time_call(lambda: matrix @ matrix)) / (2 * N_ROWS**3)
-    return count_usable_cores() / (time_emulation(8) + n_passes * n_operations * seconds_per_operation)
+    return count_usable_cores() / (time_emulation(8) + n_operations * seconds_per_operation)

@@ -34,6 +34,7 @@ from stable_baselines3 import A2C, DQN
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.torch_layers import NatureCNN
+from stable_baselines3.common.utils import ConstantSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack
 
 from benchmarks import defaults, report
@@ -167,7 +168,9 @@ def make_by_zoo(algo: str, env_id: str, vec_env_class: type[VecEnv] = DummyVecEn
     register()
     replace_vec_env_class(AsyncExperimentManager, vec_env_class)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-        manager = AsyncExperimentManager(argparse.Namespace(), algo, env_id, folder, eval_freq=-1, verbose=0)
+        manager = AsyncExperimentManager(
+            argparse.Namespace(vec_env="dummy"), algo, env_id, folder, eval_freq=-1, verbose=0
+        )
         experiment = manager.setup_experiment()
     assert experiment is not None
     return experiment[0]
@@ -324,6 +327,10 @@ def start_learning(comparison: str, name: str) -> None:
     global _model
     _model = COMPARISONS[comparison][name]()
     _model.learn(WARM_UP_STEPS)
+    if isinstance(_model, DQN):
+        # As for most of a training. At the beginning of one as long as that of measure(), it would act at random, for
+        # which it needs no forward pass, unlike our algorithms
+        _model.exploration_schedule = ConstantSchedule(_model.exploration_final_eps)
 
 
 def measure(seconds: float) -> Speed:

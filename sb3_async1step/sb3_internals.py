@@ -6,11 +6,16 @@ What we rely on in other packages beyond their public interfaces: private names,
 
 import inspect
 import runpy
+import shutil
 import subprocess
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from stable_baselines3.common import monitor
@@ -237,6 +242,36 @@ def evaluate_hyperparam(value: Any) -> Any:
     return eval(value, vars(import_module("rl_zoo3.exp_manager"))) if isinstance(value, str) else value
 
 
+@contextmanager
+def normalized_as_checkpoints(find_statistics: Callable[[Path], Path | None]) -> Iterator[None]:
+    """
+    Inside the ``with`` block, the Zoo plays a checkpoint with its own statistics of ``VecNormalize``, instead of those
+    of the end of the training, which an interrupted one does not have.
+
+    :param find_statistics: returns the file of a checkpoint's statistics, None if there is none
+    """
+    utils, enjoy = import_module("rl_zoo3.utils"), import_module("rl_zoo3.enjoy")
+    get_model_path, create_test_env = utils.get_model_path, utils.create_test_env
+    statistics: Path | None = None
+
+    def get(*args: Any, **kwargs: Any) -> tuple[str, str, str]:
+        nonlocal statistics
+        found = get_model_path(*args, **kwargs)
+        statistics = find_statistics(Path(found[1]))
+        return found
+
+    def create(*args: Any, stats_path: str | None = None, **kwargs: Any) -> VecEnv:
+        if statistics is None:
+            return create_test_env(*args, stats_path=stats_path, **kwargs)
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(statistics, Path(folder, "vecnormalize.pkl"))
+            return create_test_env(*args, stats_path=folder, **kwargs)
+
+    replacements: dict[str, Any] = {"get_model_path": get, "create_test_env": create}
+    with patch.multiple(utils, **replacements), patch.multiple(enjoy, **replacements):
+        yield
+
+
 def run_zoo_script(name: str, program: Sequence[str]) -> None:
     """
     Run a module of the Zoo that is a script. It starts others (``enjoy``, ``record_video``) by ``subprocess.call``; on
@@ -276,6 +311,22 @@ def repair_push_to_hub() -> None:
     module: Any = import_module("huggingface_sb3.push_to_hub")
     if not hasattr(module, "generate_metadata"):
         module.generate_metadata = lambda *args: module._generate_metadata(*args).to_dict()
+
+
+def repair_load_from_hub() -> None:
+    """Raise the error that ``rl_zoo3.load_from_hub`` expects of a missing file: huggingface_hub 1 raises another."""
+    module: Any = import_module("huggingface_sb3")
+    missing = import_module("huggingface_hub.errors").EntryNotFoundError
+    expected = import_module("requests.exceptions").HTTPError
+    original = module.load_from_hub
+
+    def load_from_hub(*args: Any, **kwargs: Any) -> str:
+        try:
+            return original(*args, **kwargs)
+        except missing as error:
+            raise expected(str(error)) from error
+
+    module.load_from_hub = load_from_hub
 
 
 def repair_benchmark() -> None:

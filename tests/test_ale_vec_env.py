@@ -13,6 +13,7 @@ from stable_baselines3.common.atari_wrappers import (
     FireResetEnv,
     MaxAndSkipEnv,
     NoopResetEnv,
+    StickyActionEnv,
 )
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -254,7 +255,12 @@ def test_wrappers_monitor_files_and_evaluation(tmp_path):
     env = make_atari_env("BreakoutNoFrameskip-v4", 2, seed=0, vec_env_cls=AleVecEnv, monitor_dir=str(tmp_path))
     assert env.env_is_wrapped(Monitor) == env.env_is_wrapped(EpisodicLifeEnv) == [True, True]
     assert env.env_is_wrapped(FireResetEnv, indices=[1]) == [True]
-    assert env.env_is_wrapped(gym.wrappers.TimeLimit) == [False, False]
+    assert env.env_is_wrapped(gym.wrappers.TimeLimit) == env.env_is_wrapped(StickyActionEnv) == [False, False]
+    sticky = make_atari_env(
+        "BreakoutNoFrameskip-v4", 1, wrapper_kwargs={"action_repeat_probability": 0.25}, vec_env_cls=AleVecEnv
+    )
+    assert sticky.env_is_wrapped(StickyActionEnv) == [True]
+    sticky.close()
     stacked = VecTransposeImage(VecFrameStack(env, 4))
     model = AsyncOneStepQ("CnnPolicy", stacked, seed=0)
     returns, lengths = evaluate_policy(model, stacked, n_eval_episodes=2, return_episode_rewards=True)
@@ -292,6 +298,8 @@ def test_reset_after_an_interrupted_step():
     replacement.reset()
     replacement.step(np.array([2, 2]))
     replacement.step_async(np.array([2, 2]))
+    with pytest.raises(RuntimeError, match="The last step was interrupted before its end: reset the environment"):
+        replacement.step(np.array([2, 2]))
     replacement.reset()
     for t in range(30):
         _, _, _, infos = original.step(np.array([t % 4] * 2))
@@ -310,6 +318,7 @@ def test_lanes_differ_without_a_seed():
 
 def test_images():
     env = make_atari_env("PongNoFrameskip-v4", 2, vec_env_cls=AleVecEnv)
+    assert not np.any(env.get_images())
     observations = env.reset()
     assert env.render_mode == "rgb_array"
     images = env.get_images()

@@ -6,15 +6,18 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch as th
-from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3 import DQN
+from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
-from benchmarks import actor_learners, learning
+from benchmarks import actor_learners, learning, limits, throughput
 from benchmarks.agents import save_agent
 from benchmarks.learning import (
     Run,
@@ -32,7 +35,7 @@ from benchmarks.learning import (
 from benchmarks.memory import read_peak_memory, wait_and_measure
 from benchmarks.pqn import PQN
 from benchmarks.report import insert_table, main, pages
-from benchmarks.report.figures import COLOURS, draw_actor_learners, draw_curves, draw_node_kills
+from benchmarks.report.figures import COLOURS, draw_actor_learners, draw_curves, draw_mean, draw_node_kills
 from benchmarks.report.results import NAMES, read_node_kills, read_runs, seconds_to
 from benchmarks.report.tables import (
     actor_learners_table,
@@ -41,9 +44,9 @@ from benchmarks.report.tables import (
     node_kills_table,
     race_table,
 )
-from sb3_async1step import AsyncOneStepQ
+from sb3_async1step import AsyncOneStepQ, NipsCNN
 from sb3_async1step.registry import ALGORITHMS
-from sb3_async1step.zoo import register
+from sb3_async1step.zoo import AsyncExperimentManager, register
 from tests.helpers import are_equal, wait_until, weights_of
 
 SETTING = actor_learners.Setting("a worker for each", n_lanes=2, seed=1)
@@ -83,6 +86,47 @@ def write(run, results, env_id, algo, seed):
 )
 def test_seconds_to_threshold(run, seconds):
     assert seconds_to(run, 475.0) == seconds
+
+
+@pytest.mark.parametrize(("algo", "model_class"), [("dqn", DQN), ("async_one_step_q", AsyncOneStepQ)])
+def test_contenders_of_the_zoo(algo, model_class, monkeypatch):
+    """DQN is measured with the epsilon of most of a training: while it acts at random, its network does nothing."""
+    monkeypatch.setattr(AsyncExperimentManager, "default_vec_env_cls", None)
+    make = partial(throughput.make_by_zoo, algo, "CartPole-v1")
+    monkeypatch.setitem(throughput.COMPARISONS, "test", {algo: make})
+    monkeypatch.setattr(throughput, "WARM_UP_STEPS", 64)
+    throughput.start_learning("test", algo)
+    assert throughput.measure(0.1).steps_per_second > 0
+    assert type(throughput._model) is model_class
+    if algo == "dqn":
+        assert throughput._model.exploration_rate == throughput._model.exploration_final_eps == 0.04
+    throughput.stop_learning()
+
+
+def test_limit(monkeypatch):
+    """The first layer's pass that images do not need is left out."""
+    env = VecFrameStack(make_atari_env("PongNoFrameskip-v4", 1), 4)
+    model = AsyncOneStepQ("CnnPolicy", env, policy_kwargs={"features_extractor_class": NipsCNN})
+    monkeypatch.setattr(limits, "time_emulation", lambda n_lanes: 0.0)
+    monkeypatch.setattr(limits, "time_call", lambda call: 2.0 * limits.N_ROWS**3 * 1e-9)
+    monkeypatch.setattr(limits, "count_usable_cores", lambda: 2)
+    layers = [20 * 20 * 16 * 4 * 8 * 8, 9 * 9 * 32 * 16 * 4 * 4, 9 * 9 * 32 * 256, 256 * 6]
+    n_passes = [3, 4, 4, 4] if model.update_interval == 1 else [4, 5, 5, 5]
+    nanoseconds = 2 * sum(n * layer for n, layer in zip(n_passes, layers, strict=True))
+    assert limits.measure_limit(model, False) == pytest.approx(2 / (nanoseconds * 1e-9))
+
+
+def test_confidence_bands():
+    """Student's t of two seeds; a single one has none."""
+    _, axis = plt.subplots()
+    runs = [make_run(curve=(value, value, value)) for value in (0.0, 2.0)]
+    draw_mean(axis, [np.array([1.0, 2.0, 3.0])] * 2, runs, "C0", "")
+    (band,) = axis.collections
+    low, high = band.get_paths()[0].vertices[:, 1].min(), band.get_paths()[0].vertices[:, 1].max()
+    assert (low, high) == pytest.approx((1 - 12.706, 1 + 12.706), abs=1e-3)
+    draw_mean(axis, [np.array([1.0, 2.0, 3.0])], runs[:1], "C0", "")
+    assert len(axis.collections) == 1
+    plt.close()
 
 
 def test_tables_and_curves(tmp_path):

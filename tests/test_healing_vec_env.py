@@ -484,6 +484,24 @@ def test_restarts_count_for_some_time(make, monkeypatch):
         env.step(ACTIONS)
 
 
+def test_restarts_before_a_step_do_not_count_beside_those_after_it(make, monkeypatch):
+    """If they are long ago."""
+    now = time.monotonic()
+    monkeypatch.setattr(healing_lane, "time", SimpleNamespace(monotonic=lambda: now))
+    env = make(kill, max_restarts=2, restart_window=10.0)
+    env.reset()
+    lane = env.remotes[1]
+    failure = healing_lane.LaneFailure("it was killed")
+    for has_stepped, seconds in ((True, 0.0), (True, 5.0), (False, 20.0)):
+        now += seconds
+        lane.has_stepped = has_stepped
+        lane._count_restart(failure)
+    assert lane.n_restarts == 3
+    now += 20.0
+    with pytest.raises(RuntimeError, match=r"max_restarts=2 allows"):
+        lane._count_restart(failure)
+
+
 def test_an_exception_that_can_not_be_pickled(make):
     class Local(Exception):
         """cloudpickle copies the class."""

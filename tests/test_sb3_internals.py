@@ -142,6 +142,13 @@ def list_calls(script: str) -> set[tuple[str, ...]]:
     return {tuple(word.value for word in words.elts if isinstance(word, ast.Constant)) for words in lists}
 
 
+def zoo_statistics() -> set[str]:
+    """Where ``enjoy`` and ``record_video`` find a model and its statistics of ``VecNormalize``."""
+    changed = missing(rl_zoo3.enjoy, "get_model_path", "create_test_env")
+    is_read = "os.path.join(stats_path, \"vecnormalize.pkl\")" in inspect.getsource(rl_zoo3.utils.create_test_env)
+    return changed | (set() if is_read else {"vecnormalize.pkl"})
+
+
 def zoo_scripts() -> set[str]:
     expected = {
         "benchmark": {("python", "enjoy.py")},
@@ -507,6 +514,7 @@ RELIED_ON: list[tuple[str, str, Callable[[], Iterable[str]]]] = [
     ("rl_zoo3", "the model's attributes in ExperimentManager.learn", zoo_learn),
     ("rl_zoo3", "subprocess.call in scripts", zoo_scripts),
     ("rl_zoo3", "messages of errors", zoo_errors),
+    ("rl_zoo3", "statistics of a model in enjoy", zoo_statistics),
     ("huggingface_sb3", "push_to_hub.generate_metadata", hub_metadata),
     ("stable_baselines3", "BaseAlgorithm", base_algorithm),
     ("stable_baselines3", "attributes in a saved model", saved_model),

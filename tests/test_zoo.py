@@ -16,6 +16,7 @@ import optuna
 import pytest
 import torch as th
 import yaml
+from huggingface_hub.errors import EntryNotFoundError
 from rl_zoo3 import ALGOS
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER, convert_offpolicy_params
 from stable_baselines3.common.callbacks import BaseCallback
@@ -253,6 +254,10 @@ def test_checkpoints_have_their_statistics(tmp_path):
     continued = load_statistics(tmp_path / "logs" / "a3c" / "CartPole-v1_2" / "CartPole-v1" / "vecnormalize.pkl")
     # The env is reset, and steps once
     assert continued.obs_rms.count == pytest.approx(204 + 8, abs=1)
+    (folder / "CartPole-v1" / "vecnormalize.pkl").unlink()
+    enjoy = "enjoy --algo a3c --env CartPole-v1 --exp-id 1 -f logs --no-render -n 20"
+    assert "Loading running average" in run(f"{enjoy} --load-checkpoint 200", cwd=tmp_path)
+    assert "vecnormalize.pkl not found" in run(enjoy, cwd=tmp_path, code=1)
 
 
 def load_statistics(path):
@@ -348,9 +353,12 @@ def test_videos(tmp_path):
     (video,) = tmp_path.glob("logs/async_one_step_q/CartPole-v1_1/videos/*.mp4")
     assert video.stat().st_size > 1000
     # Without -f, an agent that comes with the package
-    run("record_video --algo a3c --env CartPole-v1 -o videos -n 20", cwd=tmp_path)
-    (video,) = tmp_path.glob("videos/*.mp4")
-    assert video.stat().st_size > 1000
+    files_of_package = set(Path(trained_agents_path()).rglob("*"))
+    for option, folder in (("", "videos"), ("-o elsewhere", "elsewhere")):
+        run(f"record_video --algo a3c --env CartPole-v1 -n 20 {option}", cwd=tmp_path)
+        (video,) = tmp_path.glob(f"{folder}/*.mp4")
+        assert video.stat().st_size > 1000
+    assert set(Path(trained_agents_path()).rglob("*")) == files_of_package
 
 
 class FakeHub:
@@ -369,17 +377,22 @@ class FakeHub:
         shutil.copytree(folder_path, self.folder / repo_id)
 
     def download(self, repo_id, filename, **kwargs):
-        return str(self.folder / repo_id / filename)
+        path = self.folder / repo_id / filename
+        if not path.exists():
+            raise EntryNotFoundError(f"no {filename}")
+        return str(path)
 
 
-def test_to_the_hub_and_back(tmp_path, monkeypatch):
+@pytest.mark.parametrize("normalize", [False, True])
+def test_to_the_hub_and_back(normalize, tmp_path, monkeypatch):
     hub = FakeHub(tmp_path / "hub_of_others")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", hub.download)
     monkeypatch.setenv("TRUST_REMOTE_CODE", "True")
     names = "--algo async_one_step_q --env CartPole-v1 -orga us"
-    run("train --algo async_one_step_q --env CartPole-v1 -n 100 --eval-freq -1", cwd=tmp_path)
+    options = f"-n 100 --eval-freq -1 -params normalize:{normalize}"
+    run(f"train --algo async_one_step_q --env CartPole-v1 {options}", cwd=tmp_path)
     monkeypatch.setattr("sys.argv", f"sb3-async1step push_to_hub {names} -f logs --no-render".split())
     main()
     card = (hub.folder / "us" / "async_one_step_q-CartPole-v1" / "README.md").read_text()
@@ -392,6 +405,8 @@ def test_to_the_hub_and_back(tmp_path, monkeypatch):
         for folder in ("logs", "downloaded")
     )
     assert all(th.equal(a, b) for a, b in zip(pushed.q_net.parameters(), loaded.q_net.parameters(), strict=True))
+    statistics = "async_one_step_q/CartPole-v1_1/CartPole-v1/vecnormalize.pkl"
+    assert [Path(folder, statistics).exists() for folder in ("logs", "downloaded")] == [normalize, normalize]
 
 
 # ---------------------------------------------------------------------- search spaces
@@ -558,6 +573,9 @@ def test_other_folders_of_agents_are_the_users(tmp_path):
         ("train --algo a3c --vec-env ray -optimize --n-jobs 2", "trials run one after another: leave --n-jobs out"),
         ("train --algo a3c -params learning_rate:lin_1e-3", "'lin_1e' is not defined. Values are Python, where a text"),
         ("train --algo a3c -params n_workers:auto net_arch:[", "'auto' is not defined"),
+        ("train --algo a3c -params net_arch:[", "'[' was never closed"),
+        ("train --algo a3c -params learning_rate=0.1", "Values are Python, where a text"),
+        ("train --algo a3c --vec-e subproc", "ambiguous option: --vec-e could match --vec-env, --vec-env-kwargs"),
     ],
 )
 def test_wrong_commands(arguments, problem, tmp_path):

@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from scipy import stats
 
 from benchmarks.actor_learners import LAYOUTS, N_ACTOR_LEARNERS
 from benchmarks.learning import Run
@@ -63,10 +64,11 @@ def draw_mean(axis: Axes, positions: list[np.ndarray], runs: list[Run], colour: 
     grid = np.linspace(max(p[0] for p in positions), min(p[-1] for p in positions), 50)
     curves = [np.interp(grid, p, run.curve_returns) for p, run in zip(positions, runs, strict=True)]
     mean = np.mean(curves, axis=0)
-    # The confidence interval of the mean, from the standard deviation over the seeds
-    band = 1.96 * np.std(curves, axis=0, ddof=min(1, len(curves) - 1)) / np.sqrt(len(curves))
-    axis.plot(grid, mean, color=colour, label=f"{label}, {len(runs)} seeds")
-    axis.fill_between(grid, mean - band, mean + band, color=colour, alpha=0.2, linewidth=0)
+    axis.plot(grid, mean, color=colour, label=f"{label}, {len(runs)} seed{'s' if len(runs) > 1 else ''}")
+    if len(runs) > 1:
+        # Student's t, since the standard deviation is that of a few seeds
+        band = stats.t.ppf(0.975, len(runs) - 1) * stats.sem(curves)
+        axis.fill_between(grid, mean - band, mean + band, color=colour, alpha=0.2, linewidth=0)
 
 
 def draw_each(axis: Axes, positions: list[np.ndarray], runs: list[Run], colour: str, label: str) -> None:

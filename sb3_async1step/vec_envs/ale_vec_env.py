@@ -64,6 +64,8 @@ class AleLane:
         self._lives = 0
         self._return = 0.0
         self.reset_info: dict[str, Any] = {}
+        # What render() shows before the first reset
+        self.image = np.zeros((settings.screen_size, settings.screen_size, 1), dtype=np.uint8)
         self._start_engine()
 
     def _start_engine(self) -> None:
@@ -119,7 +121,10 @@ class AleLane:
         Let the engine's thread begin a step.
 
         :param action: the action
+        :raises RuntimeError: if the last step was interrupted before its end
         """
+        if self._is_stepping:
+            raise RuntimeError("The last step was interrupted before its end: reset the environment.")
         self._is_stepping = True
         self.engine.send(np.array([action]))
 

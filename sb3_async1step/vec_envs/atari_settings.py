@@ -62,6 +62,7 @@ class AtariSettings:
     :param ends_on_life_loss: whether the learner's episode ends with each life
     :param clips_rewards: whether rewards are replaced by their signs
     :param repeat_action_probability: probability, for each frame, of repeating the previous action (sticky actions)
+    :param has_sticky_wrapper: whether a wrapper repeats them, and not the env itself
     :param max_frames: number of frames after which an episode is truncated
     :param full_action_space: whether all 18 actions are allowed
     :param info_keywords: what ``Monitor`` adds to the information about an episode
@@ -76,6 +77,7 @@ class AtariSettings:
     ends_on_life_loss: bool
     clips_rewards: bool
     repeat_action_probability: float
+    has_sticky_wrapper: bool
     max_frames: int
     full_action_space: bool
     info_keywords: tuple[str, ...] = ()
@@ -132,6 +134,7 @@ def read_settings(env: gym.Env) -> AtariSettings:
         ends_on_life_loss=EpisodicLifeEnv in wrappers,
         clips_rewards=ClipRewardEnv in wrappers,
         repeat_action_probability=sticky or options["repeat_action_probability"],
+        has_sticky_wrapper=StickyActionEnv in wrappers,
         max_frames=options["max_num_frames_per_episode"] or base.ale.getInt("max_num_frames_per_episode") or NO_LIMIT,
         full_action_space=options["full_action_space"],
         info_keywords=monitor.info_keywords if monitor is not None else (),
@@ -178,6 +181,7 @@ def list_reproduced(settings: AtariSettings) -> list[type[gym.Wrapper]]:
     :return: the wrappers whose work is done for this env
     """
     optional = {
+        StickyActionEnv: settings.has_sticky_wrapper,
         NoopResetEnv: settings.noop_max > 0,
         MaxAndSkipEnv: settings.pools_frames,
         EpisodicLifeEnv: settings.ends_on_life_loss,

@@ -93,6 +93,7 @@ class HealingLane:
         # Why the process was replaced, if SubprocVecEnv has not been told yet
         self._restart_reason: str | None = None
         self._restart_times: list[float] = []
+        self._n_restarts_without_step = 0
 
     # ------------------------------------------------------------------ requests and answers
 
@@ -270,14 +271,17 @@ class HealingLane:
     def _count_restart(self, failure: LaneFailure) -> None:
         """Raise an error instead if there were too many, or the env was not even made."""
         now = time.monotonic()
-        # Restarts without a step between them count however long they took
+        self._restart_times = [t for t in self._restart_times if now - t < self._settings.restart_window]
         if self.has_stepped:
-            self._restart_times = [t for t in self._restart_times if now - t < self._settings.restart_window]
-        if not self._was_made or len(self._restart_times) >= self._settings.max_restarts:
+            self._n_restarts_without_step = 0
+        # Restarts without a step between them count however long they took
+        n_restarts = max(len(self._restart_times), self._n_restarts_without_step)
+        if not self._was_made or n_restarts >= self._settings.max_restarts:
             # Whoever uses the env again wants it to be tried again
-            self._restart_times = []
+            self._restart_times, self._n_restarts_without_step = [], 0
             self._raise(failure)
         self._restart_times.append(now)
+        self._n_restarts_without_step += 1
         self.has_stepped = False
         self.n_restarts += 1
 

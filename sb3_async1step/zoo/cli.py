@@ -27,18 +27,29 @@ from sb3_async1step.nodes.ray_module import import_ray
 from sb3_async1step.registry import ALGORITHMS
 from sb3_async1step.sb3_internals import (
     ZOO_USER_ERRORS,
+    normalized_as_checkpoints,
     repair_benchmark,
+    repair_load_from_hub,
     repair_push_to_hub,
     replace_experiment_manager,
     replace_vec_env_class,
     run_zoo_script,
 )
-from sb3_async1step.zoo.experiment_manager import ONE_TRIAL_AT_A_TIME, AsyncExperimentManager, trained_agents_path
+from sb3_async1step.zoo.experiment_manager import (
+    ONE_TRIAL_AT_A_TIME,
+    AsyncExperimentManager,
+    find_statistics,
+    trained_agents_path,
+)
 from sb3_async1step.zoo.hyperparams_search import make_sampler
 
 # Modules of rl_zoo3 that run as scripts
 SCRIPTS = ("benchmark", "record_video", "record_training", "push_to_hub", "load_from_hub")
-REPAIRS = {"benchmark": repair_benchmark, "push_to_hub": repair_push_to_hub}
+REPAIRS = {
+    "benchmark": repair_benchmark,
+    "push_to_hub": repair_push_to_hub,
+    "load_from_hub": repair_load_from_hub,
+}
 # Functions of rl_zoo3.plots
 PLOTS = ("plot_train", "plot_from_file", "all_plots")
 COMMANDS = ("train", "enjoy", *SCRIPTS, *PLOTS)
@@ -77,7 +88,7 @@ def take_vec_env_options(arguments: list[str]) -> list[str]:
     :param arguments: arguments of the command line of ``train``
     :return: the arguments for the Zoo's parser
     """
-    parser = argparse.ArgumentParser(prog=sys.argv[0], add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=sys.argv[0], add_help=False)
     group = parser.add_argument_group("options of this package")
     group.add_argument(
         "--vec-env", choices=["dummy", "subproc", *VEC_ENVS], default="dummy", help="class of the VecEnv"
@@ -120,6 +131,16 @@ def find_agents(arguments: list[str]) -> list[str]:
     return arguments
 
 
+def choose_video_folder(arguments: list[str]) -> list[str]:
+    """
+    Record the agents of this package to the folder ``videos``: the Zoo would write beside them, into the package.
+
+    :param arguments: arguments of the command line of ``record_video``, after :func:`find_agents`
+    :return: the arguments for the Zoo's parser, where a folder that the user has given takes precedence
+    """
+    return ["--output-folder", "videos", *arguments] if trained_agents_path() in arguments else arguments
+
+
 @contextmanager
 def terminated_as_by_ctrl_c() -> Iterator[None]:
     """Inside the ``with`` block, SIGTERM (which preempted jobs get) does what Ctrl-C does: the Zoo saves the model."""
@@ -142,7 +163,8 @@ def run(command: str) -> None:
             rl_zoo3.train.train()
     elif command == "enjoy":
         sys.argv[1:] = find_agents(sys.argv[1:])
-        rl_zoo3.enjoy.enjoy()
+        with normalized_as_checkpoints(find_statistics):
+            rl_zoo3.enjoy.enjoy()
     elif command in PLOTS:
         # Imported here, since that takes long
         getattr(import_module("rl_zoo3.plots"), command)()
@@ -150,8 +172,9 @@ def run(command: str) -> None:
         if command in REPAIRS:
             REPAIRS[command]()
         if command == "record_video":
-            sys.argv[1:] = find_agents(sys.argv[1:])
-        run_zoo_script(command, program=[sys.executable, "-m", "sb3_async1step.zoo"])
+            sys.argv[1:] = choose_video_folder(find_agents(sys.argv[1:]))
+        with normalized_as_checkpoints(find_statistics):
+            run_zoo_script(command, program=[sys.executable, "-m", "sb3_async1step.zoo"])
 
 
 def fail(problem: str) -> NoReturn:
@@ -206,6 +229,8 @@ def main() -> None:
         fail(str(error))
     except (NameError, SyntaxError) as error:
         # The Zoo evaluates the values of --hyperparams, --env-kwargs and the like as Python
-        if not any(frame.filename == "<string>" for frame in traceback.extract_tb(error.__traceback__)):
+        files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+        # What can't be compiled has no frame
+        if "<string>" not in (*files, getattr(error, "filename", None)):
             raise
         fail(f"{error}. Values are Python, where a text needs quotes of its own: -params learning_rate:\"'lin_1e-3'\"")
