@@ -337,8 +337,13 @@ def test_reported_steps_come_in_batches():
 
 
 @pytest.mark.parametrize(
-    "use", [np.asarray, len, list, bool, lambda x: x[0], lambda x: x + 1, lambda x: x.shape, lambda x: x == 1]
-)
+    "use",
+    [
+        np.asarray, len, list, bool, float, int, abs, round, lambda x: x[0], lambda x: x.shape, lambda x: x == 1,
+        lambda x: x <= 1, lambda x: x < 1, lambda x: x + 1, lambda x: 1 / x, lambda x: x // 2, lambda x: x % 2,
+        lambda x: x**2, lambda x: -x, lambda x: x @ x, lambda x: x.mean(), lambda x: np.ones(2) * x,
+    ],
+)  # fmt: skip
 def test_what_is_not_carried_says_so(use):
     with pytest.raises(RuntimeError, match=r"locals\['rewards'\] stays on the nodes"):
         use(NotCarried("rewards"))
@@ -363,6 +368,8 @@ def test_lanes_are_placed_by_cpus(machines, n_nodes, lanes_per_node, expected):
 def test_too_many_nodes_for_the_cluster():
     with pytest.raises(ValueError, match="3 nodes need a CPU each, but Ray's cluster has 2"):
         place_lanes([("a", 2)], 8, 3, None)
+    with pytest.raises(ValueError, match="1 nodes need a CPU each, but Ray's cluster has 0"):
+        place_lanes([], 8, None, None)
 
 
 @pytest.mark.parametrize(

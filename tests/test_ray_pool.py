@@ -3,29 +3,35 @@
 import os
 import pickle
 import signal
+import sys
+import threading
 import types
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from stable_baselines3.common import monitor
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_async1step import AsyncOneStepQ, RayVecEnv
 from sb3_async1step.common import lanes as common_lanes
 from sb3_async1step.common.lanes import count_workers_of_nodes
 from sb3_async1step.common.parallelism import SMALL_NETWORK
 from sb3_async1step.common.snapshot import Snapshot
-from sb3_async1step.nodes import cluster, exchange, ray_pool
+from sb3_async1step.nodes import cluster, exchange, ray_pool, ray_vec_env
 from sb3_async1step.nodes.cluster import Place
 from sb3_async1step.nodes.exchange import DeltaExchange
 from sb3_async1step.nodes.messages import Learned, Push, Report
-from sb3_async1step.nodes.node import NodeCallback, make_picklable
+from sb3_async1step.nodes.node import Node, NodeCallback, make_picklable
 from sb3_async1step.nodes.parameters import read_values
 from sb3_async1step.nodes.ray_pool import RayWorkerPool
 from sb3_async1step.nodes.server import ParameterServer, ServerState
 from sb3_async1step.nodes.settings import ExchangeSettings
+from sb3_async1step.workers.gate import Call, learning_on
+from tests.helpers import DEADLINE, wait_until
 
 
 class ActorError(Exception):
@@ -36,21 +42,42 @@ class LostError(Exception):
     """What Ray raises when an answer was on its way from a machine that is lost."""
 
 
+class MemoryError_(Exception):
+    """What Ray raises when it has killed a process, since its machine had run out of memory."""
+
+
+class HangError(Exception):
+    """What Ray raises when there is no answer in time."""
+
+
+class MachineError(Exception):
+    """What Ray raises on a machine that is about to be lost."""
+
+
 class FakeRay:
-    """Requests are functions that answer when they are asked, or tokens of what has not ended yet."""
+    """Requests are functions that answer when they are asked, or tokens of what has not ended yet, or has failed."""
 
     exceptions = types.SimpleNamespace(
-        RayActorError=ActorError, ObjectLostError=LostError, RayTaskError=ZeroDivisionError
+        RayActorError=ActorError,
+        ObjectLostError=LostError,
+        NodeDiedError=LostError,
+        OutOfMemoryError=MemoryError_,
+        GetTimeoutError=HangError,
+        RaySystemError=MachineError,
+        RayTaskError=ZeroDivisionError,
     )
 
     def __init__(self):
-        self.ended = set()
+        self.ended, self.failed = set(), {}
 
-    def get(self, request):
+    def get(self, request, timeout=None):
+        if request in self.failed:
+            raise self.failed[request]
         return request() if callable(request) else None
 
     def wait(self, requests, num_returns=1, timeout=None):
-        return [request for request in requests if request in self.ended], []
+        assert requests
+        return [request for request in requests if request in self.ended][:num_returns], []
 
 
 class Actor:
@@ -89,6 +116,9 @@ class FakeNode:
     def restart(self):
         self.epoch += 1
 
+    def is_alive(self):
+        return True
+
 
 class FakeLanes(RayVecEnv):
     """Two lanes on each of two nodes."""
@@ -110,17 +140,20 @@ class Training:
 
     :param monkeypatch: see pytest
     :param total: steps of all nodes
+    :param read_interval: seconds between two questions of the thread that reads news
     :param settings: of the exchanges
     """
 
-    def __init__(self, monkeypatch, total=10**6, **settings):
+    def __init__(self, monkeypatch, total=10**6, read_interval=1e6, **settings):
         self.now, self.ray = 0.0, FakeRay()
         clock = types.SimpleNamespace(monotonic=lambda: self.now, sleep=lambda seconds: None)
         monkeypatch.setattr(ray_pool, "time", clock)
         monkeypatch.setattr(ray_pool, "import_ray", lambda: self.ray)
+        # The clock of the thread that reads news is a real one
+        monkeypatch.setattr(ray_pool, "READ_INTERVAL", read_interval)
         self.model = AsyncOneStepQ("MlpPolicy", make_vec_env("CartPole-v1", 4), policy_kwargs={"net_arch": [4]}, seed=0)
         self.start = read_values(self.model.list_learned_parameters())
-        self.env, self.server = FakeLanes(**settings), ParameterServer()
+        self.env, self.server = FakeLanes(**{"checkpoint_interval": 4e6, **settings}), ParameterServer()
         self.env.server = Actor(self.server)
         self.pool = RayWorkerPool(
             self.env,
@@ -284,6 +317,7 @@ def test_a_node_that_joins_late_has_a_target_network_of_the_present(monkeypatch,
     class Look(NodeCallback):
         def _on_step(self):
             model.seen = read_values(list(self.model.q_net_target.parameters()))
+            model.progress = self.model.get_workers()[1].progress_remaining
             return False
 
     late.lanes = range(2, 4)
@@ -293,6 +327,8 @@ def test_a_node_that_joins_late_has_a_target_network_of_the_present(monkeypatch,
     built.learn(10**6, Look(way), log_interval=None, reset_num_timesteps=False)
     np.testing.assert_allclose(model.seen, values, atol=1e-3)
     assert built.num_timesteps > 51_000
+    # For the learning rate and epsilon of its first step, too
+    assert model.progress == pytest.approx(1 - 51_000 / 10**6)
 
 
 def test_the_last_deltas_are_averaged_as_all_before(make_training):
@@ -342,7 +378,7 @@ def test_what_a_snapshot_plays_is_what_is_saved(make_training):
     np.testing.assert_allclose(read_values(list(snapshot._player.q_net.parameters())), training.start + 1.0, atol=1e-5)
 
 
-@pytest.mark.parametrize("error", [ActorError, LostError])
+@pytest.mark.parametrize("error", [ActorError, LostError, MemoryError_, MachineError, OSError])
 def test_nodes_ask_again_if_an_answer_is_lost(error, monkeypatch):
     """With the server, or with a machine while it is on its way. The push is applied once."""
     server, failures = ParameterServer(), [error, error]
@@ -443,9 +479,11 @@ def test_exceptions_that_cannot_be_sent():
     class Local(Exception):
         pass
 
-    sendable = ValueError("an env")
-    assert make_picklable(sendable) is sendable
+    # Ray sends a class that the other process can't import, such as one of the main script, too
+    for sendable in (ValueError("an env"), Local("an env")):
+        assert make_picklable(sendable) is sendable
     exception = Local("an env")
+    exception.lock = threading.Lock()
     exception.add_note("in lane 1")
     substitute = make_picklable(exception)
     assert (type(substitute), str(substitute), substitute.__notes__) == (RuntimeError, "Local: an env", ["in lane 1"])
@@ -529,3 +567,229 @@ def test_settings_that_a_callback_changes(make_training):
     for name in ("gamma", "learning_rate", "The parameters"):
         with pytest.raises(RuntimeError, match=f"{name} can't be changed while the nodes of a RayVecEnv learn"):
             training.pool.check_change(name)
+    training.pool.stop()
+    # By on_training_end(), say
+    training.pool.check_change("The parameters")
+
+
+@pytest.mark.parametrize("told", [(0, 1), (1,)])
+def test_a_server_that_dies_after_it_has_ended_the_training(told, make_training):
+    """The driver does not know of the last steps, and has one node or both take them again."""
+    training = make_training(total=16)
+    batches = training.begin()
+    for node in (0, 1):
+        training.push(node)
+    # While a callback takes its time
+    next(batches)
+    for node in (0, 1):
+        training.push(node)
+    assert all(training.push(node, n_steps=0).is_over for node in told)
+    training.ray.ended.update(("learning", 2 * node, 0) for node in told)
+    training.lose_server()
+    batch = next(batches)
+    for _ in range(3):
+        training.pool._follow_nodes()
+    assert training.n_restarts == [node in told for node in (0, 1)]
+    training.numbers.update(dict.fromkeys(told, 0))
+    pulls = {node: training.push(node, n_steps=0) for node in (0, 1)}
+    assert [pull.n_granted for pull in pulls.values()] == [2, 2]
+    for node in (0, 1):
+        training.push(node)
+    assert sum(len(batch) for batch in batches) + len(batch) + 4 == 16
+    assert len(training.env.nodes[1].recipes) == 2
+
+
+def test_what_nodes_do_during_a_long_callback_is_known_when_the_server_dies(make_training):
+    training = make_training(read_interval=0.01)
+    batches = training.begin()
+    training.push(0)
+    next(batches)
+    training.push(0)
+    training.push(1)
+    wait_until(lambda: not training.server._reports)
+    training.lose_server()
+    next(batches), next(batches)
+    training.pool._take_news()
+    assert training.server.state.num_timesteps == 12
+    training.pool.stop()
+    assert not training.pool._reader._thread.is_alive()
+
+
+def test_a_checkpoint_is_made_during_a_long_callback(make_training):
+    training = make_training(read_interval=0.01, checkpoint_interval=10, outer_learning_rate=1.0)
+    batches = training.begin()
+    training.push(0)
+    next(batches)
+    training.push(0, change=2.0)
+    training.now = 11
+    wait_until(lambda: training.pool._checkpoint_time == 11)
+    training.lose_server()
+    training.pool._follow_nodes()
+    np.testing.assert_allclose(training.server.state.values, training.start + 3.0, atol=1e-5)
+    training.pool.stop()
+
+
+def test_nodes_are_not_blamed_for_a_server_that_was_away(make_training):
+    training = make_training()
+    batches = training.begin()
+    for node in (0, 1):
+        training.push(node)
+    next(batches), next(batches)
+    training.now = 99
+    training.lose_server()
+    training.pool._follow_nodes()
+    training.now = 102
+    training.pool._follow_nodes()
+    assert training.n_restarts == [0, 0]
+    training.now = 200
+    training.push(0)
+    training.pool._follow_nodes()
+    assert training.n_restarts == [0, 1]
+
+
+def test_a_server_that_hangs(make_training):
+    training = make_training()
+    batches = training.begin()
+    training.push(0)
+    next(batches)
+
+    def hang(with_state):
+        training.now += 101
+        raise HangError
+
+    training.server.take_news = hang
+    with pytest.raises(RuntimeError, match="server of the nodes has been away for node_timeout=100 seconds"):
+        next(batches)
+
+
+def test_a_node_that_waits_for_a_cpu_does_not_learn(make_training):
+    training = make_training()
+    batches = training.pool.batches()
+    training.push(0)
+    next(batches)
+    assert training.pool.take_metrics()["ray/nodes"] == 1
+    training.ray.ended.add(("starting", 2, 0))
+    assert training.pool.take_metrics()["ray/nodes"] == 2
+
+
+def test_statistics_are_those_of_the_parameters_of_the_end(make_training, monkeypatch):
+    stored = []
+    monkeypatch.setattr(ray_pool, "store_moments", lambda normalize, moments: stored.append((normalize, moments)))
+    training = make_training()
+    training.begin()
+    training.pool._normalize = "statistics"
+    training.server.state.moments = {"obs": 1.0}
+    training.pool.stop()
+    assert stored == [("statistics", {"obs": 1.0})]
+
+
+def ask_in_a_callback(training, monkeypatch, failures):
+    """Ask the lanes of node 1, whose process ends or hangs as often as there are failures; returns the answer."""
+    monkeypatch.setattr(ray_vec_env, "import_ray", lambda: training.ray)
+    training.env.closed = False
+    node, answers = training.env.nodes[1], list(failures)
+
+    def answer():
+        if answers:
+            raise answers.pop(0)
+        return [f"of epoch {node.epoch}"]
+
+    node.ask = lambda method, *args, **kwargs: lambda: answer()
+    return training.env.env_method("level", indices=[2])
+
+
+def test_a_callback_asks_a_node_that_has_ended(make_training, monkeypatch):
+    training = make_training()
+    batches = training.begin()
+    training.push(0)
+    next(batches)
+    request = ("learning", 2, 0)
+    training.ray.ended.add(request)
+    training.ray.failed[request] = ActorError("its process was killed")
+    learning_on(training.env).add(Call(sys._getframe()))
+    with training.model._gate.closed():
+        assert ask_in_a_callback(training, monkeypatch, [ActorError(), HangError(), MemoryError_()]) == ["of epoch 1"]
+    assert training.n_restarts == [0, 1] and len(training.env.nodes[1].recipes) == 2
+    training.push(0)
+    assert len(next(batches)) == 4
+
+
+def test_a_callback_asks_a_node_that_hangs(make_training, monkeypatch):
+    training = make_training()
+    batches = training.begin()
+    training.push(0)
+    next(batches)
+    training.push(0)
+    training.now = 101
+    learning_on(training.env).add(Call(sys._getframe()))
+    assert ask_in_a_callback(training, monkeypatch, [HangError(), ActorError()]) == ["of epoch 1"]
+    assert training.n_restarts == [0, 1]
+
+
+def test_another_thread_asks_a_node_that_has_ended(make_training, monkeypatch):
+    """The nodes are the calling thread's."""
+    training = make_training()
+    training.push(0)
+    next(training.begin())
+    with pytest.raises(RuntimeError, match="A node has not answered, and will be replaced: ask again"):
+        ask_in_a_callback(training, monkeypatch, [ActorError()])
+    assert training.n_restarts == [0, 0]
+
+
+def test_lanes_of_a_node_that_was_restarted_go_on_with_their_monitor_files(tmp_path, monkeypatch):
+    # In a process of its own, nobody else's files would be concerned
+    monkeypatch.setattr(monitor, "ResultsWriter", monitor.ResultsWriter)
+    for is_first in (True, False):
+        node = Node([lambda: monitor.Monitor(gym.make("CartPole-v1"), str(tmp_path / "0"))], is_first=is_first)
+        node.reset([1], [{}])
+        while not node.call("step", np.zeros(1, int))[2].any():
+            pass
+        node.call("close")
+    lines = (tmp_path / "0.monitor.csv").read_text().splitlines()
+    assert len(lines) == 4 and lines[2].split(",")[:2] == lines[3].split(",")[:2]
+
+
+def test_processes_of_lanes_do_not_outlive_a_node_that_is_killed():
+    node = Node([lambda: gym.make("CartPole-v1")], SubprocVecEnv)
+    (process,) = node._env.processes
+    node.kill_lanes()
+    process.join(DEADLINE)
+    assert process.exitcode == -signal.SIGKILL
+    # Lanes on threads have none
+    Node([lambda: gym.make("CartPole-v1")]).kill_lanes()
+
+
+def test_lanes_that_can_not_be_split_have_one_worker(make_training):
+    class Own(DummyVecEnv):
+        pass
+
+    recipe = make_training().model._make_node_recipe(None, 100)
+    recipe.lanes, recipe.n_cpus = range(2), 2
+    for vec_env_cls, n_workers in ((DummyVecEnv, 2), (Own, 1)):
+        assert recipe.build(make_vec_env("CartPole-v1", 2, vec_env_cls=vec_env_cls)).n_workers == n_workers
+
+
+def test_an_interrupt_of_close(monkeypatch):
+    ended = []
+
+    class Interrupted(FakeRay):
+        def wait(self, requests, num_returns=1, timeout=None):
+            raise KeyboardInterrupt
+
+        def is_initialized(self):
+            return True
+
+        def kill(self, actor):
+            ended.append(actor)
+
+    monkeypatch.setattr(ray_vec_env, "import_ray", Interrupted)
+    monkeypatch.setattr(ray_vec_env, "leave_cluster", ended.append)
+    env = FakeLanes()
+    env.closed, env.server = False, "server"
+    for node in env.nodes:
+        node.ask, node.end = lambda method: None, partial(ended.append, node)
+    nodes = env.nodes
+    with pytest.raises(KeyboardInterrupt):
+        env.close()
+    assert ended == [*nodes, "server", env]
+    env.close()

@@ -26,6 +26,7 @@ import ale_py
 import gymnasium as gym
 import numpy as np
 import pytest
+import rl_zoo3.enjoy
 import rl_zoo3.hyperparams_opt
 import rl_zoo3.train
 import rl_zoo3.utils
@@ -145,7 +146,7 @@ def list_calls(script: str) -> set[tuple[str, ...]]:
 def zoo_statistics() -> set[str]:
     """Where ``enjoy`` and ``record_video`` find a model and its statistics of ``VecNormalize``."""
     changed = missing(rl_zoo3.enjoy, "get_model_path", "create_test_env")
-    is_read = "os.path.join(stats_path, \"vecnormalize.pkl\")" in inspect.getsource(rl_zoo3.utils.create_test_env)
+    is_read = 'os.path.join(stats_path, "vecnormalize.pkl")' in inspect.getsource(rl_zoo3.utils.create_test_env)
     return changed | (set() if is_read else {"vecnormalize.pkl"})
 
 

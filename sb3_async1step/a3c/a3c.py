@@ -257,6 +257,8 @@ class A3C(AsyncAlgorithm):
         """
         self._record_updates()
         if hasattr(self.policy, "log_std"):
+            # If nodes learn, theirs
+            self._refresh()
             self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
         if iteration is None:
             n_batches = (self.num_timesteps - self._num_timesteps_at_start) // self.n_envs

@@ -432,6 +432,8 @@ class AsyncAlgorithm(LiveAlgorithm):
         assert isinstance(self._pool, WorkerPool)
         self._pool.jump(num_timesteps)
         self._count_to(num_timesteps)
+        # A node that joins late would act and learn as at the start
+        self._update_schedules()
 
     def list_learned_parameters(self) -> list[th.nn.Parameter]:
         """

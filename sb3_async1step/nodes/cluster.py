@@ -134,7 +134,7 @@ def place_lanes(
     :raises ValueError: if the cluster has too few CPUs
     """
     total = sum(n_cpus for _, n_cpus in machines)
-    if n_nodes is None and lanes_per_node is None:
+    if n_nodes is None and lanes_per_node is None and machines:
         machines = sorted(machines, key=lambda machine: -machine[1])[:num_envs]
         places = [Place(n_cpus, machine) for machine, n_cpus in machines]
         return list(zip(_share(num_envs, [n_cpus for _, n_cpus in machines]), places, strict=True))

@@ -46,7 +46,7 @@ class Exchange(ABC):
     def take_learned(self) -> Learned | None:
         """
         :return: what the node has learned since it pulled the parameters last; None if it has not pulled any yet, or
-            has made no update since
+            there are no gradients since
         """
 
     def begin(self) -> bool:
@@ -93,7 +93,8 @@ class Exchange(ABC):
             start = time.perf_counter()
             try:
                 pull = ray.get(self._server.exchange.remote(push, self._seconds))
-            except lost_errors(ray):
+            except (*lost_errors(ray), ray.exceptions.RaySystemError, OSError):
+                # The last two: what this machine keeps messages in has ended, and this process will, too
                 pull = None
             if pull is not None:
                 self._seconds = time.perf_counter() - start

@@ -2,13 +2,13 @@
 
 import io
 import os
-import pickle
 import random
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import cloudpickle
 import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
@@ -17,7 +17,10 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from sb3_async1step.nodes.exchange import EXCHANGES, Exchange
 from sb3_async1step.nodes.messages import Report
 from sb3_async1step.nodes.wrappers import PackedWrapper, wrap
+from sb3_async1step.sb3_internals import replace_results_writer
 from sb3_async1step.vec_envs.exceptions import add_note
+from sb3_async1step.vec_envs.monitor_file import ContinuedResultsWriter
+from sb3_async1step.vec_envs.split import find_unsplittable
 from sb3_async1step.workers.transitions import Transitions, UpdateStats
 
 
@@ -62,7 +65,9 @@ class NodeRecipe:
         """
         model = self.model_class.load(io.BytesIO(self.model), env=wrap(lanes, self.wrappers))
         model.verbose, model.tensorboard_log = 0, None
-        model.n_workers = min(self.n_workers or self.n_cpus, lanes.num_envs)
+        # Whoever asks for several workers of lanes that can't be split is told so
+        n_workers = self.n_workers or (1 if find_unsplittable(model.env) else self.n_cpus)
+        model.n_workers = min(n_workers, lanes.num_envs)
         model.learn_from_lanes(self.lanes, self.num_envs)
         model.set_random_seed(self.seed)
         model.num_timesteps = self.num_timesteps
@@ -76,12 +81,16 @@ class Node:
 
     :param env_fns: functions that make the envs
     :param vec_env_cls: class of the VecEnv that holds them
+    :param is_first: whether no other process has had these lanes before
     """
 
     def __init__(
-        self, env_fns: Sequence[Callable[[], gym.Env]], vec_env_cls: Callable[..., VecEnv] = DummyVecEnv
+        self,
+        env_fns: Sequence[Callable[[], gym.Env]],
+        vec_env_cls: Callable[..., VecEnv] = DummyVecEnv,
+        is_first: bool = True,
     ) -> None:
-        self._env: Any = vec_env_cls(list(env_fns))
+        self._env: Any = vec_env_cls([*env_fns] if is_first else [MadeAgain(env_fn) for env_fn in env_fns])
         self._exchange: Exchange | None = None
 
     def describe(self) -> tuple[gym.Space, gym.Space, int]:
@@ -130,10 +139,31 @@ class Node:
             return make_picklable(exception)
         return None
 
+    def kill_lanes(self) -> None:
+        """Kill the processes of the lanes, if they have any: one that hangs would outlive this one."""
+        for process in getattr(self._env, "processes", ()):
+            process.kill()
+
     def stop(self) -> None:
         """End :meth:`learn` as soon as the lanes have taken a step."""
         if self._exchange is not None:
             self._exchange.is_stopped = True
+
+
+class MadeAgain:
+    """
+    Makes an env that a process had before which has ended: its monitor file goes on.
+
+    :param env_fn: function that makes the env
+    """
+
+    def __init__(self, env_fn: Callable[[], gym.Env]) -> None:
+        self._env_fn = env_fn
+
+    def __call__(self) -> gym.Env:
+        # In the process of the env, which may be another one than the node's
+        replace_results_writer(ContinuedResultsWriter)
+        return self._env_fn()
 
 
 class NodeCallback(BaseCallback):
@@ -185,7 +215,8 @@ def make_picklable(exception: BaseException) -> BaseException:
     :return: itself, or if it can't be sent, a ``RuntimeError`` with its message and notes
     """
     try:
-        pickle.loads(pickle.dumps(exception))
+        # As Ray does: the class may be one of the main script
+        cloudpickle.loads(cloudpickle.dumps(exception))
     except Exception:
         substitute = RuntimeError(f"{type(exception).__name__}: {exception}")
         for note in getattr(exception, "__notes__", []):

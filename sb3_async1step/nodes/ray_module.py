@@ -19,6 +19,7 @@ def lost_errors(ray: Any) -> tuple[type[Exception], ...]:
     """
     :param ray: the package ``ray``
     :return: what it raises if a process or a machine has ended that was asked something: before it had answered, or
-        while the answer was on its way
+        while the answer was on its way; or if Ray has killed the process, since its machine had run out of memory
     """
-    return ray.exceptions.RayActorError, ray.exceptions.ObjectLostError
+    errors = ray.exceptions
+    return errors.RayActorError, errors.ObjectLostError, errors.NodeDiedError, errors.OutOfMemoryError

@@ -13,10 +13,11 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor, unwrap_vec_norm
 
 from sb3_async1step.nodes.messages import Report
 from sb3_async1step.nodes.moments import read_moments, store_moments
+from sb3_async1step.nodes.news_reader import NewsReader
 from sb3_async1step.nodes.node import NodeRecipe
 from sb3_async1step.nodes.parameters import read_buffers, read_values, store_buffers, store_values
 from sb3_async1step.nodes.ray_module import import_ray, lost_errors
-from sb3_async1step.nodes.ray_vec_env import NODE_END_TIMEOUT, RayVecEnv, unwrap
+from sb3_async1step.nodes.ray_vec_env import NODE_END_TIMEOUT, RayNode, RayVecEnv, unwrap
 from sb3_async1step.nodes.server import News, ServerState, grant_size
 from sb3_async1step.nodes.wrappers import pack_wrappers
 from sb3_async1step.workers.gate import Gate
@@ -26,6 +27,8 @@ from sb3_async1step.workers.transitions import Transitions, UpdateStats
 
 #: Seconds between two looks at what the nodes have done
 POLL_INTERVAL = 0.05
+#: The same while a callback takes its time
+READ_INTERVAL = 1.0
 
 
 class NotCarried:
@@ -50,7 +53,9 @@ class NotCarried:
         return self._refuse()
 
     __array__ = __getitem__ = __iter__ = __len__ = __bool__ = __float__ = __eq__ = _refuse
-    __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = __lt__ = __gt__ = _refuse
+    __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = __truediv__ = __rtruediv__ = _refuse
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = __matmul__ = __rmatmul__ = _refuse
+    __neg__ = __pos__ = __abs__ = __int__ = __round__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
     __hash__ = None  # type: ignore[assignment]
 
 
@@ -113,7 +118,8 @@ class RayWorkerPool(Pool):
         base = env.unwrapped
         assert isinstance(base, RayVecEnv)
         self._ray = import_ray()
-        self._lost_errors = lost_errors(self._ray)
+        # Also if the server hangs
+        self._lost_errors = (*lost_errors(self._ray), self._ray.exceptions.GetTimeoutError)
         self._gate = gate
         self.num_envs = env.num_envs
         self.workers = []
@@ -138,10 +144,13 @@ class RayWorkerPool(Pool):
         self._starting: dict[int, Any] = {}
         self._last_numbers: dict[int, int] = {}
         self._last_exchanges: dict[int, float] = {}
+        # Those that have ended since the server told them that the training is over
+        self._ended: set[int] = set()
         self._n_restarts = self._n_server_restarts = 0
         self._metrics = Metrics()
         self._checkpoint = self._make_state()
         self._checkpoint_time = time.monotonic()
+        self._reader = NewsReader(self._ask_for_news, min(READ_INTERVAL, self.settings.checkpoint_interval / 2))
         self._server = base.server
         # Since when it has not answered, None if it does
         self._server_lost_at: float | None = None
@@ -165,8 +174,10 @@ class RayWorkerPool(Pool):
     def check_change(self, name: str) -> None:
         """
         :param name: what somebody wants to change while the nodes learn
-        :raises RuntimeError: always
+        :raises RuntimeError: unless they have ended
         """
+        if self._is_stopped:
+            return
         raise RuntimeError(
             f"{name} can't be changed while the nodes of a RayVecEnv learn: end the training (by a callback that "
             "returns False), change it, and call learn(reset_num_timesteps=False)."
@@ -198,7 +209,11 @@ class RayWorkerPool(Pool):
     def _load_server(self) -> None:
         # Only gradients need the policy's optimizer
         model = (self._recipe.model_class, self._recipe.model) if self.settings.exchange == "gradients" else None
-        self._ray.get(self._server.load.remote(self._checkpoint, self.settings, model))
+        self._ask(self._server.load.remote(self._checkpoint, self.settings, model))
+
+    def _ask(self, request: Any) -> Any:
+        """The server's answer."""
+        return self._ray.get(request, timeout=self.settings.node_timeout)
 
     def _start_node(self, number: int) -> None:
         node = self._base.nodes[number]
@@ -229,20 +244,40 @@ class RayWorkerPool(Pool):
         """
         for number in range(len(self._base.nodes)):
             self._start_node(number)
+        self._reader.start()
+        self._base.see_to = self.see_to
         # A node that waits for a CPU need not learn when others have taken all steps
-        while self._learning and not self._is_complete:
-            self._see_to_ended_nodes()
-            # What nodes have done while a callback took its time is known before they are judged
-            if self._take_news():
-                self._see_to_hanging_nodes()
+        while (self._learning or self._ended) and not self._is_complete:
+            self._follow_nodes()
             while len(self._steps) >= self.num_envs:
                 yield self._steps.take(self.num_envs)
         while len(self._steps) > 0:
             yield self._steps.take(self.num_envs)
 
+    def _follow_nodes(self) -> None:
+        self._see_to_ended_nodes()
+        # What nodes have done while a callback took its time is known before they are judged
+        if self._take_news():
+            self._see_to_hanging_nodes()
+            self._begin_again()
+
+    def see_to(self, node: RayNode) -> None:
+        """
+        Replace a node if it has ended or hangs, and any other, too.
+
+        :param node: that which a callback waits for
+        """
+        self._follow_nodes()
+        if self._base.nodes.index(node) not in self._learning and not node.is_alive():
+            # It has taken its last step; others go on
+            node.restart()
+
     def _see_to_ended_nodes(self) -> None:
         """Wait for a moment, and see to nodes that have ended."""
         requests = list(self._learning.values())
+        if not requests:
+            time.sleep(POLL_INTERVAL)
+            return
         ended, _ = self._ray.wait(requests, timeout=POLL_INTERVAL)
         for number, request in list(self._learning.items()):
             if request in ended:
@@ -268,6 +303,17 @@ class RayWorkerPool(Pool):
             raise unwrap(error) from error
         if exception is not None:
             raise exception
+        self._ended.add(number)
+
+    def _begin_again(self) -> None:
+        """
+        Let those learn that have ended although there are steps to take: the server that told them that the training is
+        over has died before the driver knew of it, with their last steps.
+        """
+        while self._ended and not self._is_complete:
+            number = self._ended.pop()
+            self._base.nodes[number].epoch += 1
+            self._announce(number)
 
     def _hangs(self, number: int) -> bool:
         timeout = self.settings.node_timeout
@@ -286,40 +332,48 @@ class RayWorkerPool(Pool):
         if self._n_restarts == self.settings.max_restarts:
             raise RuntimeError(f"Node {number} {reason}, after max_restarts={self._n_restarts} restarts of nodes.")
         self._n_restarts += 1
-        node = self._base.nodes[number]
-        node.restart()
+        self._base.nodes[number].restart()
+        self._announce(number)
+
+    def _announce(self, number: int) -> None:
+        """Let a node learn in a new epoch."""
         # A server that begins anew may not hear of it
         self._last_numbers[number] = -1
         with suppress(*self._lost_errors):
-            self._ray.get(self._server.begin_epoch.remote(number, node.epoch))
+            self._ask(self._server.begin_epoch.remote(number, self._base.nodes[number].epoch))
         self._start_node(number)
 
     # ------------------------------------------------------------------ the server
 
     def _take_news(self) -> bool:
         """Whether the server had any."""
-        now = time.monotonic()
-        with_state = now - self._checkpoint_time > self.settings.checkpoint_interval
+        asked_at = time.monotonic()
         try:
-            news = self._ray.get(self._server.take_news.remote(with_state))
-            if news is None:
-                self._reload()
-                return False
+            for news in self._reader.take():
+                if news is None:
+                    self._reload()
+                    return False
+                self._count(news)
         except self._lost_errors as error:
             # It starts again
-            self._check_server(now, error)
+            self._check_server(asked_at, error)
             time.sleep(POLL_INTERVAL)
             return False
         self._server_lost_at = None
-        if news.state is not None:
-            self._checkpoint, self._checkpoint_time = news.state, now
-        self._count(news)
         return True
 
-    def _check_server(self, now: float, error: Exception) -> None:
-        self._server_lost_at = self._server_lost_at or now
+    def _ask_for_news(self) -> News | None:
+        now = time.monotonic()
+        with_state = now - self._checkpoint_time > self.settings.checkpoint_interval
+        news = self._ask(self._server.take_news.remote(with_state))
+        if news is not None and news.state is not None:
+            self._checkpoint, self._checkpoint_time = news.state, now
+        return news
+
+    def _check_server(self, asked_at: float, error: Exception) -> None:
+        self._server_lost_at = asked_at if self._server_lost_at is None else self._server_lost_at
         timeout = self.settings.node_timeout
-        if timeout is not None and now - self._server_lost_at > timeout:
+        if timeout is not None and time.monotonic() - self._server_lost_at > timeout:
             raise RuntimeError(
                 f"The server of the nodes has been away for node_timeout={timeout:g} seconds."
             ) from error
@@ -330,7 +384,8 @@ class RayWorkerPool(Pool):
             self._write_episodes(report)
         self._num_timesteps, self._version = news.num_timesteps, news.version
         self._is_complete = news.is_complete
-        with self._gate.passed():
+        # Closed, since a callback's question may be what waits for this
+        with self._gate.closed():
             store_moments(self._normalize, news.moments)
         self._metrics.add(news)
         for number, last in news.last_numbers.items():
@@ -353,6 +408,8 @@ class RayWorkerPool(Pool):
         there = [number for number in self._learning if self._has_started(number)]
         state.granted = {number: min(n_left, grant_size(self.settings, len(nodes[number].lanes))) for number in there}
         state.n_side_by_side = dict.fromkeys(there, len(there))
+        # They could not exchange while it was away
+        self._last_exchanges.update(dict.fromkeys(there, time.monotonic()))
         self._load_server()
 
     def _write_episodes(self, report: Report) -> None:
@@ -377,7 +434,7 @@ class RayWorkerPool(Pool):
         # It may rise while the server answers
         version = self._version
         try:
-            answer = self._ray.get(self._server.get_values.remote())
+            answer = self._ask(self._server.get_values.remote())
         except self._lost_errors:
             answer = None
         if answer is None:
@@ -397,6 +454,8 @@ class RayWorkerPool(Pool):
         """Let all nodes end, and restart those that do not; the model gets the parameters of the end."""
         if self._is_stopped:
             return
+        self._reader.end(NODE_END_TIMEOUT)
+        self._base.see_to = None
         # Those that have not begun yet
         self._server.stop.remote()
         for number in self._learning:
@@ -407,6 +466,8 @@ class RayWorkerPool(Pool):
         with self._gate.passed():
             if not self._pull():
                 self._take_checkpoint()
+            if self._normalize is not None:
+                self._take_moments()
             if self.settings.exchange == "gradients":
                 self._take_optimizer()
         self._is_stopped = True
@@ -425,11 +486,18 @@ class RayWorkerPool(Pool):
         if self._checkpoint_time > self._pull_time:
             self._store(self._checkpoint.values, self._checkpoint.buffers, self._version)
 
+    def _take_moments(self) -> None:
+        """The statistics that belong to the server's newest parameters."""
+        with suppress(*self._lost_errors):
+            for news in self._reader.take():
+                if news is not None:
+                    store_moments(self._normalize, news.moments)
+
     def _take_optimizer(self) -> None:
         """Give the model's optimizer the state of the server's, or if the server is away, that of the checkpoint."""
         state = None
         with suppress(*self._lost_errors):
-            state = self._ray.get(self._server.get_optimizer_state.remote())
+            state = self._ask(self._server.get_optimizer_state.remote())
         state = state or self._checkpoint.optimizer
         if state is not None:
             self._shared.policy.optimizer.load_state_dict(state)
@@ -443,7 +511,7 @@ class RayWorkerPool(Pool):
         :return: what the logger shall record of the nodes and the server, since the last call
         """
         return {
-            "ray/nodes": len(self._learning),
+            "ray/nodes": sum(map(self._has_started, self._learning)),
             "ray/node_restarts": self._n_restarts,
             "ray/server_restarts": self._n_server_restarts,
             **self._metrics.take(),

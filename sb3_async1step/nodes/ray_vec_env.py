@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import gymnasium as gym
@@ -16,12 +17,17 @@ from sb3_async1step.nodes.server import ParameterServer
 from sb3_async1step.nodes.settings import ExchangeSettings, check_number
 from sb3_async1step.vec_envs.observations import concatenate
 from sb3_async1step.vec_envs.split import split_vec_env
+from sb3_async1step.workers.gate import learning_on
 from sb3_async1step.workers.lanes import join_results
 
 #: Threads of a node's actor: one learns, others answer what callbacks ask the lanes
 N_THREADS = 4
 #: Seconds that a node has to close its envs
 NODE_END_TIMEOUT = 5.0
+#: Seconds after which a node that a callback asks is looked after
+ANSWER_TIMEOUT = 1.0
+#: Seconds that it has to kill the processes of its lanes
+KILL_TIMEOUT = 1.0
 
 
 class RayNode:
@@ -47,7 +53,7 @@ class RayNode:
         """Start a process. If the cluster has no CPU for it at present, it starts as soon as there is one."""
         ray = import_ray()
         options = {"max_concurrency": N_THREADS, **self.place.options(ray)}
-        self.actor = ray.remote(Node).options(**options).remote(*self._arguments)
+        self.actor = ray.remote(Node).options(**options).remote(*self._arguments, is_first=self.epoch == 0)
 
     def restart(self) -> None:
         """Start another process in the place of one that ended, or does not answer."""
@@ -56,8 +62,10 @@ class RayNode:
         self.start()
 
     def end(self) -> None:
-        """Kill the process, if it is still there."""
-        import_ray().kill(self.actor)
+        """Kill the process and those of its lanes, if they are still there."""
+        ray = import_ray()
+        ray.wait([self.actor.kill_lanes.remote()], timeout=KILL_TIMEOUT)
+        ray.kill(self.actor)
 
     def ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """
@@ -116,6 +124,9 @@ class RayVecEnv(VecEnv):
     :raises ValueError: if a parameter is out of range, or the cluster has too few CPUs
     :raises ImportError: if Ray is not installed
     """
+
+    #: While nodes learn: replaces one that has ended or hangs
+    see_to: Callable[[RayNode], None] | None = None
 
     def __init__(
         self,
@@ -199,6 +210,37 @@ class RayVecEnv(VecEnv):
                 "A node's process has ended, and another one has taken its place: reset the env."
             ) from error
 
+    def _ask_nodes(self, questions: Sequence[tuple[RayNode, Callable[[], Any]]]) -> list[Any]:
+        """
+        Ask nodes at the same time. If they learn, one that is replaced meanwhile is asked again.
+
+        :param questions: nodes, and functions that ask them and return references to their answers
+        :return: the answers
+        """
+        requests = [ask() for _, ask in questions]
+        if self.see_to is None:
+            return self._get(requests)
+        return [self._get_from(*question, request) for question, request in zip(questions, requests, strict=True)]
+
+    def _get_from(self, node: RayNode, ask: Callable[[], Any], request: Any) -> Any:
+        """The answer of a node that learns."""
+        ray = import_ray()
+        while True:
+            try:
+                return ray.get(request, timeout=ANSWER_TIMEOUT)
+            except ray.exceptions.RayTaskError as error:
+                raise unwrap(error) from error
+            except ray.exceptions.GetTimeoutError:
+                self._see_to(node)
+            except lost_errors(ray):
+                self._see_to(node)
+                request = ask()
+
+    def _see_to(self, node: RayNode) -> None:
+        if self.see_to is None or not learning_on(self).is_by_this_thread():
+            raise RuntimeError("A node has not answered, and will be replaced: ask again.")
+        self.see_to(node)
+
     def restart_dead_nodes(self) -> list[RayNode]:
         """
         Start other processes in the place of those that have ended.
@@ -243,14 +285,14 @@ class RayVecEnv(VecEnv):
     def _ask_lanes(self, method: str, *args: Any, indices: VecEnvIndices, **kwargs: Any) -> list[Any]:
         """Call a method that answers for some lanes, and put the answers into the order of the indices."""
         wanted = list(self._get_indices(indices))
-        requests, order = [], []
+        questions, order = [], []
         for node in self.nodes:
             lanes = [lane for lane in wanted if lane in node.lanes]
             if lanes:
                 order += lanes
                 own = [lane - node.lanes.start for lane in lanes]
-                requests.append(node.ask(method, *args, indices=own, **kwargs))
-        answers = [answer for part in self._get(requests) for answer in part]
+                questions.append((node, partial(node.ask, method, *args, indices=own, **kwargs)))
+        answers = [answer for part in self._ask_nodes(questions) for answer in part]
         by_lane = dict(zip(order, answers, strict=True))
         return [by_lane[lane] for lane in wanted]
 
@@ -269,10 +311,12 @@ class RayVecEnv(VecEnv):
         :param indices: lanes, by default all
         """
         wanted = list(self._get_indices(indices))
+        questions = []
         for node in self.nodes:
             own = [lane - node.lanes.start for lane in wanted if lane in node.lanes]
             if own:
-                self._get([node.ask("set_attr", attr_name, value, own)])
+                questions.append((node, partial(node.ask, "set_attr", attr_name, value, own)))
+        self._ask_nodes(questions)
 
     def env_method(self, method_name: str, *args: Any, indices: VecEnvIndices = None, **kwargs: Any) -> list[Any]:
         """
@@ -296,7 +340,8 @@ class RayVecEnv(VecEnv):
         """
         :return: a picture of each lane
         """
-        return [image for part in self._get([node.ask("get_images") for node in self.nodes]) for image in part]
+        parts = self._ask_nodes([(node, partial(node.ask, "get_images")) for node in self.nodes])
+        return [image for part in parts for image in part]
 
     def close(self) -> None:
         """Close the envs, and end the nodes, and Ray if this program has started it."""
@@ -304,14 +349,22 @@ class RayVecEnv(VecEnv):
             return
         self.closed = True
         ray = import_ray()
-        if ray.is_initialized() and "server" in self.__dict__:
+        try:
+            if ray.is_initialized() and "server" in self.__dict__:
+                self._end_nodes(ray)
+        finally:
+            # Also after Ctrl-C
+            self.nodes = []
+            leave_cluster(self)
+
+    def _end_nodes(self, ray: Any) -> None:
+        try:
             requests = [node.ask("close") for node in self.nodes]
             ray.wait(requests, num_returns=len(requests), timeout=NODE_END_TIMEOUT)
+        finally:
             for node in self.nodes:
                 node.end()
             ray.kill(self.server)
-        self.nodes = []
-        leave_cluster(self)
 
     def __del__(self) -> None:
         # Whoever forgets to close it leaves no processes behind. Ray itself ends them if the program ends

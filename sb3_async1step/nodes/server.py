@@ -152,7 +152,9 @@ class ParameterServer:
             self.begin_epoch(push.node, push.epoch)
         if push.number > state.last_numbers.get(push.node, -1):
             self._apply(push)
-            self._pull_seconds.append(seconds)
+            if seconds > 0:
+                # A node's first push comes after no exchange
+                self._pull_seconds.append(seconds)
             state.last_numbers[push.node] = push.number
             state.granted.pop(push.node, None)
         is_over = self._is_stopped or self._is_complete()
