@@ -121,8 +121,9 @@ def test_all_algorithms_count_every_step_once(algorithm, env, tmp_path):
     assert not are_equal(before, weights_of(model))
     # Two lanes for each update, over update_interval steps
     assert model._n_updates == pytest.approx(200 / 2 / model.update_interval, abs=4)
-    assert {"ray/nodes", "ray/node_restarts", "ray/server_restarts", "ray/dropped_pushes"} <= set(logged)
-    assert logged["ray/bytes_per_second"] > 0 and logged["ray/pull_seconds"] > 0 and logged["ray/staleness"] >= 0
+    counts = {name: logged[f"ray/{name}"] for name in ("nodes", "node_restarts", "server_restarts", "dropped_pushes")}
+    assert counts == {"nodes": 2, "node_restarts": 0, "server_restarts": 0, "dropped_pushes": 0}
+    assert logged["ray/bytes_per_second"] > 0 and logged["ray/pull_seconds"] > 0 and "ray/staleness" in logged
     # An ordinary model, with or without Ray, which goes on
     model.save(tmp_path / "model")
     loaded = algorithm.load(tmp_path / "model", env=make_vec_env("CartPole-v1", 2))
@@ -157,6 +158,8 @@ def test_killed_nodes_and_servers_are_replaced(env):
     def kill_both(model):
         kill(ray.get(model._pool._server.get_process_id.remote()))
         kill(process_ids(env)[1])
+        # By the process that takes its place
+        assert len(model.get_env().get_attr("spec")) == 4
 
     restarts = []
     model = AsyncOneStepQ("MlpPolicy", env)
@@ -246,7 +249,7 @@ def test_dict_observations_and_merged_statistics(cluster, tmp_path):
     model.learn(400)
     statistics = model.get_vec_normalize_env().obs_rms["a"]
     # Every observation of every node, those of the resets by the driver and by the nodes included
-    assert statistics.count == pytest.approx(1e-4 + 400 + 4, abs=4)
+    assert statistics.count == pytest.approx(400 + 8, abs=0.5)
     np.testing.assert_allclose(statistics.mean, [3.0, 5.0], rtol=1e-4)
     np.testing.assert_allclose(statistics.var, [0.0, 0.0], atol=1e-2)
     rows = (tmp_path / "monitor.csv").read_text().splitlines()[2:]
