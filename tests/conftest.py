@@ -46,6 +46,8 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
         return item.path.stem in TESTS_OF_ALL_WORKERS and parameters.get("algorithm") == "async_one_step_sarsa"
 
     items[:] = [item for item in items if not is_left_out(item)]
+    # One process should run all tests that share a cluster of Ray. Those that come first are never given to another
+    items.sort(key=lambda item: item.path.stem != "test_ray")
 
 
 @pytest.fixture(params=list(ALGORITHMS))
