@@ -90,6 +90,8 @@ ZOO_SCORES = {
         "PPO": (1783.636, 34.096),
     },
 }
+# Agent steps of a whole training on Atari, by the Zoo and here
+ATARI_STEPS = 10_000_000
 MINATAR = ("Breakout", "Asterix", "Freeway", "SpaceInvaders", "Seaquest")
 # Names of the algorithms by their ids in the Zoo: ours, and the one that they are compared with
 NAMES = {algo: algorithm.name for algo, algorithm in ALGORITHMS.items()} | {"dqn": "DQN", "a2c": "A2C"}

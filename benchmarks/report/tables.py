@@ -17,6 +17,7 @@ from benchmarks.report.formats import (
 )
 from benchmarks.report.results import (
     ATARI,
+    ATARI_STEPS,
     DEFAULTS_THRESHOLDS,
     DQN_LEARNING_STARTS,
     MINATAR,
@@ -118,6 +119,35 @@ def atari_table(runs: Runs) -> list[str]:
                 cells += [f"{normalize(env_id, mean):.0%}", "", "10.0", "", ""]
                 lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def short_atari_table(runs: Runs) -> list[str]:
+    """
+    :param runs: all runs
+    :return: lines of a table in Markdown: scores of whole trainings, beside those that the Zoo publishes
+    """
+    games = [env_id for env_id in ATARI if env_id in runs]
+    names = [game.removesuffix("NoFrameskip-v4") for game in games]
+    lines = [f"| algorithm | {' | '.join(names)} | human-normalised median |", "|---|---|" + "---|" * len(games)]
+    for algo, name in NAMES.items():
+        scores = {}
+        for game in games:
+            if group := [run for run in runs[game].get(algo, []) if run.n_steps >= ATARI_STEPS]:
+                scores[game] = float(np.mean([np.mean(run.final_returns) for run in group]))
+        if scores:
+            lines.append(_short_atari_row(name, games, scores))
+    for name in ZOO_SCORES[RACE]:
+        scores = {game: ZOO_SCORES[game][name][0] for game in games}
+        lines.append(_short_atari_row(f"{name}, published by the Zoo", games, scores))
+    return lines
+
+
+def _short_atari_row(name: str, games: list[str], scores: dict[str, float]) -> str:
+    # Over fewer games, it could not be compared
+    is_whole = len(scores) == len(games)
+    median = f"{statistics.median(normalize(game, scores[game]) for game in games):.0%}" if is_whole else ""
+    cells = [f"{scores[game]:.1f}" if game in scores else "" for game in games]
+    return f"| {' | '.join([name, *cells, median])} |"
 
 
 def race_table(runs: Runs, throughput: dict[str, Any]) -> list[str]:
@@ -259,6 +289,7 @@ def make_learning_tables(runs: Runs) -> dict[str, list[str]]:
         "classic control in short": short_table(runs),
         "MinAtar": minatar_table(runs),
         "Atari": atari_table(runs),
+        "Atari in short": short_atari_table(runs),
     }
 
 
