@@ -7,7 +7,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from scipy import stats
 
 from benchmarks.actor_learners import LAYOUTS, N_ACTOR_LEARNERS
 from benchmarks.learning import Run
@@ -53,7 +52,7 @@ def draw_curves(env_id: str, groups: dict[str, list[Run]], path: Path) -> None:
 
 def draw_mean(axis: Axes, positions: list[np.ndarray], runs: list[Run], colour: str, label: str) -> None:
     """
-    Draw the mean over the seeds and its 95 % confidence band.
+    Draw the mean over the seeds, and a band from the smallest to the largest return.
 
     :param axis: axes to draw in
     :param positions: positions of the checkpoints of each run
@@ -63,17 +62,15 @@ def draw_mean(axis: Axes, positions: list[np.ndarray], runs: list[Run], colour: 
     """
     grid = np.linspace(max(p[0] for p in positions), min(p[-1] for p in positions), 50)
     curves = [np.interp(grid, p, run.curve_returns) for p, run in zip(positions, runs, strict=True)]
-    mean = np.mean(curves, axis=0)
-    axis.plot(grid, mean, color=colour, label=f"{label}, {len(runs)} seed{'s' if len(runs) > 1 else ''}")
-    if len(runs) > 1:
-        # Student's t, since the standard deviation is that of a few seeds
-        band = stats.t.ppf(0.975, len(runs) - 1) * stats.sem(curves)
-        axis.fill_between(grid, mean - band, mean + band, color=colour, alpha=0.2, linewidth=0)
+    axis.plot(
+        grid, np.mean(curves, axis=0), color=colour, label=f"{label}, {len(runs)} seed{'s' if len(runs) > 1 else ''}"
+    )
+    axis.fill_between(grid, np.min(curves, axis=0), np.max(curves, axis=0), color=colour, alpha=0.2, linewidth=0)
 
 
 def draw_each(axis: Axes, positions: list[np.ndarray], runs: list[Run], colour: str, label: str) -> None:
     """
-    Draw each run by itself, where there are too few seeds for a confidence band.
+    Draw each run by itself, where there are one or two seeds.
 
     :param axis: axes to draw in
     :param positions: positions of the checkpoints of each run
