@@ -1,11 +1,13 @@
 """A VecEnv of the user's own: what SB3's DQN converts is converted, and anything else gets an error that says what."""
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import DummyVecEnv, VecCheckNan, VecEnv, VecEnvWrapper
 
+from sb3_async1step import AsyncOneStepQ, BackgroundEvalCallback
 from tests.envs import make_env
 from tests.helpers import are_equal, weights_of
 from tests.test_vec_env_split import DictEnv
@@ -197,3 +199,152 @@ def test_a_missing_key(algorithm, where):
     name = {"step": "observation of env lanes 0 to 2", "reset": "first observation"}.get(where, r"terminal .* lane \d")
     with pytest.raises(ValueError, match=f"The {name} lacks vector: it needs the keys of the observation space"):
         algorithm("MultiInputPolicy", env, n_workers=1).learn(200)
+
+
+# ---------------------------------------------------------------------- adapters of other libraries
+
+
+class Simulator(gym.Env):
+    """
+    Many envs in one object that is no VecEnv, as other libraries have them.
+
+    :param venv: runs them
+    """
+
+    def __init__(self, venv):
+        self.venv, self.num_envs = venv, venv.num_envs
+        self.observation_space, self.action_space = venv.observation_space, venv.action_space
+
+    def reset(self):
+        return self.venv.reset()
+
+    def step(self, actions):
+        return self.venv.step(actions)
+
+
+class LikeIsaacLab(VecEnv):
+    """Innermost is the library's own object, and most requests are refused."""
+
+    def __init__(self, env):
+        self.env = env
+        super().__init__(env.num_envs, env.observation_space, env.action_space)
+
+    @property
+    def unwrapped(self):
+        return self.env.unwrapped
+
+    def reset(self):
+        return self.env.reset()
+
+    def step_async(self, actions):
+        self.actions = actions
+
+    def step_wait(self):
+        return self.env.step(self.actions)
+
+    def close(self):
+        self.env.close()
+
+    def get_attr(self, attr_name, indices=None):
+        return [getattr(self.env, attr_name)] * self.num_envs
+
+    def set_attr(self, attr_name, value, indices=None):
+        raise NotImplementedError
+
+    def env_method(self, method_name, *args, indices=None, **kwargs):
+        raise NotImplementedError
+
+    def env_is_wrapped(self, wrapper_class, indices=None):
+        raise NotImplementedError
+
+
+class LikeGodot(LikeIsaacLab):
+    """Neither VecEnv's constructor nor its way to step."""
+
+    def __init__(self, env):
+        self.env, self.num_envs = env, env.num_envs
+        self.observation_space, self.action_space = env.observation_space, env.action_space
+
+    def step(self, actions):
+        return self.env.step(actions)
+
+    def step_async(self, actions):
+        raise NotImplementedError
+
+    def env_is_wrapped(self, wrapper_class, indices=None):
+        return False
+
+
+class LikeEnvPool(VecEnvWrapper):
+    """A wrapper, but not of a VecEnv."""
+
+    def reset(self):
+        return self.venv.reset()
+
+    def step_async(self, actions):
+        self.actions = actions
+
+    def step_wait(self):
+        return self.venv.step(self.actions)
+
+
+class LikeSuperSuit(LikeEnvPool):
+    """It has nothing that the constructors of its parents set, and something else for the infos of resets."""
+
+    def __init__(self, env):
+        self.venv, self.num_envs = env, env.num_envs
+        self.observation_space, self.action_space = env.observation_space, env.action_space
+
+    def reset(self):
+        self.reset_infos = {"agent": {}}
+        return super().reset()
+
+    def env_is_wrapped(self, wrapper_class, indices=None):
+        return [False]
+
+    def getattr_recursive(self, name):
+        raise AttributeError(name)
+
+    def getattr_depth_check(self, name, already_found):
+        return None
+
+
+ADAPTERS = (LikeIsaacLab, LikeGodot, LikeEnvPool, LikeSuperSuit)
+
+
+@pytest.mark.filterwarnings("ignore:The `render_mode` attribute is not defined")
+@pytest.mark.parametrize(
+    ("adapter", "is_wrapped"),
+    # Wrappers step in another way than LikeGodot has it
+    [*((adapter, False) for adapter in ADAPTERS), *((adapter, True) for adapter in ADAPTERS if adapter != LikeGodot)],
+)
+def test_adapters_of_other_libraries(algorithm, adapter, is_wrapped):
+    """What SB3's algorithms train on."""
+    base = adapter(Simulator(make_env(3)))
+    kept = {"agent": {}} if adapter is LikeSuperSuit else getattr(base, "reset_infos", None)
+    env = VecCheckNan(base) if is_wrapped else base
+    n_episodes = 0
+
+    def step(locals_, globals_):
+        nonlocal n_episodes
+        n_episodes += locals_["dones"].sum()
+        for stepped in (env, base):
+            with pytest.raises(RuntimeError, match="nobody else may step or reset it"):
+                stepped.step(np.zeros(3, dtype=int))
+        return True
+
+    algorithm("MlpPolicy", env, n_workers=1).learn(100, callback=step)
+    assert n_episodes >= 3
+    assert getattr(base, "reset_infos", None) == kept
+    # Nobody guards it any more
+    env.step(np.zeros(3, dtype=int))
+
+
+@pytest.mark.filterwarnings("ignore:The `render_mode` attribute is not defined")
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_two_adapters_of_the_same_envs(adapter):
+    """An evaluation would step what the training steps."""
+    simulator = Simulator(make_env(2))
+    model = AsyncOneStepQ("MlpPolicy", adapter(simulator), n_workers=1)
+    with pytest.raises(ValueError, match="The evaluation env is the training env"):
+        model.learn(20, callback=BackgroundEvalCallback(VecCheckNan(adapter(simulator))))

@@ -63,6 +63,7 @@ from sb3_async1step.vec_envs.guard import (
 )
 from sb3_async1step.vec_envs.healing_vec_env import HealingVecEnv
 from sb3_async1step.vec_envs.observations import Observations, map_arrays, take_rows
+from sb3_async1step.vec_envs.split import find_base, find_unsplittable
 from sb3_async1step.workers.actor_learner import ActorLearner, WorkerRecipe
 from sb3_async1step.workers.gate import Call, learning_on
 from sb3_async1step.workers.lanes import Lanes, SharedLanes
@@ -290,7 +291,7 @@ class AsyncAlgorithm(LiveAlgorithm):
     ) -> None:
         """Train; ``learn()``, whose call ``call`` is, cleans up afterwards."""
         assert self.env is not None
-        if not learning_on(self.env.unwrapped).claim(call):
+        if not learning_on(find_base(self.env)).claim(call):
             raise RuntimeError(NOBODY_ELSE)
         check("total_timesteps", total_timesteps, total_timesteps > -math.inf, "a number")
         # As with SB3's algorithms, it may be 1e6 or infinite; workers and nodes count in whole numbers
@@ -303,7 +304,8 @@ class AsyncAlgorithm(LiveAlgorithm):
             # The env is about to be reset
             self._worker_states = None
         self._lanes_may_be_anywhere = True
-        if isinstance(self.env.unwrapped, RayVecEnv) and self.env.unwrapped.restart_dead_nodes():
+        base = find_base(self.env)
+        if isinstance(base, RayVecEnv) and base.restart_dead_nodes():
             # The new lanes have to be reset
             self._last_obs = None
         self._process_watcher = make_process_watcher(self.env)
@@ -321,7 +323,7 @@ class AsyncAlgorithm(LiveAlgorithm):
                 self._check_parameters()
                 self._update_schedules()
                 n_multiplications = self._count_multiplications()
-                is_on_nodes = isinstance(self.env.unwrapped, RayVecEnv)
+                is_on_nodes = isinstance(base, RayVecEnv)
                 count = count_workers_of_nodes if is_on_nodes else count_workers
                 n_workers = count(self.n_workers, self.env, n_multiplications)
                 if is_on_nodes:
@@ -468,7 +470,7 @@ class AsyncAlgorithm(LiveAlgorithm):
             self._process_watcher.hurry()
         if self._pool is not None:
             self._pool.stop()
-        if self.env is not None and call in learning_on(self.env.unwrapped):
+        if self.env is not None and call in learning_on(find_base(self.env)):
             unguard_vec_env(self.env)
         if self._process_watcher is not None:
             # After Ctrl-C, don't wait for a lane that hangs
@@ -482,7 +484,7 @@ class AsyncAlgorithm(LiveAlgorithm):
             self._last_obs = self._worker_states = None
         self._pool = self._shared = self._process_watcher = self._callback = None
         if self.env is not None:
-            learning_on(self.env.unwrapped).discard(call)
+            learning_on(find_base(self.env)).discard(call)
         self._gate.end_learning(call)
 
     def _follow(self, pool: Pool, callback: BaseCallback, log_interval: int | None) -> None:
@@ -490,7 +492,9 @@ class AsyncAlgorithm(LiveAlgorithm):
         assert self.env is not None
         # SB3's callbacks look for these names, and for those below
         env = self.env
-        base = env.unwrapped
+        base = find_base(env)
+        # Only the parts of a VecEnv that is split know; any other one knows by itself
+        knows_resets = find_unsplittable(env) is not None
         heap = HeapTrimmer()
         n_rollout_steps = 0
         if self.num_timesteps < self._total_timesteps:
@@ -502,7 +506,7 @@ class AsyncAlgorithm(LiveAlgorithm):
             n_episodes_before = self._episode_num
             with self._gate.passed():
                 self._count(transitions)
-            if dones.any():
+            if dones.any() and not knows_resets:
                 base.reset_infos = pool.reset_infos
             if len(transitions) == pool.num_envs:
                 callback.update_locals(locals())
@@ -604,7 +608,7 @@ class AsyncAlgorithm(LiveAlgorithm):
             self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for key, value in ({} if self._pool is None else self._pool.take_metrics()).items():
             self.logger.record(key, value)
-        base = None if self.env is None else self.env.unwrapped
+        base = None if self.env is None else find_base(self.env)
         if isinstance(base, HealingVecEnv):
             self.logger.record("async/lane_restarts", base.n_restarts)
 

@@ -8,7 +8,6 @@ from itertools import combinations
 from threading import Thread, current_thread
 from typing import Any
 
-from gymnasium import Env
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, sync_envs_normalization
@@ -16,6 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, sync_envs_norm
 from sb3_async1step.common.snapshot import Snapshot
 from sb3_async1step.sb3_internals import evaluate_now, list_callbacks
 from sb3_async1step.vec_envs.exceptions import add_note, advise_on_threads
+from sb3_async1step.vec_envs.split import find_base
 from sb3_async1step.workers.thread_pool import release_import_lock
 
 #: Seconds that a training which has failed waits for the present step of an evaluation
@@ -213,16 +213,19 @@ def share_envs(one: VecEnv, other: VecEnv) -> bool:
     :param other: another one, perhaps
     :return: whether both step the same environments
     """
-    first, second = ([base, *list_envs(base)] for base in (one.unwrapped, other.unwrapped))
+    first, second = ([base, *list_envs(base)] for base in (find_base(one), find_base(other)))
     return any(env is other_env for env in first for other_env in second)
 
 
-def list_envs(env: VecEnv) -> list[Env]:
+def list_envs(env: VecEnv) -> list[Any]:
     """
     :param env: a VecEnv without wrappers
     :return: its environments, as far as they are objects of this process
     """
-    return [lane.unwrapped for lane in env.envs] if isinstance(env, DummyVecEnv) else []
+    if isinstance(env, DummyVecEnv):
+        return [lane.unwrapped for lane in env.envs]
+    # An adapter of another library may say what it runs
+    return [getattr(env, "unwrapped", env)]
 
 
 def check_evaluation_envs(callback: BaseCallback) -> None:

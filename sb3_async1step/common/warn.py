@@ -19,9 +19,13 @@ def warn_of_frames_skipped_twice(env: VecEnv) -> None:
     """
     :param env: the training env
     """
-    if not any(env.env_is_wrapped(MaxAndSkipEnv)):
+    try:
+        if not any(env.env_is_wrapped(MaxAndSkipEnv)):
+            return
+        spec = env.get_attr("spec")[0]
+    except (AttributeError, NotImplementedError, TypeError):
+        # SB3's algorithms do not ask while they train, and adapters of other libraries need not have an answer
         return
-    spec = env.get_attr("spec")[0]
     frame_skip = spec.kwargs.get("frameskip", 1) if spec is not None else 1
     if frame_skip != 1:
         warn_the_caller(

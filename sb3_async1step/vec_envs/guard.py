@@ -20,10 +20,11 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 from sb3_async1step.sb3_internals import REQUEST_ANSWERED_BY_NOT_IMPLEMENTED, REQUEST_OF_AN_ATTRIBUTE
 from sb3_async1step.vec_envs.healing_vec_env import HealingVecEnv
 from sb3_async1step.vec_envs.lane_process import describe_end
+from sb3_async1step.vec_envs.split import find_base
 
 # What callbacks may call on the training env. These reach the envs (or their pipes), which workers use
 QUERIES = ("env_is_wrapped", "env_method", "get_attr", "get_images", "has_attr", "set_attr")
-STEPS = ("reset", "step_async")
+STEPS = ("reset", "step", "step_async")
 NOBODY_ELSE = (
     "learn() steps this env: nobody else may step or reset it until learn() ends. "
     "A callback that evaluates the model (EvalCallback) needs an env of its own."
@@ -59,7 +60,7 @@ def guard_vec_env(
     :param settle: waits until no lane steps by itself
     :param may_step: whether the calling thread may step or reset the env
     """
-    base = env.unwrapped
+    base = find_base(env)
 
     def wait(method: Callable, *args: Any, **kwargs: Any) -> Any:
         with standing_still():
@@ -82,7 +83,7 @@ def unguard_vec_env(env: VecEnv) -> None:
     :param env: the training env; nothing happens if it is not guarded
     """
     for name in (*QUERIES, *STEPS):
-        env.unwrapped.__dict__.pop(name, None)
+        find_base(env).__dict__.pop(name, None)
 
 
 class ProcessWatcher:
@@ -95,7 +96,7 @@ class ProcessWatcher:
     """
 
     def __init__(self, env: VecEnv) -> None:
-        self._env = env.unwrapped
+        self._env = find_base(env)
         self._thread = Thread(target=self._watch, name="process-watcher", daemon=True)
         self._is_watching = False
         # Whether start() has seen the thread begin, and whether end() was called
@@ -226,7 +227,7 @@ def make_process_watcher(env: VecEnv) -> ProcessWatcher:
     :param env: the training env
     :return: what watches its processes, if it has any
     """
-    return HealingWatcher(env) if isinstance(env.unwrapped, HealingVecEnv) else ProcessWatcher(env)
+    return HealingWatcher(env) if isinstance(find_base(env), HealingVecEnv) else ProcessWatcher(env)
 
 
 def end_processes(env: SubprocVecEnv) -> None:

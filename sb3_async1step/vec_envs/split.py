@@ -48,6 +48,24 @@ def group_lanes(num_envs: int, n_groups: int) -> list[range]:
     return [range(first, end) for first, end in pairwise(bounds)]
 
 
+def find_base(env: VecEnv) -> VecEnv:
+    """
+    :param env: a VecEnv with its wrappers
+    :return: the VecEnv inside. For adapters of other libraries, ``env.unwrapped`` may be an object that is no VecEnv
+    """
+    while isinstance(env, VecEnvWrapper) and isinstance(env.venv, VecEnv):
+        env = env.venv
+    return env
+
+
+def read_reset_infos(env: VecEnv) -> list[dict[str, Any]]:
+    """
+    :param env: a VecEnv with its wrappers
+    :return: what its envs said at their last resets; empty if it is an adapter that does not keep that
+    """
+    return getattr(find_base(env), "reset_infos", [{}] * env.num_envs)
+
+
 def find_unsplittable(env: VecEnv) -> type[VecEnv] | None:
     """
     :param env: a VecEnv with its wrappers
@@ -89,7 +107,7 @@ def rejoin_vec_env(env: VecEnv, parts: Sequence[VecEnv], groups: Sequence[range]
     if isinstance(env, VecEnvWrapper):
         rejoin_vec_env(env.venv, [part.venv for part in parts if isinstance(part, VecEnvWrapper)], groups)
     else:
-        env.reset_infos = [info for part in parts for info in part.reset_infos]
+        env.reset_infos = [info for part in parts for info in read_reset_infos(part)]
 
 
 class _SomeLanes(Sequence):

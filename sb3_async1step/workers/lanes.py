@@ -13,7 +13,14 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from sb3_async1step.vec_envs.healing_lane import HealingLane
 from sb3_async1step.vec_envs.observations import concatenate, to_arrays
-from sb3_async1step.vec_envs.split import find_unsplittable, group_lanes, rejoin_vec_env, split_vec_env
+from sb3_async1step.vec_envs.split import (
+    find_base,
+    find_unsplittable,
+    group_lanes,
+    read_reset_infos,
+    rejoin_vec_env,
+    split_vec_env,
+)
 from sb3_async1step.workers.rollout import ALL_LANES
 
 #: Which of a worker's lanes
@@ -45,7 +52,7 @@ class Lanes:
     @property
     def reset_infos(self) -> list[dict[str, Any]]:
         """What the envs said at their last resets."""
-        return [info for part in self.parts for info in part.unwrapped.reset_infos]
+        return [info for part in self.parts for info in read_reset_infos(part)]
 
     def next_idle(self, n_lanes: int) -> Rows:
         """
@@ -87,7 +94,7 @@ class LanesAtTheirOwnPace(Lanes):
     def __init__(self, parts: Sequence[VecEnv]) -> None:
         self.parts = list(parts)
         self.n_lanes = len(parts)
-        remotes: list[Any] = [part.unwrapped.remotes[0] for part in parts]  # type: ignore[attr-defined]
+        remotes: list[Any] = [find_base(part).remotes[0] for part in parts]  # type: ignore[attr-defined]
         can_change = any(isinstance(remote, HealingLane) for remote in remotes)
         self._pipes = Pipes(remotes) if can_change or os.name == "nt" else LastingPipes(remotes)
         self._idle = list(range(self.n_lanes))
@@ -223,7 +230,7 @@ def can_step_at_their_own_pace(env: VecEnv) -> bool:
     :param env: a VecEnv with its wrappers
     :return: whether its lanes are in processes of their own, and can be split
     """
-    return isinstance(env.unwrapped, SubprocVecEnv) and find_unsplittable(env) is None
+    return isinstance(find_base(env), SubprocVecEnv) and find_unsplittable(env) is None
 
 
 def list_waitables(remote: Any) -> list[Any]:
