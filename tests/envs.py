@@ -78,6 +78,13 @@ class BlockingEnv(RandomWalkEnv):
         return super().step(action)
 
 
+class Speechless(Exception):
+    """An exception that has no text."""
+
+    def __str__(self) -> str:
+        raise TypeError("no text")
+
+
 class RaisingEnv(RandomWalkEnv):
     """
     An env that raises in some step.

@@ -33,7 +33,7 @@ from sb3_async1step.common import background_eval
 from sb3_async1step.common.snapshot import Snapshot
 from sb3_async1step.registry import ALGORITHMS
 from tests.command_line import call_zoo, run_code_afresh
-from tests.envs import BlockingEnv, BoxWalkEnv, RaisingEnv, RandomWalkEnv, make_env
+from tests.envs import BlockingEnv, BoxWalkEnv, RaisingEnv, RandomWalkEnv, Speechless, make_env
 from tests.helpers import DEADLINE, FOREVER, are_equal, functions_of, meanwhile, press_ctrl_c, wait_until, weights_of
 
 #: By their names, all algorithms that the tests evaluate, and arguments with which they learn in few steps
@@ -498,9 +498,14 @@ def test_an_exception_of_the_eval_env_is_raised_by_learn(any_algorithm):
     assert np.isfinite(callback.last_mean_reward)
 
 
-def test_an_exception_of_the_last_evaluation():
-    callback = BackgroundEvalCallback(make_env(1, RaisingEnv, at_step=3), eval_freq=10, verbose=0)
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize("exception", [ZeroDivisionError, Speechless])
+def test_an_exception_of_the_last_evaluation(exception):
+    class Raising(RandomWalkEnv):
+        def step(self, action):
+            raise exception
+
+    callback = BackgroundEvalCallback(make_env(1, Raising), eval_freq=10, verbose=0)
+    with pytest.raises(exception):
         make_model(AsyncOneStepQ).learn(20, callback=callback)
 
 

@@ -16,7 +16,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
 
 from sb3_async1step import AsyncOneStepQ
-from tests.envs import RandomWalkEnv, make_env
+from tests.envs import RandomWalkEnv, Speechless, make_env
 from tests.helpers import are_equal, weights_of
 
 USERS_VARIABLE = contextvars.ContextVar("USERS_VARIABLE", default="not set")
@@ -39,8 +39,10 @@ class Refusing(Exception):
 
 @pytest.mark.parametrize("n_workers", [1, 3])
 @pytest.mark.parametrize("where", ["step", "reset", "callback", "first reset"])
-@pytest.mark.parametrize("exception", [FrozenError(3), Refusing(3)], ids=["frozen", "refusing"])
-def test_an_exception_that_refuses_attributes(n_workers, where, exception):
+@pytest.mark.parametrize(
+    "exception", [FrozenError(3), Refusing(3), Speechless(3)], ids=["frozen", "refusing", "speechless"]
+)
+def test_an_exception_that_refuses_attributes_or_has_no_text(n_workers, where, exception):
     class Raising(RandomWalkEnv):
         n_resets = 0
 

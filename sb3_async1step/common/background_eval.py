@@ -192,9 +192,9 @@ class Evaluation(Snapshot):
             self._evaluate()
             self.exception = None
         except BaseException as exception:
+            self.exception = exception
             add_note(exception, f"Raised by the evaluation of the model as it was after {self.num_timesteps} steps.")
             advise_on_threads(exception, "an evaluation", "EvalCallback")
-            self.exception = exception
         finally:
             self.has_ended = True
 

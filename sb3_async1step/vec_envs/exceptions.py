@@ -23,7 +23,11 @@ def advise_on_threads(exception: BaseException, thread: str = "a worker", instea
     :param thread: whose thread that is
     :param instead: what to use to have the env stepped on the calling thread
     """
-    if any(word in str(exception).lower() for word in THREAD_WORDS):
+    text = ""
+    # One whose text can't be made is raised all the same
+    with suppress(Exception):
+        text = str(exception).lower()
+    if any(word in text for word in THREAD_WORDS):
         add_note(
             exception,
             f"It was raised on the thread of {thread}. If the env is bound to the thread that made it, use {instead}, "

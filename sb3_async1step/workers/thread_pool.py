@@ -85,9 +85,10 @@ class ThreadWorkerPool(WorkerPool):
             while (transitions := self._step(worker)) is not None:
                 self._report(transitions)
         except BaseException as exception:
-            advise_on_threads(exception)
             self._exceptions.append(exception)
             self._is_stopping = True
+            # learn() waits for the end of this thread before it raises it
+            advise_on_threads(exception)
         finally:
             self._ended.append(current_thread())
             self._gate.notify()
