@@ -100,6 +100,31 @@ def test_all_envs_raise_at_once(algorithm, workers):
     assert len(caught.value.__notes__) == 1
 
 
+def test_an_env_that_raises_while_a_callback_ends_the_training(algorithm, tmp_path):
+    class Raising(BlockingEnv):
+        def _hang(self):
+            super()._hang()
+            raise ZeroDivisionError("the env is broken")
+
+    env = with_one(Raising, threading.Event(), "step")
+    broken = env.envs[1].unwrapped
+
+    def end(locals_, globals_):
+        if not broken.hangs.is_set():
+            return True
+        broken.release.set()
+        wait_until(lambda: "actor-learner-1" not in actor_learners())
+        return False
+
+    model = algorithm("MlpPolicy", env, n_workers=3)
+    with pytest.raises(ZeroDivisionError, match="the env is broken"):
+        model.learn(10**6, callback=end)
+    # The next training resets the env
+    assert model._last_obs is None
+    broken.where = "nowhere"
+    assert_goes_on(model, tmp_path)
+
+
 @pytest.mark.parametrize("reward", [1e39, None])
 def test_rewards_that_float32_does_not_hold(algorithm, reward):
     """An env of the user's own may return what numpy makes float64 or objects from."""

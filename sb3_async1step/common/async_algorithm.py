@@ -369,6 +369,8 @@ class AsyncAlgorithm(LiveAlgorithm):
         with without_autocast(self.device):
             self._follow(self._pool, callback, log_interval)
         self._pool.stop()
+        # A callback may have ended the training when a worker had failed
+        self._pool.check()
         self._pool.settle()
         # Other threads may be about to look at the model
         with self._gate.passed():
@@ -403,6 +405,7 @@ class AsyncAlgorithm(LiveAlgorithm):
         with without_autocast(self.device):
             self._follow(self._pool, callback, log_interval)
         self._pool.stop()
+        self._pool.check()
 
     def _make_node_recipe(self, n_workers: int | None, total_timesteps: int) -> NodeRecipe:
         file = io.BytesIO()

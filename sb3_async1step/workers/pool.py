@@ -54,6 +54,14 @@ class Pool(ABC):
     def stop(self) -> None:
         """Stop all workers, and wait until they have ended. It can be called again if it was interrupted."""
 
+    def check(self) -> None:  # noqa: B027
+        """
+        Look at what became of the workers, also after their end: the calling thread may have left :meth:`batches`
+        before one failed.
+
+        :raises BaseException: the first exception that a worker raised, with its own traceback
+        """
+
     @abstractmethod
     def settle(self) -> None:
         """Wait until no lane steps. The workers stand still meanwhile."""

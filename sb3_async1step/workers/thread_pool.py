@@ -47,8 +47,7 @@ class ThreadWorkerPool(WorkerPool):
             thread.start()
         while True:
             self._gate.wait_for(self._has_news)
-            if self._exceptions:
-                raise self._exceptions[0]
+            self.check()
             if not self._unreported:
                 return
             self._batch_is_out = True
@@ -66,6 +65,10 @@ class ThreadWorkerPool(WorkerPool):
             # resets
             self.stop()
             raise
+
+    def check(self) -> None:
+        if self._exceptions:
+            raise self._exceptions[0]
 
     def _wait_for_the_end(self) -> None:
         # A thread that has not begun yet will not take a step any more
