@@ -7,6 +7,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_async1step.common.parameter_checks import check_whole
+from sb3_async1step.nodes.ray_pool import NotCarried
 
 #: Outputs of SB3's logger that can't show a histogram
 TEXT_OUTPUTS = ("stdout", "log", "json", "csv")
@@ -15,7 +16,8 @@ TEXT_OUTPUTS = ("stdout", "log", "json", "csv")
 class HistogramCallback(BaseCallback):
     """
     Writes histograms to TensorBoard: of the weights, of the gradient of the last update, and of the values of the
-    current observations (all Q-values, or A3C's state values).
+    current observations (all Q-values, or A3C's state values). Of a model whose lanes are in a ``RayVecEnv``, the
+    weights only: gradients and observations stay on the nodes.
 
     :param freq: environment steps, over all lanes, between two sets of histograms; they are written with the next log
     :param verbose: see :class:`BaseCallback <stable_baselines3.common.callbacks.BaseCallback>`
@@ -29,8 +31,11 @@ class HistogramCallback(BaseCallback):
 
     def _on_step(self) -> bool:
         if self.num_timesteps // self.freq > (self.num_timesteps - self.training_env.num_envs) // self.freq:
+            # Waits for the updates that workers still apply, and fetches what nodes have learned
+            self.model.get_parameters()
             self._record_parameters()
-            self._record_values()
+            if not isinstance(self.locals["new_obs"], NotCarried):
+                self._record_values()
         return True
 
     def _record_parameters(self) -> None:

@@ -27,6 +27,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
 from sb3_async1step import A3C, AsyncNStepQ, AsyncOneStepQ, HistogramCallback, SharedRMSprop
+from sb3_async1step.nodes.ray_pool import NotCarried
 from tests.helpers import DEADLINE, is_waiting, meanwhile, wait_until
 
 SMALL = {"net_arch": [4]}
@@ -576,6 +577,37 @@ def test_histograms(algorithm, tmp_path):
     learning = {name for name in weights if "target" not in name}
     assert {name.removeprefix("histograms/gradients/") for name in names if "/gradients/" in name} == learning
     assert ("histograms/values" if algorithm is A3C else "histograms/q_values") in names
+
+
+def test_histograms_of_a_model_whose_workers_push(algorithm):
+    """Such as have begun their step before the callback."""
+    model = make_model(algorithm, 1)
+    name, parameter = next(iter(model.policy.named_parameters()))
+    is_inside, main_thread, recorded = threading.Event(), threading.main_thread(), {}
+
+    def push() -> None:
+        with model._gate.passed():
+            is_inside.set()
+            wait_until(lambda: is_waiting(main_thread) or recorded)
+            parameter.data.fill_(42.0)
+
+    worker = threading.Thread(target=push)
+    begin = Do(lambda callback: (worker.start(), is_inside.wait(DEADLINE)))
+    look = Do(lambda callback: recorded.update(model.logger.name_to_value))
+    model.learn(2, callback=[begin, HistogramCallback(freq=1), look])
+    worker.join(DEADLINE)
+    assert (recorded[f"histograms/weights/{name}"] == 42.0).all()
+
+
+def test_histograms_without_the_observations(algorithm):
+    """They stay on the nodes of a RayVecEnv."""
+    model, histograms, seen = make_model(algorithm, 1), HistogramCallback(freq=1), []
+    leave_out = Do(lambda callback: histograms.locals.update(new_obs=NotCarried("new_obs")))
+    look = Do(lambda callback: seen.extend(model.logger.name_to_value))
+    model.learn(2, callback=[leave_out, histograms, look])
+    kinds = {key.split("/")[1] for key in seen if key.startswith("histograms/")}
+    # There are gradients once there was an update
+    assert kinds - {"gradients"} == {"weights"}
 
 
 # ---------------------------------------------------------------------- the training env

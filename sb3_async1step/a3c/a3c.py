@@ -234,7 +234,9 @@ class A3C(AsyncAlgorithm):
         Train the model.
 
         :param total_timesteps: number of environment steps over all lanes; exceeded by less than one vector step
-        :param callback: called once for every ``num_envs`` transitions, on the calling thread, while no worker steps
+        :param callback: called once for every ``num_envs`` transitions, on the calling thread. No worker begins a step
+            meanwhile; one that has begun a step may still apply its update, for which ``predict()``, ``save()`` and
+            ``get_parameters()`` wait
         :param log_interval: number of iterations (``update_interval`` vector steps of all lanes) between two logs, as
             in SB3's A2C, None for no logs
         :param tb_log_name: name of the run for TensorBoard, by default the class's

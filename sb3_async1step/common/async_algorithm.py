@@ -250,7 +250,9 @@ class AsyncAlgorithm(LiveAlgorithm):
         Train the model.
 
         :param total_timesteps: number of environment steps over all lanes; exceeded by less than one vector step
-        :param callback: called once for every ``num_envs`` transitions, on the calling thread, while no worker steps
+        :param callback: called once for every ``num_envs`` transitions, on the calling thread. No worker begins a step
+            meanwhile; one that has begun a step may still apply its update, for which ``predict()``, ``save()`` and
+            ``get_parameters()`` wait
         :param log_interval: number of episodes (A3C: of iterations) between two logs, None for no logs
         :param tb_log_name: name of the run for TensorBoard, by default the class's
         :param reset_num_timesteps: whether to start counting at zero again
