@@ -4,9 +4,11 @@ import warnings
 from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch as th
+from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import polyak_update
 from torch import nn
@@ -14,6 +16,7 @@ from torch.nn.utils import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_async1step import A3C, AsyncOneStepQ
+from sb3_async1step.a3c.actor_learner import NOISE, A3CActorLearner
 from sb3_async1step.value_based.target_network import SharedQNetworks, move_towards
 from sb3_async1step.workers.network_copies import view_network
 from sb3_async1step.workers.shared_parameters import LocalParameters
@@ -92,6 +95,44 @@ def test_a_push_moves_the_shared_parameters_alone(thread_specific):
     # Without another pull, the next push is one update late
     loss_of(local.learning_network, th.ones(2, 4)).backward()
     assert local.push() == 1
+
+
+class OnAccelerator(TorchDispatchMode):
+    """Lets the meta device, which any machine has, play an accelerator, from which zeros are copied."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is th.ops.aten._to_copy.default and kwargs.get("device") == th.device("cpu"):
+            return th.zeros(args[0].shape)
+        return function(*args, **kwargs)
+
+
+def test_states_for_files_are_on_the_cpu(thread_specific):
+    """A machine without an accelerator can't unpickle its tensors."""
+    local = LocalParameters(share(make_policy().to("meta")), thread_specific)
+    for parameter in local.parameters[1:]:
+        parameter.grad = th.zeros_like(parameter)
+    noise = StateDependentNoiseDistribution(2)
+    noise.exploration_mat = noise.exploration_matrices = nn.Parameter(th.zeros(4, 2, device="meta"))
+    worker = SimpleNamespace(acting_policy=SimpleNamespace(action_dist=noise), _n_draws=1)
+    with OnAccelerator():
+        gradients, values = local.get_gradients(), local.get_values()
+        drawn = [A3CActorLearner.get_extra_state(worker)[name] for name in NOISE]
+    assert gradients[0] is None
+    tensors = [*gradients[1:], *(values or []), *drawn]
+    assert all(tensor.device.type == "cpu" and not tensor.requires_grad for tensor in tensors)
+
+
+def test_states_are_copies(thread_specific):
+    local = LocalParameters(share(make_policy()), thread_specific)
+    loss_of(local.learning_network, th.ones(2, 4)).backward()
+    states = [local.get_gradients(), local.get_values()]
+    before = deepcopy(states)
+    for parameter in local.parameters:
+        parameter.data.fill_(9.0)
+        parameter.grad.fill_(9.0)
+    for state, expected in zip(states, before, strict=True):
+        assert all(map(th.equal, state or [], expected or []))
 
 
 def test_a_write_between_forward_and_backward_raises_no_error():

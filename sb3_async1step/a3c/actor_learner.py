@@ -203,7 +203,7 @@ class A3CActorLearner(ActorLearner[A3CSettings, Rollout]):
         distribution = self.acting_policy.action_dist
         if not isinstance(distribution, StateDependentNoiseDistribution):
             return {}
-        return {"n_draws": self._n_draws, **{name: getattr(distribution, name).detach() for name in NOISE}}
+        return {"n_draws": self._n_draws, **{name: getattr(distribution, name).detach().cpu() for name in NOISE}}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self._n_draws = state.get("n_draws", 1)

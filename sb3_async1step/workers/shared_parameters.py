@@ -203,9 +203,10 @@ class LocalParameters:
 
     def get_gradients(self) -> list[th.Tensor | None]:
         """
-        :return: a copy of the gradient accumulated since the last push, None for a parameter without one
+        :return: a copy of the gradient accumulated since the last push, None for a parameter without one. It is on the
+            CPU: a file that holds it may be loaded on a machine without an accelerator
         """
-        return [None if p.grad is None else p.grad.clone() for p in self.parameters]
+        return [None if p.grad is None else p.grad.to("cpu", copy=True) for p in self.parameters]
 
     def can_take(self, gradients: list[th.Tensor | None], values: list[th.Tensor] | None) -> bool:
         """
@@ -230,9 +231,9 @@ class LocalParameters:
 
     def get_values(self) -> list[th.Tensor] | None:
         """
-        :return: a copy of theta', None if there is none
+        :return: a copy of theta', on the CPU, None if there is none
         """
-        return [p.detach().clone() for p in self.parameters] if self.thread_specific else None
+        return [p.detach().to("cpu", copy=True) for p in self.parameters] if self.thread_specific else None
 
     def set_values(self, values: list[th.Tensor] | None) -> None:
         """
