@@ -27,7 +27,9 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
 from sb3_async1step import A3C, AsyncNStepQ, AsyncOneStepQ, HistogramCallback, SharedRMSprop
+from sb3_async1step.common.live_algorithm import LiveAlgorithm
 from sb3_async1step.nodes.ray_pool import NotCarried
+from sb3_async1step.workers.gate import Gate
 from tests.helpers import DEADLINE, is_waiting, meanwhile, wait_until
 
 SMALL = {"net_arch": [4]}
@@ -653,6 +655,50 @@ def learn_at(barrier: threading.Barrier, model: Any, outcomes: list[str]) -> Non
         outcomes.append("learned")
     except RuntimeError as error:
         outcomes.append(str(error))
+
+
+def test_a_training_that_fails_while_another_thread_saves(algorithm, monkeypatch, tmp_path):
+    """It keeps where the workers are, and the training throws that away: the next one has to reset the env."""
+    model, main_thread, saves = make_model(algorithm, 1), threading.main_thread(), threading.Event()
+
+    def remember_late(self: Any) -> None:
+        saves.set()
+        wait_until(lambda: is_waiting(main_thread) or model._pool is None)
+        remember(self)
+
+    def fail(callback: Any) -> None:
+        thread.start()
+        assert saves.wait(DEADLINE)
+        raise ZeroDivisionError
+
+    remember = LiveAlgorithm._remember_workers
+    monkeypatch.setattr(LiveAlgorithm, "_remember_workers", remember_late)
+    thread = threading.Thread(target=model.save, args=(tmp_path / "model",))
+    with pytest.raises(ZeroDivisionError):
+        model.learn(10, callback=Do(fail))
+    thread.join(DEADLINE)
+    assert algorithm.load(tmp_path / "model").num_timesteps == 2
+    assert model._last_obs is None and model._worker_states is None
+
+
+@pytest.mark.parametrize("name", ["gamma", "learning_rate"])
+def test_a_training_that_ends_while_another_thread_changes_the_model(algorithm, monkeypatch, name):
+    """There are no workers any more when it has looked whether there are some."""
+    model = make_model(algorithm, 1)
+
+    def end(gate: Any) -> bool:
+        model.__dict__["_pool"] = None
+        return True
+
+    def change(callback: Any) -> None:
+        pool = model._pool
+        with monkeypatch.context() as patch:
+            patch.setattr(Gate, "is_learning", end)
+            setattr(model, name, 0.25)
+        model._pool = pool
+
+    model.learn(2, callback=Do(change))
+    assert getattr(model, name) == 0.25
 
 
 class Until(BaseCallback):

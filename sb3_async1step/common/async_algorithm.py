@@ -484,10 +484,12 @@ class AsyncAlgorithm(LiveAlgorithm):
         if self._callback is not None:
             stop_evaluations(self._callback)
         restore_intra_op_threads(call)
-        if self._lanes_may_be_anywhere:
-            # The next learn() has to reset the env
-            self._last_obs = self._worker_states = None
-        self._pool = self._shared = self._process_watcher = self._callback = None
+        # A thread that saves the model meanwhile keeps where the workers are
+        with self._gate.passed():
+            if self._lanes_may_be_anywhere:
+                # The next learn() has to reset the env
+                self._last_obs = self._worker_states = None
+            self._pool = self._shared = self._process_watcher = self._callback = None
         if self.env is not None:
             learning_on(find_base(self.env)).discard(call)
         self._gate.end_learning(call)

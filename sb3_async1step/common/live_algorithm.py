@@ -100,24 +100,30 @@ class LiveAlgorithm(BaseAlgorithm):
                 f"{name} can't be changed while learn() runs, whose workers have begun with it. "
                 "End the training (by a callback that returns False), change it, and call learn() again."
             )
-        if name in self._followed and self._is_learning():
-            self._change_setting(name, value)
-            return
-        if name in ("learning_rate", "lr_schedule") and self._is_learning():
-            assert self._pool is not None
-            self._pool.check_change(name)
+        pool = self._find_pool() if name in (*self._followed, "learning_rate", "lr_schedule") else None
+        if pool is not None:
+            pool.check_change(name)
+            if name in self._followed:
+                self._change_setting(name, value, pool)
+                return
         super().__setattr__(name, value)
         if name == "learning_rate" and "lr_schedule" in self.__dict__:
             self._setup_lr_schedule()
 
-    def _is_learning(self) -> bool:
+    def _find_pool(self) -> Pool | None:
+        """
+        :return: the pool of workers, None if ``learn()`` does not run. To be asked once: outside of the gate, another
+            thread's training may end at any moment
+        """
+        pool = self.__dict__.get("_pool")
         # A forked process has a copy of the pool, but no workers
-        return self.__dict__.get("_pool") is not None and self._gate.is_learning()
+        return pool if pool is not None and self._gate.is_learning() else None
 
-    def _change_setting(self, name: str, value: Any) -> None:
-        """Change an attribute which workers follow, if its value is allowed."""
-        assert self._pool is not None
-        self._pool.check_change(name)
+    def _is_learning(self) -> bool:
+        return self._find_pool() is not None
+
+    def _change_setting(self, name: str, value: Any, pool: Pool) -> None:
+        """Change an attribute which the workers of a pool follow, if its value is allowed."""
         with self._gate.closed():
             value_before = getattr(self, name)
             self.__dict__[name] = value
@@ -126,8 +132,8 @@ class LiveAlgorithm(BaseAlgorithm):
             except ValueError:
                 self.__dict__[name] = value_before
                 raise
-            settings = self._make_settings(self._pool.num_envs)
-            for worker in self._pool.workers:
+            settings = self._make_settings(pool.num_envs)
+            for worker in pool.workers:
                 worker.change_settings(settings)
 
     @abstractmethod
@@ -297,8 +303,9 @@ class LiveAlgorithm(BaseAlgorithm):
             state = copy.deepcopy(params["policy.optimizer"])
             check_optimizer_state(self.policy, state)
             params = {**params, "policy.optimizer": state}
-        if self._pool is not None:
-            self._pool.check_change("The parameters")
+        pool = self._find_pool()
+        if pool is not None:
+            pool.check_change("The parameters")
         with self._gate.closed():
             super().set_parameters(params, exact_match, device)
             if "policy" in params and not self._is_learning() and not IS_LOADING.get():

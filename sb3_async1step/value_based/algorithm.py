@@ -31,6 +31,7 @@ from sb3_async1step.value_based.exploration import ExplorationSchedule, allot_fi
 from sb3_async1step.value_based.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_async1step.value_based.target_network import SharedQNetworks, count_syncs
 from sb3_async1step.vec_envs.observations import list_spaces
+from sb3_async1step.workers.pool import Pool
 
 # Annealed to zero, as in the paper (section 8 of its supplement)
 LEARNING_RATE = LinearSchedule(1e-3, 0.0, 1.0)
@@ -225,9 +226,9 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
             )
         return self._exploration
 
-    def _change_setting(self, name: str, value: Any) -> None:
+    def _change_setting(self, name: str, value: Any, pool: Pool) -> None:
         self._exploration = None
-        super()._change_setting(name, value)
+        super()._change_setting(name, value, pool)
 
     def _share_parameters(self) -> SharedQNetworks:
         return SharedQNetworks(self.policy, self.lock_updates)
