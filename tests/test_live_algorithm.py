@@ -114,6 +114,26 @@ def test_workers_follow_each_setting(algorithm, n_workers):
     assert {name: getattr(model, name) for name in names} == {name: VALUES[name] for name in names}
 
 
+def test_an_epsilon_that_changes_while_the_schedules_are_followed(value_based, monkeypatch):
+    """By another thread, which waits at the gate as the one that learns asks for the schedule."""
+    model = make_model(value_based, 1)
+
+    def close() -> Any:
+        model._get_exploration_schedule(2)
+        return closed()
+
+    def change(callback: Any) -> None:
+        model.exploration_final_eps, model.exploration_fraction = 0.25, 1.0
+        with monkeypatch.context() as patch:
+            patch.setattr(model._gate, "closed", close)
+            model.exploration_final_eps = 0.75
+        np.testing.assert_allclose(model._pool.workers[0].behaviour.exploration(0.0), 0.75)
+
+    closed = model._gate.closed
+    model.learn(2, callback=Do(change))
+    assert model.exploration_rate == pytest.approx(0.75)
+
+
 def test_each_parameter_is_followed_or_fixed(algorithm):
     # learn() follows the first one by itself; workers know nothing of the others
     others = {"learning_rate", "eval_eps", "stats_window_size", "tensorboard_log", "verbose", "_init_setup_model"}

@@ -31,7 +31,6 @@ from sb3_async1step.value_based.exploration import ExplorationSchedule, allot_fi
 from sb3_async1step.value_based.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_async1step.value_based.target_network import SharedQNetworks, count_syncs
 from sb3_async1step.vec_envs.observations import list_spaces
-from sb3_async1step.workers.pool import Pool
 
 # Annealed to zero, as in the paper (section 8 of its supplement)
 LEARNING_RATE = LinearSchedule(1e-3, 0.0, 1.0)
@@ -204,6 +203,8 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         :param num_envs: number of env lanes
         :return: arguments of :class:`~sb3_async1step.value_based.actor_learner.ValueBasedSettings`
         """
+        # One of its parameters may have changed
+        self._exploration = None
         return {
             "device": self.device,
             "gamma": self.gamma,
@@ -218,17 +219,13 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         }
 
     def _get_exploration_schedule(self, num_envs: int) -> ExplorationSchedule:
-        """Return the schedule of this training, which is made again when one of its parameters changes."""
+        """Return the schedule of this training, which is made again whenever the workers get settings."""
         if self._exploration is None:
             final_epsilons = allot_final_epsilons(self.exploration_final_eps, self.exploration_final_probs, num_envs)
             self._exploration = ExplorationSchedule(
                 self.exploration_initial_eps, final_epsilons, self.exploration_fraction
             )
         return self._exploration
-
-    def _change_setting(self, name: str, value: Any, pool: Pool) -> None:
-        self._exploration = None
-        super()._change_setting(name, value, pool)
 
     def _share_parameters(self) -> SharedQNetworks:
         return SharedQNetworks(self.policy, self.lock_updates)
