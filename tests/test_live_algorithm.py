@@ -459,9 +459,15 @@ class StatisticsExtractor(BaseFeaturesExtractor):
         self.change = change
         # Not changed, so not warned of
         self.constants = {"scale": np.ones(4), "names": ["x", "v"], "self": self, "function": len}
+        self.not_known = [np.nan, np.float32(np.nan), np.array([np.nan, 1.0]), np.array([None]), th.tensor([np.nan, 1])]
+        self.half = [th.ones(4, dtype=th.bfloat16), th.tensor(np.nan, dtype=th.bfloat16)]
         self.unchanged = RunningMeanStd(shape=(4,))
+        self.spaces = [observation_space, spaces.Discrete(2)]
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
+        for space in self.spaces:
+            # The first time, it makes a generator
+            space.sample()
         if self.training:
             changed = self.change(self.statistics, observations.detach().numpy())
             self.statistics = self.statistics if changed is None else changed
@@ -482,8 +488,17 @@ class StatisticsExtractor(BaseFeaturesExtractor):
         (None, lambda value, observations: observations.mean()),
         ("", lambda value, observations: "seen"),
         (False, lambda value, observations: True),
+        (np.nan, lambda value, observations: 1.0),
+        (np.array([1.0, 1.0]), lambda values, observations: values * np.nan),
+        (th.ones(2, dtype=th.bfloat16), lambda values, observations: values + 1),
+        (th.ones(2), lambda values, observations: values * np.nan),
+        (th.ones(2), lambda values, observations: th.ones(3)),
+        (th.ones(2), lambda values, observations: observations),
     ],
-    ids=["object", "list", "list of tensors", "deque", "dict", "set", "numpy's number", "None", "str", "bool"],
+    ids=[
+        *("object", "list", "list of tensors", "deque", "dict", "set", "numpy's number", "None", "str", "bool"),
+        *("NaN", "array of NaNs", "bfloat16", "tensor of NaNs", "longer tensor", "array for tensor"),
+    ],
 )
 def test_statistics_of_any_kind_are_warned_of(algorithm, statistics, change):
     kwargs = {"statistics": deepcopy(statistics), "change": change}

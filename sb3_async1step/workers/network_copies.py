@@ -1,12 +1,14 @@
 """Copies and views of networks: each worker computes with one of its own."""
 
 import copy
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.policies import BaseModel
 from torch import nn
 
@@ -141,22 +143,44 @@ def have_changed(before: Any, after: Any, seen: frozenset[int] = frozenset()) ->
         these
     :param after: the same of a worker's copy of the module, now
     :param seen: ids of the objects that these are part of, which may refer to themselves
-    :return: whether a forward pass has changed them. Functions, modules and the like are no statistics
+    :return: whether a forward pass has changed them. Functions, modules, spaces (which make a generator when they are
+        first sampled from) and the like are no statistics
     """
     # Computed from parameters in each forward pass, as the weight of weight_norm is
     if getattr(after, "grad_fn", None) is not None or id(after) in seen:
         return False
-    if isinstance(after, (np.ndarray, np.generic, th.Tensor)):
-        before, after = (value.detach().cpu() if isinstance(value, th.Tensor) else value for value in (before, after))
-        return not np.array_equal(before, after)
+    if isinstance(after, th.Tensor):
+        return not isinstance(before, th.Tensor) or not are_equal_tensors(before.detach().cpu(), after.detach().cpu())
+    if isinstance(after, (np.ndarray, np.generic)):
+        return not are_equal_arrays(before, after)
     if after is None or isinstance(after, (int, float, str, bytes, set)):
-        return type(before) is not type(after) or before != after
-    if isinstance(after, (nn.Module, type)) or callable(after):
+        are_nan = all(isinstance(value, float) and math.isnan(value) for value in (before, after))
+        return type(before) is not type(after) or (before != after and not are_nan)
+    if isinstance(after, (nn.Module, spaces.Space, type)) or callable(after):
         return False
     mine, other = list_parts(after), list_parts(before)
     return mine.keys() != other.keys() or any(
         have_changed(other[key], value, seen | {id(after)}) for key, value in mine.items()
     )
+
+
+def are_equal_tensors(one: th.Tensor, two: th.Tensor) -> bool:
+    """
+    :param one: a tensor
+    :param two: another one on the same device
+    :return: whether they have the same values, NaN included. NumPy does not know all of their types
+    """
+    return one.shape == two.shape and bool(((one == two) | (one.isnan() & two.isnan())).all())
+
+
+def are_equal_arrays(one: Any, two: Any) -> bool:
+    """
+    :param one: an array, or anything
+    :param two: an array
+    :return: whether they have the same values, NaN included
+    """
+    have_nan = all(isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "fc" for value in (one, two))
+    return np.array_equal(one, two, equal_nan=have_nan)
 
 
 def list_parts(statistics: Any) -> dict[Any, Any]:
