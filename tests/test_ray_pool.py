@@ -68,12 +68,12 @@ class FakeRay:
     )
 
     def __init__(self):
-        self.ended, self.failed = set(), {}
+        self.ended, self.failed, self.answers = set(), {}, {}
 
     def get(self, request, timeout=None):
         if request in self.failed:
             raise self.failed[request]
-        return request() if callable(request) else None
+        return request() if callable(request) else self.answers.get(request)
 
     def wait(self, requests, num_returns=1, timeout=None):
         assert requests
@@ -660,6 +660,21 @@ def test_a_server_that_hangs(make_training):
     training.server.take_news = hang
     with pytest.raises(RuntimeError, match="server of the nodes has been away for node_timeout=100 seconds"):
         next(batches)
+
+
+@pytest.mark.parametrize("where", ["answers", "failed"])
+def test_a_node_fails_while_a_callback_ends_the_training(where, make_training):
+    training = make_training()
+    batches = training.begin()
+    training.push(0)
+    next(batches)
+    requests = [("learning", 0, 0), ("learning", 2, 0)]
+    training.ray.ended.update(requests)
+    training.ray.failed[requests[0]] = ActorError()
+    getattr(training.ray, where)[requests[1]] = ZeroDivisionError("in lane 2")
+    training.pool.stop()
+    with pytest.raises(ZeroDivisionError, match="in lane 2"):
+        training.pool.check()
 
 
 def test_a_node_that_waits_for_a_cpu_does_not_learn(make_training):

@@ -146,6 +146,8 @@ class RayWorkerPool(Pool):
         self._last_exchanges: dict[int, float] = {}
         # Those that have ended since the server told them that the training is over
         self._ended: set[int] = set()
+        # Of a node that has failed when a callback ended the training
+        self._exception: BaseException | None = None
         self._n_restarts = self._n_server_restarts = 0
         self._metrics = Metrics()
         self._checkpoint = self._make_state()
@@ -472,9 +474,24 @@ class RayWorkerPool(Pool):
                 self._take_optimizer()
         self._is_stopped = True
         for number, request in list(self._learning.items()):
-            if not self._has_ended(request):
+            if self._has_ended(request):
+                self._exception = self._exception or self._find_exception(request)
+            else:
                 self._base.nodes[number].restart()
         self._learning.clear()
+
+    def check(self) -> None:
+        if self._exception is not None:
+            raise self._exception
+
+    def _find_exception(self, request: Any) -> BaseException | None:
+        """That of a node whose ``learn()`` has ended, unless its process has ended, too."""
+        try:
+            return self._ray.get(request)
+        except self._lost_errors:
+            return None
+        except self._ray.exceptions.RayTaskError as error:
+            return unwrap(error)
 
     def _take_checkpoint(self) -> None:
         """The server is away when the training ends: the model gets the last that is known of its parameters."""
