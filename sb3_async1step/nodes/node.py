@@ -20,7 +20,7 @@ from sb3_async1step.nodes.wrappers import PackedWrapper, wrap
 from sb3_async1step.sb3_internals import replace_results_writer
 from sb3_async1step.vec_envs.exceptions import add_note
 from sb3_async1step.vec_envs.monitor_file import ContinuedResultsWriter
-from sb3_async1step.vec_envs.split import find_unsplittable
+from sb3_async1step.vec_envs.split import find_unsplittable, read_reset_infos
 from sb3_async1step.workers.transitions import Transitions, UpdateStats
 
 
@@ -115,7 +115,7 @@ class Node:
         :return: the first observations, and what the envs said
         """
         self._env._seeds, self._env._options = seeds, options
-        return self._env.reset(), self._env.reset_infos
+        return self._env.reset(), read_reset_infos(self._env)
 
     def learn(self, recipe: NodeRecipe, server: Any) -> BaseException | None:
         """
@@ -218,7 +218,9 @@ def make_picklable(exception: BaseException) -> BaseException:
         # As Ray does: the class may be one of the main script
         cloudpickle.loads(cloudpickle.dumps(exception))
     except Exception:
-        substitute = RuntimeError(f"{type(exception).__name__}: {exception}")
+        # Its text can perhaps not be made, either
+        text = "".join(traceback.format_exception_only(exception)).strip()
+        substitute = RuntimeError(text)
         for note in getattr(exception, "__notes__", []):
             add_note(substitute, note)
         return substitute

@@ -20,6 +20,7 @@ from sb3_async1step.nodes.ray_module import import_ray, lost_errors
 from sb3_async1step.nodes.ray_vec_env import NODE_END_TIMEOUT, RayNode, RayVecEnv, unwrap
 from sb3_async1step.nodes.server import News, ServerState, grant_size
 from sb3_async1step.nodes.wrappers import pack_wrappers
+from sb3_async1step.vec_envs.split import find_base
 from sb3_async1step.workers.gate import Gate
 from sb3_async1step.workers.pool import Pool
 from sb3_async1step.workers.shared_parameters import SharedParameters
@@ -115,7 +116,7 @@ class RayWorkerPool(Pool):
         shared: SharedParameters,
         on_jump: Callable[[int, int], None],
     ) -> None:
-        base = env.unwrapped
+        base = find_base(env)
         assert isinstance(base, RayVecEnv)
         self._ray = import_ray()
         # Also if the server hangs
