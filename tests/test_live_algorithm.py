@@ -692,24 +692,6 @@ def learn_at(barrier: threading.Barrier, model: Any, outcomes: list[str]) -> Non
         outcomes.append(str(error))
 
 
-def test_multiplications_of_another_threads_prediction_are_not_counted(algorithm, monkeypatch):
-    """The number of workers follows from them, and is the same each time."""
-    model = make_model(algorithm, 1)
-    model._last_obs = model.get_env().reset()
-    expected = model._count_multiplications()
-    thread = threading.Thread(target=model.predict, args=(np.zeros(4, np.float32),))
-
-    def predict_first(self: Any, observation: Any) -> None:
-        thread.start()
-        wait_until(lambda: is_waiting(thread) or not thread.is_alive())
-        forward_once(self, observation)
-
-    forward_once = algorithm._forward_once
-    monkeypatch.setattr(algorithm, "_forward_once", predict_first)
-    assert model._count_multiplications() == expected
-    thread.join(DEADLINE)
-
-
 def test_a_training_that_fails_while_another_thread_saves(algorithm, monkeypatch, tmp_path):
     """It keeps where the workers are, and the training throws that away: the next one has to reset the env."""
     model, main_thread, saves = make_model(algorithm, 1), threading.main_thread(), threading.Event()

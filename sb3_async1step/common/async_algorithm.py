@@ -554,11 +554,9 @@ class AsyncAlgorithm(LiveAlgorithm):
         observations = check_first_observations(self._last_obs, self.observation_space, self.env.num_envs)
         # A copy, since a features extractor may change its input in place
         tensors = obs_as_tensor(map_arrays(np.copy, take_rows(observations, slice(1))), self.device)
-        # What another thread predicts does not count
-        with self._gate.closed():
-            # Batch norm can't learn from a single observation
-            self.policy.set_training_mode(False)
-            return count_multiplications(self.policy, lambda: self._forward_once(tensors))
+        # Batch norm can't learn from a single observation
+        self.policy.set_training_mode(False)
+        return count_multiplications(self.policy, lambda: self._forward_once(tensors))
 
     def _get_random_generators(self, n_workers: int) -> list[np.random.Generator]:
         """One generator for each worker, from one seed sequence; they go on from one ``learn()`` to the next."""
