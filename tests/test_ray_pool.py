@@ -196,7 +196,15 @@ class Training:
 
 @pytest.fixture
 def make_training(monkeypatch):
-    return lambda **settings: Training(monkeypatch, **settings)
+    trainings = []
+
+    def make(**settings):
+        trainings.append(Training(monkeypatch, **settings))
+        return trainings[-1]
+
+    yield make
+    for training in trainings:
+        training.pool._reader.end(DEADLINE)
 
 
 def test_nodes_are_not_blamed_for_a_callback_that_takes_its_time(make_training):
