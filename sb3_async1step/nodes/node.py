@@ -5,6 +5,7 @@ import os
 import random
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -218,9 +219,11 @@ def make_picklable(exception: BaseException) -> BaseException:
         # As Ray does: the class may be one of the main script
         cloudpickle.loads(cloudpickle.dumps(exception))
     except Exception:
-        # Its text can perhaps not be made, either
-        text = "".join(traceback.format_exception_only(exception)).strip()
-        substitute = RuntimeError(text)
+        text = ""
+        # Perhaps it can't be made, either
+        with suppress(Exception):
+            text = str(exception)
+        substitute = RuntimeError(f"{type(exception).__name__}: {text}")
         for note in getattr(exception, "__notes__", []):
             add_note(substitute, note)
         return substitute
