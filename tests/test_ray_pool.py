@@ -81,17 +81,18 @@ class FakeRay:
 
 
 class Actor:
-    """Calls the methods of an object as Ray calls an actor's."""
+    """Calls the methods of an object as Ray calls an actor's: one at a time, whichever threads ask."""
 
     def __init__(self, methods):
-        self._methods = methods
+        self._methods, self.lock = methods, threading.Lock()
 
     def __getattr__(self, name):
         def ask(*arguments):
             def answer():
                 if self._methods is None:
                     raise ActorError
-                return pickle.loads(pickle.dumps(getattr(self._methods, name)(*arguments)))
+                with self.lock:
+                    return pickle.loads(pickle.dumps(getattr(self._methods, name)(*arguments)))
 
             return answer
 
@@ -172,7 +173,8 @@ class Training:
         state, epoch = self.server.state, self.env.nodes[node].epoch
         learned = Learned(np.full_like(self.start, change)) if change else None
         report = Report(np.zeros(n_steps, bool))
-        return self.server.exchange(Push(node, epoch, self.numbers[node], state.version, learned, [], {}, report))
+        with self.env.server.lock:
+            return self.server.exchange(Push(node, epoch, self.numbers[node], state.version, learned, [], {}, report))
 
     def begin(self):
         """Let both nodes pull the parameters; returns the batches of the steps that they make from then on."""
