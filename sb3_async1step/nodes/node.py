@@ -5,7 +5,6 @@ import os
 import random
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +18,7 @@ from sb3_async1step.nodes.exchange import EXCHANGES, Exchange
 from sb3_async1step.nodes.messages import Report
 from sb3_async1step.nodes.wrappers import PackedWrapper, wrap
 from sb3_async1step.sb3_internals import replace_results_writer
-from sb3_async1step.vec_envs.exceptions import add_note
+from sb3_async1step.vec_envs.exceptions import add_note, read_text
 from sb3_async1step.vec_envs.monitor_file import ContinuedResultsWriter
 from sb3_async1step.vec_envs.split import find_unsplittable, read_reset_infos
 from sb3_async1step.workers.transitions import Transitions, UpdateStats
@@ -219,11 +218,7 @@ def make_picklable(exception: BaseException) -> BaseException:
         # As Ray does: the class may be one of the main script
         cloudpickle.loads(cloudpickle.dumps(exception))
     except Exception:
-        text = ""
-        # Perhaps it can't be made, either
-        with suppress(Exception):
-            text = str(exception)
-        substitute = RuntimeError(f"{type(exception).__name__}: {text}")
+        substitute = RuntimeError(f"{type(exception).__name__}: {read_text(exception)}")
         for note in getattr(exception, "__notes__", []):
             add_note(substitute, note)
         return substitute

@@ -298,12 +298,10 @@ class RayWorkerPool(Pool):
     def _see_to(self, number: int, request: Any) -> None:
         del self._learning[number]
         try:
-            exception = self._ray.get(request)
+            exception = self._find_exception(request)
         except self._lost_errors as error:
             self._restart_node(number, f"has ended ({str(error).splitlines()[0]})")
             return
-        except self._ray.exceptions.RayTaskError as error:
-            raise unwrap(error) from error
         if exception is not None:
             raise exception
         self._ended.add(number)
@@ -476,7 +474,9 @@ class RayWorkerPool(Pool):
         self._is_stopped = True
         for number, request in list(self._learning.items()):
             if self._has_ended(request):
-                self._exception = self._exception or self._find_exception(request)
+                # Its process may have ended, too
+                with suppress(*self._lost_errors):
+                    self._exception = self._exception or self._find_exception(request)
             else:
                 self._base.nodes[number].restart()
         self._learning.clear()
@@ -486,13 +486,15 @@ class RayWorkerPool(Pool):
             raise self._exception
 
     def _find_exception(self, request: Any) -> BaseException | None:
-        """That of a node whose ``learn()`` has ended, unless its process has ended, too."""
+        """The exception of a node whose ``learn()`` has ended, None if there was none."""
         try:
             return self._ray.get(request)
         except self._lost_errors:
-            return None
+            raise
         except self._ray.exceptions.RayTaskError as error:
-            return unwrap(error)
+            exception = unwrap(error)
+            exception.__cause__ = error
+            return exception
 
     def _take_checkpoint(self) -> None:
         """The server is away when the training ends: the model gets the last that is known of its parameters."""

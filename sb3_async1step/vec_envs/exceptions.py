@@ -15,6 +15,16 @@ def add_note(exception: BaseException, note: str) -> None:
         exception.add_note(note)
 
 
+def read_text(exception: BaseException) -> str:
+    """
+    :param exception: an exception
+    :return: its text; empty if it can't be made
+    """
+    with suppress(Exception):
+        return str(exception)
+    return ""
+
+
 def advise_on_threads(exception: BaseException, thread: str = "a worker", instead: str = "n_workers=1") -> None:
     """
     Say what to do about an env that is bound to the thread that made it.
@@ -23,11 +33,7 @@ def advise_on_threads(exception: BaseException, thread: str = "a worker", instea
     :param thread: whose thread that is
     :param instead: what to use to have the env stepped on the calling thread
     """
-    text = ""
-    # One whose text can't be made is raised all the same
-    with suppress(Exception):
-        text = str(exception).lower()
-    if any(word in text for word in THREAD_WORDS):
+    if any(word in read_text(exception).lower() for word in THREAD_WORDS):
         add_note(
             exception,
             f"It was raised on the thread of {thread}. If the env is bound to the thread that made it, use {instead}, "
