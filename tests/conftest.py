@@ -1,4 +1,5 @@
 import multiprocessing
+import os
 import signal
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -31,6 +32,12 @@ def patience_after_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine, processes may need more than a second to answer after Ctrl-C, and their watcher to wake up."""
     monkeypatch.setattr(async_algorithm, "INTERRUPT_TIMEOUT", DEADLINE)
     monkeypatch.setattr(guard, "DEATH_TIMEOUT", DEADLINE)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def log_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Without a ``tensorboard_log``, SB3 makes an empty folder for each ``learn()``: not thousands of them in /tmp."""
+    os.environ["SB3_LOGDIR"] = str(tmp_path_factory.mktemp("logs"))
 
 
 # Tests of what all workers do alike. One-step Q-learning stands for Sarsa there, which only acts in another way
