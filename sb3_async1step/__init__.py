@@ -9,7 +9,7 @@ from sb3_async1step.async_one_step_sarsa import AsyncOneStepSarsa
 from sb3_async1step.callbacks import HistogramCallback
 from sb3_async1step.common.background_eval import BackgroundEvalCallback
 from sb3_async1step.common.optimizers import SharedRMSprop
-from sb3_async1step.common.torch_layers import MinAtarCNN, NipsCNN
+from sb3_async1step.common.torch_layers import LayerNormNatureCNN, MinAtarCNN, NipsCNN
 from sb3_async1step.nodes.ray_vec_env import RayVecEnv
 from sb3_async1step.vec_envs.healing_vec_env import HealingVecEnv
 from sb3_async1step.vec_envs.split import rejoin_vec_env, split_vec_env
@@ -24,6 +24,7 @@ __all__ = [
     "BackgroundEvalCallback",
     "HealingVecEnv",
     "HistogramCallback",
+    "LayerNormNatureCNN",
     "MinAtarCNN",
     "NipsCNN",
     "RayVecEnv",

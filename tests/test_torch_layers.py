@@ -9,7 +9,7 @@ from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.torch_layers import NatureCNN
 from torch import nn
 
-from sb3_async1step import MinAtarCNN, NipsCNN
+from sb3_async1step import LayerNormNatureCNN, MinAtarCNN, NipsCNN
 from sb3_async1step.common.torch_layers import ImageLayerNorm, are_pure
 
 
@@ -57,13 +57,37 @@ def test_what_is_known_of_modules(module, pure):
     assert are_pure(module.modules()) == pure
 
 
-@pytest.mark.parametrize("extractor", [NipsCNN, NatureCNN, MinAtarCNN])
+@pytest.mark.parametrize("extractor", [NipsCNN, LayerNormNatureCNN, NatureCNN, MinAtarCNN])
 def test_the_cnns_are_pure(extractor):
     shape = (10, 10, 4) if extractor is MinAtarCNN else (4, 84, 84)
     cnn = extractor(gym.spaces.Box(0, 255, shape, dtype="uint8"))
     assert are_pure(cnn.modules())
     observations = th.rand(2, *shape)
     assert th.equal(cnn.train()(observations), cnn.eval()(observations))
+
+
+IMAGES = gym.spaces.Box(0, 255, (4, 84, 84), dtype="uint8")
+
+
+def test_without_normalization_it_is_the_nature_cnn():
+    ours, theirs = LayerNormNatureCNN(IMAGES, layer_norm=False), NatureCNN(IMAGES)
+    ours.load_state_dict(theirs.state_dict())
+    images = th.rand(3, 4, 84, 84)
+    th.testing.assert_close(ours(images), theirs(images))
+
+
+@pytest.mark.parametrize(("extractor", "n_convolutions"), [(NipsCNN, 2), (LayerNormNatureCNN, 3)])
+def test_normalization_before_each_relu_and_of_the_input(extractor, n_convolutions):
+    cnn = extractor(IMAGES, layer_norm=True).train()
+    convolutions = [module for module in cnn.modules() if isinstance(module, nn.Conv2d)]
+    assert len(convolutions) == n_convolutions
+    images = th.rand(3, 4, 84, 84)
+    expected = nn.functional.layer_norm(images, images.shape[1:])
+    for convolution in convolutions:
+        expected = convolution(expected)
+        expected = nn.functional.relu(nn.functional.layer_norm(expected, expected.shape[1:]))
+    hidden = cnn.linear[0](expected.flatten(1))
+    th.testing.assert_close(cnn(images), nn.functional.relu(nn.functional.layer_norm(hidden, hidden.shape[1:])))
 
 
 class OwnConstructor(NipsCNN):
@@ -78,6 +102,8 @@ class OwnConstructor(NipsCNN):
         (partial(NipsCNN, layer_norm=False), {}, False),
         (partial(NipsCNN, layer_norm=False), {"features_extractor_kwargs": {"layer_norm": True}}, True),
         (partial(NipsCNN, layer_norm=True), {"layer_norm": False}, True),
+        (LayerNormNatureCNN, {}, True),
+        (LayerNormNatureCNN, {"layer_norm": False}, False),
         (OwnConstructor, {}, False),
         (OwnConstructor, {"normalize_images": False}, False),
     ],

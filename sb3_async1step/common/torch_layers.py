@@ -1,6 +1,7 @@
 """Features extractors for images, and which modules keep nothing between calls."""
 
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import torch as th
 from gymnasium import spaces
@@ -85,7 +86,11 @@ class NipsCNN(BaseFeaturesExtractor):
         one without parameters at the input. Without it, a background that is not black moves all weights of a filter
         together, until its ReLU is dead
     :raises ValueError: if the observations are not images
+
+    :cvar convolutions: number of filters, kernel size and stride of each convolution
     """
+
+    convolutions: ClassVar[Sequence[tuple[int, int, int]]] = ((16, 8, 4), (32, 4, 2))
 
     def __init__(
         self,
@@ -96,11 +101,14 @@ class NipsCNN(BaseFeaturesExtractor):
     ) -> None:
         super().__init__(observation_space, features_dim)
         if not is_image_space(observation_space, check_channels=False, normalized_image=normalized_image):
-            raise ValueError(f"NipsCNN needs images (uint8, or normalized_image=True), got {observation_space}")
-        convolutions = (
-            nn.Conv2d(observation_space.shape[0], 16, kernel_size=8, stride=4),
-            nn.Conv2d(16, 32, kernel_size=4, stride=2),
-        )
+            raise ValueError(
+                f"{type(self).__name__} needs images (uint8, or normalized_image=True), got {observation_space}"
+            )
+        n_channels = (observation_space.shape[0], *(n_filters for n_filters, _, _ in self.convolutions))
+        convolutions = [
+            nn.Conv2d(n_inputs, n_filters, kernel_size, stride)
+            for n_inputs, (n_filters, kernel_size, stride) in zip(n_channels, self.convolutions, strict=False)
+        ]
         self.cnn = create_cnn(observation_space.shape, convolutions, ImageLayerNorm if layer_norm else None)
         if layer_norm:
             self.cnn.insert(0, ImageLayerNorm(observation_space.shape, elementwise_affine=False))
@@ -112,6 +120,29 @@ class NipsCNN(BaseFeaturesExtractor):
         :return: features, shape ``(n, features_dim)``
         """
         return self.linear(self.cnn(observations))
+
+
+class LayerNormNatureCNN(NipsCNN):
+    """
+    The network of PQN (Gallici et al. 2025): SB3's ``NatureCNN`` with a ``LayerNorm`` before each ReLU, and one at the
+    input as :class:`NipsCNN` has it.
+
+    :param observation_space: images, channels first, shape ``(n_channels, height, width)``
+    :param features_dim: number of hidden units
+    :param normalized_image: whether the images are normalized already, as for SB3's ``NatureCNN``
+    :param layer_norm: whether there are these normalizations
+    """
+
+    convolutions = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
+
+    def __init__(
+        self,
+        observation_space: spaces.Box,
+        features_dim: int = 512,
+        normalized_image: bool = False,
+        layer_norm: bool = True,
+    ) -> None:
+        super().__init__(observation_space, features_dim, normalized_image, layer_norm)
 
 
 class MinAtarCNN(BaseFeaturesExtractor):
@@ -146,7 +177,7 @@ PURE_MODULES = frozenset(
         *(nn.Sequential, nn.ModuleDict, nn.Identity, nn.Flatten),
         *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, ImageLayerNorm),
         *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid),
-        *(FlattenExtractor, CombinedExtractor, NatureCNN, NipsCNN, MinAtarCNN),
+        *(FlattenExtractor, CombinedExtractor, NatureCNN, NipsCNN, LayerNormNatureCNN, MinAtarCNN),
     )
 )
 

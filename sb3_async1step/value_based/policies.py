@@ -84,10 +84,10 @@ class MlpPolicy(DQNPolicy):
     :param optimizer_class: any torch optimizer; only updates of :class:`~sb3_async1step.SharedRMSprop` need no lock
     :param optimizer_kwargs: further parameters of the optimizer, by default ``dict(fused=True)`` for Adam
     :param layer_norm: whether there is a ``LayerNorm`` before the activation of each hidden layer: those of
-        ``net_arch``, and those of :class:`~sb3_async1step.NipsCNN` and :class:`~sb3_async1step.MinAtarCNN`. It keeps
-        values that are learned without replay from diverging (Gallici et al. 2025, "Simplifying Deep Temporal
-        Difference Learning"). By default only networks with one of these CNNs have it: with it, small networks are
-        worse at learning small differences between large values
+        ``net_arch``, and those of :class:`~sb3_async1step.NipsCNN`, :class:`~sb3_async1step.LayerNormNatureCNN` and
+        :class:`~sb3_async1step.MinAtarCNN`. It keeps values that are learned without replay from diverging (Gallici et
+        al. 2025, "Simplifying Deep Temporal Difference Learning"). By default only networks with one of these CNNs have
+        it: with it, small networks are worse at learning small differences between large values
     :param mixed_precision: whether the features extractor computes in bfloat16 (``torch.autocast``), which is faster
         where the processor can; weights, gradients, the layers of ``net_arch`` and the Q-values stay in float32
     :param kwargs: further parameters of SB3's ``DQNPolicy``
