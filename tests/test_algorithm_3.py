@@ -10,6 +10,7 @@ from torch.distributions import Categorical, Normal
 
 from sb3_async1step import A3C
 from sb3_async1step.vec_envs.split import group_lanes
+from sb3_async1step.workers.lanes import Lanes
 from sb3_async1step.workers.rollout import Rollout
 from tests.envs import BoxWalkEnv, RandomWalkEnv, make_env
 
@@ -214,7 +215,7 @@ def test_the_gradient_is_a2cs(env_class, normalize_advantage, gae_lambda):
 
     model = A3C("MlpPolicy", make_env(n_lanes, env_class), n_workers=1, update_interval=n_steps, **parameters)
     model.policy.load_state_dict(a2c.policy.state_dict())
-    (worker,) = model._make_workers([model.env], [range(n_lanes)], model.env.reset())
+    (worker,) = model._make_workers([Lanes(model.env)], [range(n_lanes)], model.env.reset())
     for i in range(n_steps):
         worker.rollout.add(Rollout(**{name: values[i] for name, values in vars(rollout).items()}))
     worker.accumulate_gradient()

@@ -10,6 +10,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
 from sb3_async1step import AsyncOneStepQ, NipsCNN
+from sb3_async1step.workers.lanes import Lanes
 from tests.envs import RandomWalkEnv, make_env
 from tests.helpers import are_equal, weights_of
 from tests.test_vec_env_split import ImageEnv
@@ -70,7 +71,7 @@ def test_several_steps_for_an_update_take_a_pass_of_their_own():
 def test_the_parameters_are_read_before_acting():
     """What another worker changes while the lanes step is staleness."""
     model = AsyncOneStepQ("MlpPolicy", make_env(4), seed=0)
-    (worker,) = model._make_workers([model.env], [range(4)], model.env.reset())
+    (worker,) = model._make_workers([Lanes(model.env)], [range(4)], model.env.reset())
     step = model.env.step
 
     def step_while_others_learn(actions):

@@ -17,7 +17,7 @@ from sb3_async1step.async_n_step_q.actor_learner import NStepQActorLearner
 from sb3_async1step.async_one_step_sarsa.actor_learner import SarsaRollout
 from sb3_async1step.common import async_algorithm
 from sb3_async1step.vec_envs import guard
-from sb3_async1step.workers.lanes import SharedLanes
+from sb3_async1step.workers.lanes import Lanes, SharedLanes
 from sb3_async1step.workers.rollout import Rollout
 from tests.envs import BoxWalkEnv, RandomWalkEnv, make_env
 from tests.helpers import (
@@ -336,7 +336,7 @@ def make_uneven_steps(action_space, lengths):
 def compute_gradient(algorithm, env_class, steps, n_lanes):
     """Of transitions that are given as pairs of lanes and arrays of one time step, in their order."""
     model = algorithm("MlpPolicy", make_env(n_lanes, env_class), n_workers=1, update_interval=5, seed=0)
-    (worker,) = model._make_workers([model.env], [range(n_lanes)], model.env.reset())
+    (worker,) = model._make_workers([Lanes(model.env)], [range(n_lanes)], model.env.reset())
     for lanes, arrays in steps:
         next_actions = np.zeros(len(arrays["rewards"]), dtype=int)
         is_sarsa = algorithm is AsyncOneStepSarsa

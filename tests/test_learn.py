@@ -18,6 +18,7 @@ from sb3_async1step.async_one_step_sarsa.actor_learner import SarsaRollout
 from sb3_async1step.common.lanes import count_workers
 from sb3_async1step.registry import ALGORITHMS
 from sb3_async1step.value_based.target_network import SharedQNetworks
+from sb3_async1step.workers.lanes import Lanes
 from sb3_async1step.workers.rollout import Rollout
 from sb3_async1step.workers.shared_parameters import SharedParameters
 from tests.envs import BlockingEnv, RandomWalkEnv, make_env
@@ -217,7 +218,7 @@ def test_td_targets(sarsa, loss):
         errors.square() if loss == "mse" else th.where(errors.abs() < 1, 0.5 * errors.square(), errors.abs() - 0.5)
     )
 
-    (worker,) = model._make_workers([model.env], [range(2)], model.env.reset())
+    (worker,) = model._make_workers([Lanes(model.env)], [range(2)], model.env.reset())
     computed, metrics = worker.compute_loss(rollout)
     th.testing.assert_close(computed, expected.mean())
     assert metrics == pytest.approx({"train/loss": float(expected.mean()), "train/q_mean": float(np.mean(q_values))})

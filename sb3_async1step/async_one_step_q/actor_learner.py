@@ -1,15 +1,14 @@
 """Algorithm 1 of the paper: one thread of asynchronous one-step Q-learning."""
 
+from typing import Any
+
 import numpy as np
 import torch as th
 
 from sb3_async1step.common.torch_layers import are_pure
 from sb3_async1step.value_based.one_step import OneStepActorLearner
 from sb3_async1step.value_based.policies import QNetwork
-from sb3_async1step.value_based.target_network import SharedQNetworks
-from sb3_async1step.vec_envs.observations import Observations
-from sb3_async1step.workers.actor_learner import WorkerRecipe
-from sb3_async1step.workers.lanes import Lanes, Rows
+from sb3_async1step.workers.lanes import Rows
 from sb3_async1step.workers.rollout import Rollout
 
 
@@ -19,17 +18,14 @@ class OneStepQActorLearner(OneStepActorLearner[Rollout]):
 
     If there is an update after each step, the forward pass that chooses the actions is the one that the gradient needs.
 
-    :param recipe: see :class:`~sb3_async1step.workers.actor_learner.ActorLearner`
-    :param env: see there
-    :param observations: see there
-    :param shared: the online network and the target network
+    :param args: see :class:`~sb3_async1step.workers.actor_learner.ActorLearner`
     """
 
     #: Q(s, .) of the forward pass that chose the actions, reused for the gradient; None if it can't be
     _q_values: th.Tensor | None = None
 
-    def __init__(self, recipe: WorkerRecipe, env: Lanes, observations: Observations, shared: SharedQNetworks) -> None:
-        super().__init__(recipe, env, observations, shared)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         network, *layers = self.local.learning_network.modules()
         self._network_is_pure = type(network) is QNetwork and are_pure(layers)
 

@@ -14,7 +14,6 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
-from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_async1step.common.background_eval import check_evaluation_envs, stop_evaluations
 from sb3_async1step.common.heap import HeapTrimmer, keep_freed_memory
@@ -64,7 +63,7 @@ from sb3_async1step.vec_envs.guard import (
 from sb3_async1step.vec_envs.healing_vec_env import HealingVecEnv
 from sb3_async1step.vec_envs.observations import Observations, map_arrays, take_rows
 from sb3_async1step.vec_envs.split import find_base, find_unsplittable
-from sb3_async1step.workers.actor_learner import ActorLearner, WorkerRecipe
+from sb3_async1step.workers.actor_learner import ActorLearner
 from sb3_async1step.workers.gate import Call, learning_on
 from sb3_async1step.workers.lanes import Lanes, SharedLanes
 from sb3_async1step.workers.pool import Pool, WorkerPool
@@ -534,7 +533,7 @@ class AsyncAlgorithm(LiveAlgorithm):
             callback.on_rollout_end()
 
     def _make_workers(
-        self, envs: Sequence[Lanes | VecEnv], groups: list[range], observations: Observations
+        self, envs: Sequence[Lanes], groups: list[range], observations: Observations
     ) -> list[ActorLearner]:
         settings = self._make_settings(sum(map(len, groups)))
         self._shared = self._share_parameters()
@@ -542,8 +541,8 @@ class AsyncAlgorithm(LiveAlgorithm):
         workers = []
         generators = self._get_random_generators(len(groups))
         for env, lanes, generator in zip(envs, groups, generators, strict=True):
-            recipe = WorkerRecipe(self.actor_learner_class, settings, lanes, generator)
-            workers.append(recipe.build(env, take_rows(observations, slice(lanes.start, lanes.stop)), self._shared))
+            first = take_rows(observations, slice(lanes.start, lanes.stop))
+            workers.append(self.actor_learner_class(settings, lanes, generator, env, first, self._shared))
         for worker, state in zip(workers, self._worker_states or [], strict=False):
             worker.set_state(state)
         return workers

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from sb3_async1step.value_based.exploration import BehaviourPolicy, ExplorationSchedule
 from sb3_async1step.value_based.target_network import SharedQNetworks, count_syncs
 from sb3_async1step.vec_envs.observations import Observations, take_rows
-from sb3_async1step.workers.actor_learner import ActorLearner, AnySettings, Settings, WorkerRecipe
-from sb3_async1step.workers.lanes import Lanes, Rows
+from sb3_async1step.workers.actor_learner import ActorLearner, AnySettings, Settings
+from sb3_async1step.workers.lanes import Rows
 from sb3_async1step.workers.network_copies import share_memory, view_network
 from sb3_async1step.workers.rollout import ALL_LANES, AnyRollout
 
@@ -46,19 +46,16 @@ class ValueBasedActorLearner(ActorLearner[AnySettings, AnyRollout]):
     """
     A worker that learns action values. A subclass says what their targets are.
 
-    :param recipe: see :class:`~sb3_async1step.workers.actor_learner.ActorLearner`
-    :param env: see there
-    :param observations: see there
-    :param shared: the online network and the target network
+    :param args: see :class:`~sb3_async1step.workers.actor_learner.ActorLearner`
     """
 
     settings: ValueBasedSettings  # type: ignore[assignment]
     shared: SharedQNetworks
 
-    def __init__(self, recipe: WorkerRecipe, env: Lanes, observations: Observations, shared: SharedQNetworks) -> None:
-        super().__init__(recipe, env, observations, shared)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         # A view for each worker: some modules keep activations between calls, which threads must not share
-        self._target_network = view_network(shared.target_network)
+        self._target_network = view_network(self.shared.target_network)
         self._target_network.set_training_mode(False)
         self._target_parameters = list(self._target_network.parameters())
         self._set_behaviour()

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 import torch as th
 from stable_baselines3.common.utils import obs_as_tensor
-from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_async1step.vec_envs.observations import Observations, map_arrays, store_rows, take_rows
 from sb3_async1step.workers.lanes import Lanes, Rows
@@ -36,32 +35,6 @@ class Settings:
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
-
-
-@dataclass(frozen=True)
-class WorkerRecipe:
-    """
-    What a worker is made from, apart from its lanes and the shared parameters. It can be pickled.
-
-    :param actor_learner: the class of the worker
-    :param settings: those of the algorithm
-    :param lanes: the numbers of the worker's lanes among all lanes of the model
-    :param random_generator: the worker's own
-    """
-
-    actor_learner: type["ActorLearner"]
-    settings: Settings
-    lanes: range
-    random_generator: np.random.Generator
-
-    def build(self, env: Lanes | VecEnv, observations: Observations, shared: SharedParameters) -> "ActorLearner":
-        """
-        :param env: the lanes of this worker; those of a VecEnv step together
-        :param observations: the current observations of these lanes
-        :param shared: the parameters that all workers share
-        :return: the worker
-        """
-        return self.actor_learner(self, Lanes(env) if isinstance(env, VecEnv) else env, observations, shared)
 
 
 @dataclass
@@ -104,7 +77,9 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
     The gradient is the sum over the time steps of the rollout, as in the paper, and the mean over the lanes, so that
     its size depends on ``update_interval`` alone. A subclass says how it acts and what its loss is.
 
-    :param recipe: what the worker is made from
+    :param settings: those of the algorithm
+    :param lanes: the numbers of the worker's lanes among all lanes of the model
+    :param random_generator: the worker's own
     :param env: the lanes of this worker
     :param observations: the current observations of these lanes
     :param shared: the parameters that all workers share
@@ -115,11 +90,19 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
 
     settings: AnySettings
 
-    def __init__(self, recipe: WorkerRecipe, env: Lanes, observations: Observations, shared: SharedParameters) -> None:
-        self.settings = recipe.settings  # type: ignore[assignment]
-        self.lanes = recipe.lanes
+    def __init__(
+        self,
+        settings: AnySettings,
+        lanes: range,
+        random_generator: np.random.Generator,
+        env: Lanes,
+        observations: Observations,
+        shared: SharedParameters,
+    ) -> None:
+        self.settings = settings
+        self.lanes = lanes
         self._lane_numbers = np.array(self.lanes)
-        self.random_generator = recipe.random_generator
+        self.random_generator = random_generator
         self.env = env
         self.observations = observations
         self.shared = shared
