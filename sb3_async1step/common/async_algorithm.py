@@ -292,23 +292,7 @@ class AsyncAlgorithm(LiveAlgorithm):
     ) -> None:
         """Train; ``learn()``, whose call ``call`` is, cleans up afterwards."""
         assert self.env is not None
-        if not learning_on(find_base(self.env)).claim(call):
-            raise RuntimeError(NOBODY_ELSE)
-        check("total_timesteps", total_timesteps, total_timesteps > -math.inf, "a number")
-        # As with SB3's algorithms, it may be 1e6 or infinite; workers and nodes count in whole numbers
-        total_timesteps = math.ceil(min(total_timesteps, sys.maxsize))
-        # Attributes may have been set since the construction
-        self._check_parameters()
-        warn_of_a_single_lane(self.env, type(self).__name__)
-        self._setup_runtime()
-        if reset_num_timesteps or self._last_obs is None:
-            # The env is about to be reset
-            self._worker_states = None
-        self._lanes_may_be_anywhere = True
-        base = find_base(self.env)
-        if isinstance(base, RayVecEnv) and base.restart_dead_nodes():
-            # The new lanes have to be reset
-            self._last_obs = None
+        total_timesteps = self._prepare_training(call, total_timesteps, reset_num_timesteps)
         self._process_watcher = make_process_watcher(self.env)
         try:
             self._process_watcher.start()
@@ -323,15 +307,8 @@ class AsyncAlgorithm(LiveAlgorithm):
                 # on_training_start() may have changed parameters
                 self._check_parameters()
                 self._update_schedules()
-                n_multiplications = self._count_multiplications()
-                is_on_nodes = isinstance(base, RayVecEnv)
-                count = count_workers_of_nodes if is_on_nodes else count_workers
-                n_workers = count(self.n_workers, self.env, n_multiplications)
-                if is_on_nodes:
-                    self._run_nodes(call, n_workers, total_timesteps, callback, log_interval)
-                else:
-                    assert n_workers is not None
-                    self._run_workers(call, n_workers, n_multiplications, total_timesteps, callback, log_interval)
+                run = self._run_nodes if isinstance(find_base(self.env), RayVecEnv) else self._run_workers
+                run(call, total_timesteps, callback, log_interval)
             except BaseException:
                 close_progress_bars(callback)
                 raise
@@ -342,18 +319,41 @@ class AsyncAlgorithm(LiveAlgorithm):
         unguard_vec_env(self.env)
         callback.on_training_end()
 
-    def _run_workers(
-        self,
-        call: Call,
-        n_workers: int,
-        n_multiplications: int,
-        total_timesteps: int,
-        callback: BaseCallback,
-        log_interval: int | None,
-    ) -> None:
+    def _prepare_training(self, call: Call, total_timesteps: int, reset_num_timesteps: bool) -> int:
+        """
+        Claim the env, check the parameters, and forget what the last training has left.
+
+        :param call: the call of ``learn()``
+        :param total_timesteps: what ``learn()`` was given
+        :param reset_num_timesteps: what ``learn()`` was given
+        :return: the number of environment steps, as a whole number
+        """
+        assert self.env is not None
+        base = find_base(self.env)
+        if not learning_on(base).claim(call):
+            raise RuntimeError(NOBODY_ELSE)
+        check("total_timesteps", total_timesteps, total_timesteps > -math.inf, "a number")
+        # As with SB3's algorithms, it may be 1e6 or infinite; workers and nodes count in whole numbers
+        total_timesteps = math.ceil(min(total_timesteps, sys.maxsize))
+        # Attributes may have been set since the construction
+        self._check_parameters()
+        warn_of_a_single_lane(self.env, type(self).__name__)
+        self._setup_runtime()
+        if reset_num_timesteps or self._last_obs is None:
+            # The env is about to be reset
+            self._worker_states = None
+        self._lanes_may_be_anywhere = True
+        if isinstance(base, RayVecEnv) and base.restart_dead_nodes():
+            # The new lanes have to be reset
+            self._last_obs = None
+        return total_timesteps
+
+    def _run_workers(self, call: Call, total_timesteps: int, callback: BaseCallback, log_interval: int | None) -> None:
         """Split the env among the workers, follow them until they have ended, and put the env together again."""
         env = self.env
         assert env is not None
+        n_multiplications = self._count_multiplications()
+        n_workers = count_workers(self.n_workers, env, n_multiplications)
         observations = check_first_observations(self._last_obs, self.observation_space, env.num_envs)
         shared_lanes = SharedLanes(env, n_workers, in_step=self.backend == "serial")
         workers = self._make_workers(shared_lanes.make_lanes(), shared_lanes.groups, observations)
@@ -381,12 +381,11 @@ class AsyncAlgorithm(LiveAlgorithm):
         shared_lanes.rejoin()
         self._lanes_may_be_anywhere = False
 
-    def _run_nodes(
-        self, call: Call, n_workers: int | None, total_timesteps: int, callback: BaseCallback, log_interval: int | None
-    ) -> None:
+    def _run_nodes(self, call: Call, total_timesteps: int, callback: BaseCallback, log_interval: int | None) -> None:
         """Let the nodes of a ``RayVecEnv`` learn, and follow them until they have ended."""
         env = self.env
         assert env is not None
+        n_workers = count_workers_of_nodes(self.n_workers, env, self._count_multiplications())
         if self.device.type != "cpu":
             warn_the_caller("The nodes of a RayVecEnv learn on the CPU, whatever the model's device is.")
         self._shared = self._share_parameters()
