@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 
 from sb3_async1step import AsyncOneStepQ, AsyncOneStepSarsa, SharedRMSprop
 from sb3_async1step.async_one_step_sarsa.actor_learner import SarsaRollout
-from sb3_async1step.common.lanes import count_workers
+from sb3_async1step.common.parallelism import count_workers
 from sb3_async1step.registry import ALGORITHMS
 from sb3_async1step.value_based.target_network import SharedQNetworks
 from sb3_async1step.workers.lanes import Lanes

@@ -17,9 +17,8 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_async1step import AsyncOneStepQ, RayVecEnv
-from sb3_async1step.common import lanes as common_lanes
-from sb3_async1step.common.lanes import count_workers_of_nodes
-from sb3_async1step.common.parallelism import SMALL_NETWORK
+from sb3_async1step.common import parallelism
+from sb3_async1step.common.parallelism import SMALL_NETWORK, count_workers_of_nodes
 from sb3_async1step.common.snapshot import Snapshot
 from sb3_async1step.nodes import cluster, exchange, ray_pool, ray_vec_env
 from sb3_async1step.nodes.cluster import Place
@@ -361,7 +360,7 @@ def test_the_last_deltas_are_averaged_as_all_before(make_training):
 )
 def test_workers_of_nodes_are_for_their_cpus(n_workers, n_multiplications, expected, monkeypatch):
     """However many the driver has."""
-    monkeypatch.setattr(common_lanes, "count_usable_cores", lambda: 1)
+    monkeypatch.setattr(parallelism, "count_usable_cores", lambda: 1)
     env = make_vec_env("CartPole-v1", 4)
     assert count_workers_of_nodes(n_workers, env, n_multiplications) == expected
 

@@ -17,17 +17,13 @@ from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_async1step.common.background_eval import check_evaluation_envs, stop_evaluations
 from sb3_async1step.common.heap import HeapTrimmer, keep_freed_memory
-from sb3_async1step.common.lanes import (
+from sb3_async1step.common.live_algorithm import LiveAlgorithm
+from sb3_async1step.common.parallelism import (
     check_n_workers,
+    count_multiplications,
     count_workers,
     count_workers_of_nodes,
     describe_workers,
-    make_lanes,
-    warn_of_a_single_lane,
-)
-from sb3_async1step.common.live_algorithm import LiveAlgorithm
-from sb3_async1step.common.parallelism import (
-    count_multiplications,
     restore_intra_op_threads,
     set_intra_op_threads,
 )
@@ -40,10 +36,10 @@ from sb3_async1step.common.parameter_checks import (
     check_unit_interval,
     check_whole,
 )
+from sb3_async1step.common.training_env import make_lanes, warn_of_a_single_lane, warn_of_frames_skipped_twice
 from sb3_async1step.common.update_log import UpdateLog
 from sb3_async1step.common.warn import (
     list_modules_and_parameters,
-    warn_of_frames_skipped_twice,
     warn_of_what_is_not_followed,
     warn_the_caller,
     without_autocast,

@@ -1,12 +1,17 @@
 """How many workers pay off, and how many of PyTorch's intra-op threads each of them gets."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch as th
+from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
+from sb3_async1step.common.parameter_checks import check, is_whole
+from sb3_async1step.common.warn import warn_the_caller
+from sb3_async1step.vec_envs.split import find_unsplittable
+from sb3_async1step.workers.actor_learner import ActorLearner
 from sb3_async1step.workers.gate import Call, Calls
 
 #: With fewer multiplications for each observation, several workers would only wait for Python's interpreter lock: on
@@ -55,6 +60,68 @@ def count_multiplications(network: nn.Module, forward: Callable[[], Any]) -> int
     return n_multiplications
 
 
+def check_n_workers(n_workers: int | str, env: VecEnv | None) -> None:
+    """
+    :param n_workers: number of workers, or "auto"
+    :param env: the training env, None if it comes later
+    :raises ValueError: if the number is none, or if there are fewer lanes
+    :raises TypeError: if the env can't be split among several workers
+    """
+    is_valid = n_workers == "auto" or (is_whole(n_workers) and int(n_workers) >= 1)
+    allowed = '"auto" or from 1 to the number of env lanes'
+    check("n_workers", n_workers, is_valid, allowed)
+    if env is None or n_workers == "auto":
+        return
+    check("n_workers", n_workers, int(n_workers) <= env.num_envs, f"{allowed} ({env.num_envs})")
+    unsplittable = find_unsplittable(env)
+    if unsplittable is not None and int(n_workers) > 1:
+        raise TypeError(
+            f"{unsplittable.__name__} can't be split among n_workers={n_workers}: use n_workers=1, "
+            "or register the class with sb3_async1step.split_vec_env.register."
+        )
+
+
+def count_workers(n_workers: int | str, env: VecEnv, n_multiplications: int) -> int:
+    """
+    :param n_workers: number of workers, or "auto"
+    :param env: the training env
+    :param n_multiplications: of the network for each observation
+    :return: number of workers for this env
+    :raises ValueError: if the number is none
+    :raises TypeError: if the env can't be split among them
+    """
+    # It may have been set after the construction
+    check_n_workers(n_workers, None)
+    if n_workers != "auto":
+        if int(n_workers) > env.num_envs:
+            # The model was loaded with another env than it was made for
+            warn_the_caller(f"n_workers={n_workers}, but there are only {env.num_envs} env lanes to share.")
+        n_workers = min(int(n_workers), env.num_envs)
+        check_n_workers(n_workers, env)
+        return n_workers
+    n_workers = 1 if n_multiplications < SMALL_NETWORK else min(count_usable_cores(), env.num_envs)
+    unsplittable = find_unsplittable(env)
+    if n_workers == 1 or unsplittable is None:
+        return n_workers
+    warn_the_caller(
+        f"{unsplittable.__name__} can't be split among several workers, so there will be only one. "
+        "See sb3_async1step.split_vec_env for how to register a VecEnv class."
+    )
+    return 1
+
+
+def count_workers_of_nodes(n_workers: int | str, env: VecEnv, n_multiplications: int) -> int | None:
+    """
+    :param n_workers: see :func:`count_workers`
+    :param env: see there
+    :param n_multiplications: see there
+    :return: number of workers of each node, None for as many as it has CPUs, whatever this machine has
+    """
+    if n_workers == "auto" and n_multiplications >= SMALL_NETWORK:
+        return None
+    return count_workers(n_workers, env, n_multiplications)
+
+
 def set_intra_op_threads(n_workers: int, n_multiplications: int, n_lanes: int, training: Call) -> None:
     """
     Give each worker an equal share of PyTorch's intra-op threads, but at least one; only one if it has little to
@@ -82,3 +149,16 @@ def restore_intra_op_threads(training: Call) -> None:
     if training in _trainings:
         th.set_num_threads(_original)
         _trainings.discard(training)
+
+
+def describe_workers(workers: Sequence[ActorLearner]) -> str:
+    """
+    :param workers: those of a training that begins
+    :return: how many there are, and what each of them has
+    """
+    n_lanes = sum(worker.n_lanes for worker in workers)
+    pace = "each at its own pace" if workers[0].env.at_their_own_pace else "together"
+    return (
+        f"Learning with {len(workers)} worker(s) for {n_lanes} env lane(s), which step {pace}; "
+        f"{th.get_num_threads()} intra-op thread(s) of PyTorch for each worker"
+    )

@@ -7,33 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch as th
-from stable_baselines3.common.atari_wrappers import MaxAndSkipEnv
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from sb3_async1step.workers.actor_learner import ActorLearner
-
-
-def warn_of_frames_skipped_twice(env: VecEnv) -> None:
-    """
-    :param env: the training env
-    """
-    try:
-        if not any(env.env_is_wrapped(MaxAndSkipEnv)):
-            return
-        spec = env.get_attr("spec")[0]
-    except (AttributeError, NotImplementedError, TypeError):
-        # SB3's algorithms do not ask while they train, and adapters of other libraries need not have an answer
-        return
-    frame_skip = spec.kwargs.get("frameskip", 1) if spec is not None else 1
-    if frame_skip != 1:
-        warn_the_caller(
-            f"{spec.id} skips frames itself (frameskip={frame_skip}), and so does its wrapper (AtariWrapper or "
-            "MaxAndSkipEnv) for each of these: the agent sees one frame of 16, if both skip as usual. Take an env that "
-            f"skips none: {spec.id} with frameskip=1 (make_atari_env(..., env_kwargs=dict(frameskip=1))), or the id "
-            "that ends in NoFrameskip-v4."
-        )
 
 
 def without_autocast(device: th.device) -> AbstractContextManager[Any]:
