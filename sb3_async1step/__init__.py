@@ -6,8 +6,7 @@ from sb3_async1step.a3c import A3C
 from sb3_async1step.async_n_step_q import AsyncNStepQ
 from sb3_async1step.async_one_step_q import AsyncOneStepQ
 from sb3_async1step.async_one_step_sarsa import AsyncOneStepSarsa
-from sb3_async1step.callbacks import HistogramCallback
-from sb3_async1step.common.background_eval import BackgroundEvalCallback
+from sb3_async1step.callbacks import BackgroundEvalCallback, HistogramCallback
 from sb3_async1step.common.optimizers import SharedRMSprop
 from sb3_async1step.common.torch_layers import LayerNormNatureCNN, MinAtarCNN, NipsCNN
 from sb3_async1step.nodes.ray_vec_env import RayVecEnv

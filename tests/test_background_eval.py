@@ -29,7 +29,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_async1step import A3C, AsyncOneStepQ, BackgroundEvalCallback
-from sb3_async1step.common import background_eval
+from sb3_async1step.callbacks import background_eval
 from sb3_async1step.common.snapshot import Snapshot
 from sb3_async1step.registry import ALGORITHMS
 from tests.command_line import call_zoo, run_code_afresh

@@ -15,7 +15,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import obs_as_tensor
 
-from sb3_async1step.common.background_eval import check_evaluation_envs, stop_evaluations
+from sb3_async1step.callbacks.background_eval import check_evaluation_envs, stop_evaluations
 from sb3_async1step.common.heap import HeapTrimmer, keep_freed_memory
 from sb3_async1step.common.live_algorithm import LiveAlgorithm
 from sb3_async1step.common.parallelism import (

@@ -1,4 +1,4 @@
-"""Callbacks for the algorithms of this package."""
+"""Histograms of a model for TensorBoard."""
 
 from typing import Any
 
