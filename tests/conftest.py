@@ -10,7 +10,7 @@ import torch as th
 from sb3_async1step.common import async_algorithm
 from sb3_async1step.registry import ALGORITHMS
 from sb3_async1step.value_based.algorithm import ValueBasedAlgorithm
-from sb3_async1step.vec_envs import guard
+from sb3_async1step.vec_envs import process_watcher
 from tests.helpers import DEADLINE, actor_learners, insistent_ctrl_c, wait_until
 
 # Shells start background jobs with Ctrl-C ignored, and tests press it
@@ -31,7 +31,7 @@ def pytest_runtest_call() -> Generator[None]:
 def patience_after_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine, processes may need more than a second to answer after Ctrl-C, and their watcher to wake up."""
     monkeypatch.setattr(async_algorithm, "INTERRUPT_TIMEOUT", DEADLINE)
-    monkeypatch.setattr(guard, "DEATH_TIMEOUT", DEADLINE)
+    monkeypatch.setattr(process_watcher, "DEATH_TIMEOUT", DEADLINE)
 
 
 @pytest.fixture(scope="session", autouse=True)

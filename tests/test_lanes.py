@@ -16,7 +16,7 @@ from sb3_async1step.a3c.actor_learner import A3CActorLearner
 from sb3_async1step.async_n_step_q.actor_learner import NStepQActorLearner
 from sb3_async1step.async_one_step_sarsa.actor_learner import SarsaRollout
 from sb3_async1step.common import async_algorithm
-from sb3_async1step.vec_envs import guard
+from sb3_async1step.vec_envs import process_watcher
 from sb3_async1step.workers.lanes import Lanes, SharedLanes
 from sb3_async1step.workers.rollout import Rollout
 from tests.envs import BoxWalkEnv, RandomWalkEnv, make_env
@@ -117,7 +117,7 @@ def test_a_lane_that_hangs_delays_nobody(algorithm, n_workers):
 @pytest.mark.parametrize("n_workers", [1, 2])
 def test_ctrl_c_while_a_lane_hangs(n_workers, monkeypatch):
     """The processes are ended, since one of them does not answer."""
-    monkeypatch.setattr(async_algorithm, "INTERRUPT_TIMEOUT", guard.INTERRUPT_TIMEOUT)
+    monkeypatch.setattr(async_algorithm, "INTERRUPT_TIMEOUT", process_watcher.INTERRUPT_TIMEOUT)
     env = make_processes([lambda: WaitingEnv(fork.Event(), FOREVER), CountingEnv])
     processes = list(env.processes)
     model = AsyncOneStepQ("MlpPolicy", env, n_workers=n_workers)

@@ -18,8 +18,9 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecMonitor, VecNormalize
 
 from sb3_async1step import AsyncOneStepQ, split_vec_env
-from sb3_async1step.vec_envs import guard
-from sb3_async1step.vec_envs.guard import NOBODY_ELSE, QUERIES, STEPS, ProcessWatcher
+from sb3_async1step.vec_envs import process_watcher
+from sb3_async1step.vec_envs.guard import NOBODY_ELSE, QUERIES, STEPS
+from sb3_async1step.vec_envs.process_watcher import ProcessWatcher
 from tests.envs import RaisingEnv, RandomWalkEnv, make_env
 from tests.helpers import (
     DEADLINE,
@@ -346,8 +347,8 @@ def test_a_watcher_whose_start_was_interrupted_touches_nothing(monkeypatch):
             raise KeyboardInterrupt
 
     touched = []
-    monkeypatch.setattr(guard, "Thread", LateThread)
-    monkeypatch.setattr(guard, "heed_ctrl_c", touched.append)
+    monkeypatch.setattr(process_watcher, "Thread", LateThread)
+    monkeypatch.setattr(process_watcher, "heed_ctrl_c", touched.append)
     env = ForkedVecEnv([RandomWalkEnv] * 2)
     watcher = ProcessWatcher(env)
     with pytest.raises(KeyboardInterrupt):
@@ -451,7 +452,7 @@ def test_ctrl_c_at_the_very_end(n_workers, before_its_message, monkeypatch):
 
     monkeypatch.setattr(ProcessWatcher, "_stop", interrupted_stop)
     # A busy machine may need long for an answer
-    monkeypatch.setattr(guard, "INTERRUPT_TIMEOUT", DEADLINE)
+    monkeypatch.setattr(process_watcher, "INTERRUPT_TIMEOUT", DEADLINE)
     with pytest.raises(KeyboardInterrupt):
         model.learn(30)
     assert model.learn(30).num_timesteps == 30

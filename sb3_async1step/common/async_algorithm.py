@@ -48,16 +48,10 @@ from sb3_async1step.nodes.node import NodeRecipe
 from sb3_async1step.nodes.ray_pool import RayWorkerPool
 from sb3_async1step.nodes.ray_vec_env import RayVecEnv
 from sb3_async1step.sb3_internals import close_progress_bars
-from sb3_async1step.vec_envs.guard import (
-    INTERRUPT_TIMEOUT,
-    NOBODY_ELSE,
-    ProcessWatcher,
-    guard_vec_env,
-    make_process_watcher,
-    unguard_vec_env,
-)
+from sb3_async1step.vec_envs.guard import NOBODY_ELSE, guard_vec_env, unguard_vec_env
 from sb3_async1step.vec_envs.healing_vec_env import HealingVecEnv
 from sb3_async1step.vec_envs.observations import Observations, map_arrays, take_rows
+from sb3_async1step.vec_envs.process_watcher import INTERRUPT_TIMEOUT, ProcessWatcher, make_process_watcher
 from sb3_async1step.vec_envs.split import find_base, find_unsplittable
 from sb3_async1step.workers.actor_learner import ActorLearner
 from sb3_async1step.workers.gate import Call, learning_on
