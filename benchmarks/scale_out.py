@@ -30,9 +30,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from sb3_async1step import AsyncOneStepQ, NipsCNN, RayVecEnv
-from sb3_async1step.nodes.messages import Learned, Push, Report
+from sb3_async1step.nodes.messages import Learned, Push, Report, ServerState
 from sb3_async1step.nodes.parameters import read_values
-from sb3_async1step.nodes.server import ParameterServer, ServerState
+from sb3_async1step.nodes.server import ParameterServer
 from sb3_async1step.nodes.settings import ExchangeSettings
 from sb3_async1step.registry import ALGORITHMS
 

@@ -28,7 +28,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
 from sb3_async1step import A3C, AsyncNStepQ, AsyncOneStepQ, HistogramCallback, SharedRMSprop
 from sb3_async1step.common.live_algorithm import LiveAlgorithm
-from sb3_async1step.nodes.ray_pool import NotCarried
+from sb3_async1step.nodes.reported_steps import NotCarried
 from sb3_async1step.workers.gate import Gate
 from tests.helpers import DEADLINE, is_waiting, meanwhile, wait_until
 

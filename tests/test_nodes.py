@@ -24,11 +24,11 @@ from sb3_async1step import A3C, AsyncOneStepQ, AsyncOneStepSarsa, RayVecEnv, Sha
 from sb3_async1step.nodes import cluster
 from sb3_async1step.nodes.cluster import place_lanes
 from sb3_async1step.nodes.exchange import GradientMean
-from sb3_async1step.nodes.messages import Learned, Push, Report
+from sb3_async1step.nodes.messages import Learned, Push, Report, ServerState
 from sb3_async1step.nodes.moments import Moments, read_moments, store_moments
 from sb3_async1step.nodes.parameters import read_values, store_values
-from sb3_async1step.nodes.ray_pool import NotCarried, ReportedSteps
-from sb3_async1step.nodes.server import ParameterServer, ServerState
+from sb3_async1step.nodes.reported_steps import NotCarried, ReportedSteps
+from sb3_async1step.nodes.server import ParameterServer
 from sb3_async1step.nodes.settings import ExchangeSettings
 from sb3_async1step.nodes.wrappers import pack_wrappers, wrap
 from sb3_async1step.workers.transitions import UpdateStats

@@ -20,14 +20,14 @@ from sb3_async1step import AsyncOneStepQ, RayVecEnv
 from sb3_async1step.common import parallelism
 from sb3_async1step.common.parallelism import SMALL_NETWORK, count_workers_of_nodes
 from sb3_async1step.common.snapshot import Snapshot
-from sb3_async1step.nodes import cluster, exchange, ray_pool, ray_vec_env
+from sb3_async1step.nodes import cluster, exchange, exchange_metrics, ray_pool, ray_vec_env
 from sb3_async1step.nodes.cluster import Place
 from sb3_async1step.nodes.exchange import DeltaExchange
-from sb3_async1step.nodes.messages import Learned, Push, Report
+from sb3_async1step.nodes.messages import Learned, Push, Report, ServerState
 from sb3_async1step.nodes.node import Node, NodeCallback, make_picklable
 from sb3_async1step.nodes.parameters import read_values
 from sb3_async1step.nodes.ray_pool import RayWorkerPool
-from sb3_async1step.nodes.server import ParameterServer, ServerState
+from sb3_async1step.nodes.server import ParameterServer
 from sb3_async1step.nodes.settings import ExchangeSettings
 from sb3_async1step.workers.gate import Call, learning_on
 from tests.helpers import DEADLINE, wait_until
@@ -148,6 +148,7 @@ class Training:
         self.now, self.ray = 0.0, FakeRay()
         clock = types.SimpleNamespace(monotonic=lambda: self.now, sleep=lambda seconds: None)
         monkeypatch.setattr(ray_pool, "time", clock)
+        monkeypatch.setattr(exchange_metrics, "time", clock)
         monkeypatch.setattr(ray_pool, "import_ray", lambda: self.ray)
         # The clock of the thread that reads news is a real one
         monkeypatch.setattr(ray_pool, "READ_INTERVAL", read_interval)

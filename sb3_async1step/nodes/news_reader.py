@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 
-from sb3_async1step.nodes.server import News
+from sb3_async1step.nodes.messages import News
 
 
 class NewsReader:

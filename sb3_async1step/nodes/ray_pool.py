@@ -2,7 +2,6 @@
 
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -11,85 +10,27 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor, unwrap_vec_normalize, unwrap_vec_wrapper
 
-from sb3_async1step.nodes.messages import Report
+from sb3_async1step.nodes.exchange_metrics import ExchangeMetrics
+from sb3_async1step.nodes.messages import News, Report, ServerState
 from sb3_async1step.nodes.moments import read_moments, store_moments
 from sb3_async1step.nodes.news_reader import NewsReader
 from sb3_async1step.nodes.node import NodeRecipe
 from sb3_async1step.nodes.parameters import read_buffers, read_values, store_buffers, store_values
 from sb3_async1step.nodes.ray_module import import_ray, lost_errors
 from sb3_async1step.nodes.ray_vec_env import NODE_END_TIMEOUT, RayNode, RayVecEnv, unwrap
-from sb3_async1step.nodes.server import News, ServerState, grant_size
+from sb3_async1step.nodes.reported_steps import ReportedSteps
+from sb3_async1step.nodes.server import grant_size
 from sb3_async1step.nodes.wrappers import pack_wrappers
 from sb3_async1step.vec_envs.split import find_base
 from sb3_async1step.workers.gate import Gate
 from sb3_async1step.workers.pool import Pool
 from sb3_async1step.workers.shared_parameters import SharedParameters
-from sb3_async1step.workers.transitions import Transitions, UpdateStats
+from sb3_async1step.workers.transitions import Transitions
 
 #: Seconds between two looks at what the nodes have done
 POLL_INTERVAL = 0.05
 #: The same while a callback takes its time
 READ_INTERVAL = 1.0
-
-
-class NotCarried:
-    """
-    Takes the place of what stays on the nodes.
-
-    :param name: what a callback knows it as
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(
-            f"locals['{self._name}'] stays on the nodes of a RayVecEnv: callbacks get 'dones' and the 'infos' of "
-            "finished episodes."
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and not name.startswith("__array"):
-            raise AttributeError(name)
-        return self._refuse()
-
-    __array__ = __getitem__ = __iter__ = __len__ = __bool__ = __float__ = __eq__ = _refuse
-    __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = __truediv__ = __rtruediv__ = _refuse
-    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = __matmul__ = __rmatmul__ = _refuse
-    __neg__ = __pos__ = __abs__ = __int__ = __round__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
-    __hash__ = None  # type: ignore[assignment]
-
-
-class ReportedSteps:
-    """The steps that nodes have reported, on their way to callbacks."""
-
-    def __init__(self) -> None:
-        self._dones: deque[bool] = deque()
-        self._infos: deque[dict[str, Any]] = deque()
-        self._updates: list[UpdateStats] = []
-
-    def __len__(self) -> int:
-        return len(self._dones)
-
-    def add(self, report: Report) -> None:
-        """
-        :param report: what a node has reported
-        """
-        self._dones.extend(report.dones.tolist())
-        self._infos.extend(report.infos)
-        self._updates.extend(report.updates)
-
-    def take(self, n_steps: int) -> Transitions:
-        """
-        :param n_steps: number of steps, or more than there are
-        :return: so many of them
-        """
-        n_steps = min(n_steps, len(self))
-        dones = np.array([self._dones.popleft() for _ in range(n_steps)], dtype=bool)
-        infos = [self._infos.popleft() if done else {} for done in dones]
-        updates, self._updates = self._updates, []
-        actions, new_obs, rewards = (NotCarried(name) for name in ("actions", "new_obs", "rewards"))
-        return Transitions(actions, new_obs, rewards, dones, infos, updates)  # type: ignore[arg-type]
 
 
 class RayWorkerPool(Pool):
@@ -150,7 +91,7 @@ class RayWorkerPool(Pool):
         # Of a node that has failed when a callback ended the training
         self._exception: BaseException | None = None
         self._n_restarts = self._n_server_restarts = 0
-        self._metrics = Metrics()
+        self._metrics = ExchangeMetrics()
         self._checkpoint = self._make_state()
         self._checkpoint_time = time.monotonic()
         self._reader = NewsReader(self._ask_for_news, min(READ_INTERVAL, self.settings.checkpoint_interval / 2))
@@ -536,42 +477,6 @@ class RayWorkerPool(Pool):
             "ray/server_restarts": self._n_server_restarts,
             **self._metrics.take(),
         }
-
-
-class Metrics:
-    """Statistics of the exchanges since the last log."""
-
-    def __init__(self) -> None:
-        self._n_dropped = 0
-        self._clear()
-
-    def _clear(self) -> None:
-        self._staleness: list[int] = []
-        self._pull_seconds: list[float] = []
-        self._n_bytes = 0
-        self._since = time.monotonic()
-
-    def add(self, news: News) -> None:
-        """
-        :param news: what the server says
-        """
-        self._staleness += news.staleness
-        self._pull_seconds += news.pull_seconds
-        self._n_bytes += news.n_bytes
-        self._n_dropped += news.n_dropped
-
-    def take(self) -> dict[str, float]:
-        """
-        :return: means and rates since the last call, and the number of dropped pushes
-        """
-        seconds = max(time.monotonic() - self._since, 1e-9)
-        metrics = {"ray/bytes_per_second": self._n_bytes / seconds, "ray/dropped_pushes": float(self._n_dropped)}
-        if self._staleness:
-            metrics["ray/staleness"] = float(np.mean(self._staleness))
-        if self._pull_seconds:
-            metrics["ray/pull_seconds"] = float(np.mean(self._pull_seconds))
-        self._clear()
-        return metrics
 
 
 def derive_seed(*numbers: int) -> int:

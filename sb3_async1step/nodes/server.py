@@ -2,84 +2,14 @@
 
 import os
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from sb3_async1step.nodes.messages import Learned, Pull, Push, Report
-from sb3_async1step.nodes.moments import Moments
+from sb3_async1step.nodes.messages import Learned, News, Pull, Push, Report, ServerState
 from sb3_async1step.nodes.server_optimizer import ServerOptimizer
 from sb3_async1step.nodes.settings import ExchangeSettings
-
-
-@dataclass
-class ServerState:
-    """
-    All that a server needs to go on from.
-
-    :param values: the parameters
-    :param buffers: the network's buffers
-    :param moments: running statistics
-    :param n_lanes: number of lanes of each node
-    :param num_timesteps: environment steps that were pushed (the paper's T)
-    :param total_timesteps: T at which the training is over
-    :param last_timestep: ``total_timesteps``, rounded up to a vector step of all lanes. If the nodes have unequal
-        numbers of lanes, the steps of the last one may exceed it
-    :param version: number of pushes that were applied
-    :param momentum: running mean of the deltas
-    :param optimizer: the state of the optimizer that applies gradients
-    :param epochs: of each node, how often it was restarted
-    :param last_numbers: of each node, the number of its last push in that epoch
-    :param granted: of each node that takes steps, how many it may take until its next push
-    :param n_side_by_side: of each of these, number of nodes that took steps when it was granted its own
-    """
-
-    values: np.ndarray
-    buffers: list[np.ndarray]
-    moments: dict[str, Moments]
-    n_lanes: list[int]
-    num_timesteps: int
-    total_timesteps: int
-    last_timestep: int
-    version: int = 0
-    momentum: np.ndarray | None = None
-    optimizer: dict[str, Any] | None = None
-    epochs: dict[int, int] = field(default_factory=dict)
-    last_numbers: dict[int, int] = field(default_factory=dict)
-    granted: dict[int, int] = field(default_factory=dict)
-    n_side_by_side: dict[int, int] = field(default_factory=dict)
-
-
-@dataclass
-class News:
-    """
-    What the driver learns from the server.
-
-    :param reports: those of the pushes since the last time
-    :param num_timesteps: environment steps, with those of the reports
-    :param version: version of the parameters
-    :param moments: running statistics
-    :param staleness: of the pushes since the last time
-    :param pull_seconds: what exchanges took the nodes
-    :param n_bytes: of parameters that were pushed and pulled since the last time
-    :param n_dropped: number of pushes since the last time that were too stale
-    :param last_numbers: of each node, the number of its last push
-    :param is_complete: whether all steps have been taken
-    :param state: a checkpoint, if the driver asked for one
-    """
-
-    reports: list[Report]
-    num_timesteps: int
-    version: int
-    moments: dict[str, Moments]
-    staleness: list[int]
-    pull_seconds: list[float]
-    n_bytes: int
-    n_dropped: int
-    last_numbers: dict[int, int]
-    is_complete: bool
-    state: ServerState | None = None
 
 
 class ParameterServer:
