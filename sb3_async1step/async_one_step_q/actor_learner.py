@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from sb3_async1step.common.torch_layers import are_pure
+from sb3_async1step.async_one_step_q.pure_modules import are_pure
 from sb3_async1step.value_based.one_step import OneStepActorLearner
 from sb3_async1step.value_based.policies import QNetwork
 from sb3_async1step.workers.lanes import Rows

@@ -1,16 +1,14 @@
-"""Features extractors for images, and which modules keep nothing between calls."""
+"""Features extractors for images."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 from torch.nn import functional as F
-
-from sb3_async1step.sb3_internals import HOOKS_OF_MODULES
 
 
 class ImageLayerNorm(nn.LayerNorm):
@@ -169,27 +167,3 @@ class MinAtarCNN(BaseFeaturesExtractor):
         :return: features, shape ``(n, features_dim)``
         """
         return self.linear(self.cnn(observations.permute(0, 3, 1, 2)))
-
-
-#: Modules without a state, whose forward pass is the same in training and in evaluation mode
-PURE_MODULES = frozenset(
-    (
-        *(nn.Sequential, nn.ModuleDict, nn.Identity, nn.Flatten),
-        *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, ImageLayerNorm),
-        *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid),
-        *(FlattenExtractor, CombinedExtractor, NatureCNN, NipsCNN, LayerNormNatureCNN, MinAtarCNN),
-    )
-)
-
-
-def are_pure(modules: Iterable[nn.Module]) -> bool:
-    """
-    :param modules: modules of a network
-    :return: whether their forward pass is known to be the same in training and in evaluation mode, and to leave nothing
-        behind in them. Unlike BatchNorm, Dropout, modules of a class of the user's own, and those with hooks
-    """
-    # Subclasses don't count: they may do anything
-    return all(
-        type(module) in PURE_MODULES and not any(getattr(module, name) for name in HOOKS_OF_MODULES)
-        for module in modules
-    )
