@@ -299,13 +299,13 @@ def test_serial_mode_is_reproducible(algorithm):
 def test_which_lanes_go_at_their_own_pace(make, in_step, own_pace):
     env = make()
     (lanes,) = SharedLanes(env, 1, in_step).make_lanes()
-    assert lanes.at_their_own_pace == own_pace
+    assert lanes.is_async == own_pace
     env.close()
 
 
 def test_a_lane_for_each_worker():
     env = make_processes([RandomWalkEnv] * 2)
-    assert [lanes.at_their_own_pace for lanes in SharedLanes(env, 2, in_step=False).make_lanes()] == [True, True]
+    assert [lanes.is_async for lanes in SharedLanes(env, 2, in_step=False).make_lanes()] == [True, True]
     env.close()
 
 

@@ -157,7 +157,7 @@ def describe_workers(workers: Sequence[ActorLearner]) -> str:
     :return: how many there are, and what each of them has
     """
     n_lanes = sum(worker.n_lanes for worker in workers)
-    pace = "each at its own pace" if workers[0].env.at_their_own_pace else "together"
+    pace = "each at its own pace" if workers[0].env.is_async else "together"
     return (
         f"Learning with {len(workers)} worker(s) for {n_lanes} env lane(s), which step {pace}; "
         f"{th.get_num_threads()} intra-op thread(s) of PyTorch for each worker"

@@ -189,7 +189,7 @@ class RayWorkerPool(Pool):
         for number in range(len(self._base.nodes)):
             self._start_node(number)
         self._reader.start()
-        self._base.see_to = self.see_to
+        self._base.recover_node = self.recover_node
         # A node that waits for a CPU need not learn when others have taken all steps
         while (self._learning or self._ended) and not self._is_complete:
             self._follow_nodes()
@@ -199,13 +199,13 @@ class RayWorkerPool(Pool):
             yield self._steps.take(self.num_envs)
 
     def _follow_nodes(self) -> None:
-        self._see_to_ended_nodes()
+        self._handle_ended_nodes()
         # What nodes have done while a callback took its time is known before they are judged
         if self._take_news():
-            self._see_to_hanging_nodes()
+            self._restart_hanging_nodes()
             self._begin_again()
 
-    def see_to(self, node: RayNode) -> None:
+    def recover_node(self, node: RayNode) -> None:
         """
         Replace a node if it has ended or hangs, and any other, too.
 
@@ -216,7 +216,7 @@ class RayWorkerPool(Pool):
             # It has taken its last step; others go on
             node.restart()
 
-    def _see_to_ended_nodes(self) -> None:
+    def _handle_ended_nodes(self) -> None:
         """Wait for a moment, and see to nodes that have ended."""
         requests = list(self._learning.values())
         if not requests:
@@ -225,9 +225,9 @@ class RayWorkerPool(Pool):
         ended, _ = self._ray.wait(requests, timeout=POLL_INTERVAL)
         for number, request in list(self._learning.items()):
             if request in ended:
-                self._see_to(number, request)
+                self._handle_end(number, request)
 
-    def _see_to_hanging_nodes(self) -> None:
+    def _restart_hanging_nodes(self) -> None:
         for number in list(self._learning):
             if self._hangs(number):
                 self._restart_node(
@@ -236,7 +236,7 @@ class RayWorkerPool(Pool):
                     f"that sync_interval={self.settings.sync_interval} of its steps may take",
                 )
 
-    def _see_to(self, number: int, request: Any) -> None:
+    def _handle_end(self, number: int, request: Any) -> None:
         del self._learning[number]
         try:
             exception = self._find_exception(request)
@@ -397,7 +397,7 @@ class RayWorkerPool(Pool):
         if self._is_stopped:
             return
         self._reader.end(NODE_END_TIMEOUT)
-        self._base.see_to = None
+        self._base.recover_node = None
         # Those that have not begun yet
         self._server.stop.remote()
         for number in self._learning:

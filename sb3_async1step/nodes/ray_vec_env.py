@@ -126,7 +126,7 @@ class RayVecEnv(VecEnv):
     """
 
     #: While nodes learn: replaces one that has ended or hangs
-    see_to: Callable[[RayNode], None] | None = None
+    recover_node: Callable[[RayNode], None] | None = None
 
     def __init__(
         self,
@@ -218,7 +218,7 @@ class RayVecEnv(VecEnv):
         :return: the answers
         """
         requests = [ask() for _, ask in questions]
-        if self.see_to is None:
+        if self.recover_node is None:
             return self._get(requests)
         return [self._get_from(*question, request) for question, request in zip(questions, requests, strict=True)]
 
@@ -231,15 +231,15 @@ class RayVecEnv(VecEnv):
             except ray.exceptions.RayTaskError as error:
                 raise unwrap(error) from error
             except ray.exceptions.GetTimeoutError:
-                self._see_to(node)
+                self._recover_node(node)
             except lost_errors(ray):
-                self._see_to(node)
+                self._recover_node(node)
                 request = ask()
 
-    def _see_to(self, node: RayNode) -> None:
-        if self.see_to is None or not learning_on(self).is_by_this_thread():
+    def _recover_node(self, node: RayNode) -> None:
+        if self.recover_node is None or not learning_on(self).is_by_this_thread():
             raise RuntimeError("A node has not answered, and will be replaced: ask again.")
-        self.see_to(node)
+        self.recover_node(node)
 
     def restart_dead_nodes(self) -> list[RayNode]:
         """

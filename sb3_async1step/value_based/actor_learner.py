@@ -129,7 +129,7 @@ class ValueBasedActorLearner(ActorLearner[AnySettings, AnyRollout]):
         share_memory(self._target_parameters, self.shared.target_parameters)
         return self._target_network
 
-    def end_step(self, num_timesteps: int | float, n_new: int | float) -> None:
+    def after_step(self, num_timesteps: int | float, n_new: int | float) -> None:
         """
         Update the target network once for each multiple of the interval that this step crossed.
 

@@ -75,7 +75,7 @@ def list_arrays(observations: Observations) -> list[np.ndarray]:
     return list(observations.values()) if isinstance(observations, dict) else [observations]
 
 
-def make_room(observations: Observations, space: spaces.Space) -> Observations:
+def promote_dtypes(observations: Observations, space: spaces.Space) -> Observations:
     """
     :param observations: first observations: those of an env whose space is of floats may be integers
     :param space: the observation space

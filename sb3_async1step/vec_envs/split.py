@@ -33,7 +33,7 @@ from stable_baselines3.common.vec_env.stacked_observations import StackedObserva
 
 from sb3_async1step.sb3_internals import VEC_ENV_ATTRIBUTES_PER_LANE
 from sb3_async1step.vec_envs.frame_stack import accelerate
-from sb3_async1step.vec_envs.observations import make_room, store_rows
+from sb3_async1step.vec_envs.observations import promote_dtypes, store_rows
 
 AnyVecEnv = TypeVar("AnyVecEnv", bound=VecEnv)
 
@@ -249,7 +249,7 @@ def _(env: VecNormalize, groups: Sequence[range]) -> list[VecEnv]:
     env.old_reward = np.zeros(env.num_envs) if len(env.old_reward) != env.num_envs else env.old_reward.astype(float)
     # Copied, since the first observations may be a buffer of the wrapped VecEnv
     first_observations: Any = getattr(env, "old_obs", create_empty_array(env.observation_space, env.num_envs))
-    env.old_obs = make_room(deepcopy(first_observations), env.venv.observation_space)
+    env.old_obs = promote_dtypes(deepcopy(first_observations), env.venv.observation_space)
     parts = _split_wrapper(env, groups, "returns")
     lock = threading.Lock()
     for part, lanes in zip(parts, groups, strict=True):

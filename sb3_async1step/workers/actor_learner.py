@@ -13,7 +13,7 @@ from sb3_async1step.vec_envs.observations import Observations, map_arrays, store
 from sb3_async1step.workers.lanes import Lanes, Rows
 from sb3_async1step.workers.rollout import AnyRollout, Rollout, RolloutBuffer
 from sb3_async1step.workers.shared_parameters import LocalParameters, SharedParameters
-from sb3_async1step.workers.step_result import check_result, describe_step
+from sb3_async1step.workers.step_result import check_result, make_time_step
 from sb3_async1step.workers.transitions import Transitions, UpdateStats
 
 
@@ -107,7 +107,7 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         self.observations = observations
         self.shared = shared
         self.local = LocalParameters(shared, self.thread_specific_parameters)
-        if env.at_their_own_pace:
+        if env.is_async:
             # Of its own, since lanes get their next observations at different times
             self.observations = map_arrays(np.copy, observations)
         self._update_interval = self.settings.update_interval
@@ -163,7 +163,7 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         """Do what is due before the first step after an update."""
         self.local.pull()
 
-    def end_step(self, num_timesteps: int | float, n_new: int | float) -> None:
+    def after_step(self, num_timesteps: int | float, n_new: int | float) -> None:
         """
         Do what is due after each step, before an update.
 
@@ -235,7 +235,7 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         lanes, returned = result
         observations, actions = take_rows(self.observations, lanes), self._actions[lanes]
         arrived = check_result(returned, observations, self._lane_numbers[lanes])
-        step = describe_step(observations, actions, arrived, self._lane_numbers[lanes])
+        step = make_time_step(observations, actions, arrived, self._lane_numbers[lanes])
         self.rollout.add(self.complete_step(step, arrived.new_obs, lanes), lanes)
         self.observations = self._put(self.observations, lanes, arrived.new_obs)
         n_new = len(arrived.dones)
@@ -244,7 +244,7 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         is_due = self._is_update_due(arrived.dones)
         if is_due:
             self.accumulate_gradient()
-        self.end_step(count(n_new), n_new * self.shared.pace)
+        self.after_step(count(n_new), n_new * self.shared.pace)
         updates = [self._update()] if is_due else []
         return Transitions(self._env_actions[lanes], **vars(arrived), updates=updates)
 
@@ -277,7 +277,7 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
             self.rollout = self._make_buffer()
 
     def _make_buffer(self) -> RolloutBuffer[AnyRollout]:
-        n_steps = self.max_segment if self.env.at_their_own_pace else self._update_interval
+        n_steps = self.max_segment if self.env.is_async else self._update_interval
         return RolloutBuffer(n_steps, self.n_lanes)
 
     def accumulate_gradient(self) -> None:

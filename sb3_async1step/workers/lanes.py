@@ -37,7 +37,7 @@ class Lanes:
     """
 
     #: Whether lanes step while the worker does something else
-    at_their_own_pace = False
+    is_async = False
 
     def __init__(self, env: VecEnv) -> None:
         self.parts: list[VecEnv] = [env]
@@ -82,14 +82,14 @@ class Lanes:
         return ALL_LANES, self.parts[0].step(self._actions)
 
 
-class LanesAtTheirOwnPace(Lanes):
+class AsyncLanes(Lanes):
     """
     Lanes whose processes step while the worker does something else. It serves those that are ready.
 
     :param parts: a VecEnv of one lane each, which is in a process of its own
     """
 
-    at_their_own_pace = True
+    is_async = True
 
     def __init__(self, parts: Sequence[VecEnv]) -> None:
         self.parts = list(parts)
@@ -205,8 +205,8 @@ class SharedLanes:
     def __init__(self, env: VecEnv, n_workers: int, in_step: bool) -> None:
         self._env = env
         self.groups = group_lanes(env.num_envs, n_workers)
-        self._at_their_own_pace = not in_step and env.num_envs > 1 and can_step_at_their_own_pace(env)
-        self._part_groups = group_lanes(env.num_envs, env.num_envs) if self._at_their_own_pace else self.groups
+        self._is_async = not in_step and env.num_envs > 1 and can_step_asynchronously(env)
+        self._part_groups = group_lanes(env.num_envs, env.num_envs) if self._is_async else self.groups
         # A single worker drives the env itself, whatever kind of VecEnv it is
         self._is_split = len(self._part_groups) > 1
         self._parts = split_vec_env(env, self._part_groups) if self._is_split else [env]
@@ -215,8 +215,8 @@ class SharedLanes:
         """
         :return: the lanes of each worker
         """
-        if self._at_their_own_pace:
-            return [LanesAtTheirOwnPace(self._parts[lanes.start : lanes.stop]) for lanes in self.groups]
+        if self._is_async:
+            return [AsyncLanes(self._parts[lanes.start : lanes.stop]) for lanes in self.groups]
         return [Lanes(part) for part in self._parts]
 
     def rejoin(self) -> None:
@@ -225,7 +225,7 @@ class SharedLanes:
             rejoin_vec_env(self._env, self._parts, self._part_groups)
 
 
-def can_step_at_their_own_pace(env: VecEnv) -> bool:
+def can_step_asynchronously(env: VecEnv) -> bool:
     """
     :param env: a VecEnv with its wrappers
     :return: whether its lanes are in processes of their own, and can be split

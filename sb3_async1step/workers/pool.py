@@ -141,7 +141,7 @@ class WorkerPool(Pool):
         n_new = num_timesteps - self._taken_timesteps
         if n_new > 0:
             self._taken_timesteps = num_timesteps
-            self.workers[0].end_step(num_timesteps, n_new)
+            self.workers[0].after_step(num_timesteps, n_new)
 
     @property
     def num_timesteps(self) -> int | float:
@@ -258,7 +258,7 @@ class WorkerPool(Pool):
         # The steps of groups of unequal size may not add up exactly: once total_timesteps is reached, do not go beyond
         # the last vector step
         n_left = self._last_timestep - self._claimed_timesteps
-        if worker.env.at_their_own_pace:
+        if worker.env.is_async:
             n_lanes = min(n_lanes, n_left)
         elif self._claimed_timesteps >= self.total_timesteps and n_lanes > n_left:
             n_lanes = 0

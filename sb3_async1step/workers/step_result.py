@@ -13,8 +13,8 @@ from sb3_async1step.vec_envs.observations import (
     keys_of,
     list_arrays,
     list_spaces,
-    make_room,
     map_arrays,
+    promote_dtypes,
     replace_rows,
     to_arrays,
 )
@@ -107,7 +107,7 @@ def check_first_observations(returned: Any, space: spaces.Space, n_lanes: int) -
                 f"{expected}."
             )
     check_finite("observation", observations, np.arange(n_lanes))
-    return make_room(observations, space)
+    return promote_dtypes(observations, space)
 
 
 def describe(lanes: np.ndarray) -> str:
@@ -173,7 +173,7 @@ def check_finite(name: str, values: Observations, lanes: np.ndarray) -> None:
             )
 
 
-def describe_step(observations: Observations, actions: np.ndarray, result: StepResult, lanes: np.ndarray) -> Rollout:
+def make_time_step(observations: Observations, actions: np.ndarray, result: StepResult, lanes: np.ndarray) -> Rollout:
     """
     :param observations: the observations before
     :param actions: the actions, as the network numbers them
