@@ -9,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -48,12 +49,10 @@ def find_lane_of_exception(exception: BaseException) -> int | None:
     :param exception: an exception of a ``VecEnv.step()``
     :return: the lane that it came from, None if it is not known
     """
-    traceback = exception.__traceback__
-    while traceback is not None:
+    for frame, _ in traceback.walk_tb(exception.__traceback__):
         # DummyVecEnv steps its environments in a loop, whose variable tells which of them raised the exception
-        if traceback.tb_frame.f_code is DummyVecEnv.step_wait.__code__:
-            return traceback.tb_frame.f_locals.get("env_idx")
-        traceback = traceback.tb_next
+        if frame.f_code is DummyVecEnv.step_wait.__code__:
+            return frame.f_locals.get("env_idx")
     return None
 
 
@@ -194,13 +193,9 @@ def start_ray_on_loopback(**arguments: Any) -> None:
 
     :param arguments: further arguments of ``ray.init``
     """
-    services: Any = import_module("ray._private.services")
-    original = services.resolve_ip_for_localhost
-    services.resolve_ip_for_localhost = lambda host: host
-    try:
+    services = import_module("ray._private.services")
+    with patch.object(services, "resolve_ip_for_localhost", lambda host: host):
         import_module("ray").init(address="local", _node_ip_address="127.0.0.1", **arguments)
-    finally:
-        services.resolve_ip_for_localhost = original
 
 
 # ---------------------------------------------------------------------- rl_zoo3
@@ -287,11 +282,8 @@ def run_zoo_script(name: str, program: Sequence[str]) -> None:
         command = [getattr(word, "gym_id", word) for word in command]
         return original(replace_python(command, program), *args, **kwargs)
 
-    subprocess.call = call  # type: ignore[assignment]
-    try:
+    with patch.object(subprocess, "call", call):
         runpy.run_module(f"rl_zoo3.{name}", run_name="__main__")
-    finally:
-        subprocess.call = original
 
 
 def replace_python(command: list[str], program: Sequence[str]) -> list[str]:

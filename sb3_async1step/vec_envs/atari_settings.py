@@ -17,6 +17,7 @@ from stable_baselines3.common.atari_wrappers import (
     StickyActionEnv,
     WarpFrame,
 )
+from stable_baselines3.common.env_util import unwrap_wrapper
 from stable_baselines3.common.monitor import Monitor, ResultsWriter
 
 from sb3_async1step.sb3_internals import read_frame_skip, read_options
@@ -196,8 +197,8 @@ def find_results_writer(env: gym.Env) -> ResultsWriter | None:
     :param env: an env with its wrappers
     :return: the writer of its monitor file, None if it has no such file
     """
-    writers = [wrapper.results_writer for wrapper in list_wrappers(env) if isinstance(wrapper, Monitor)]
-    return writers[0] if writers else None
+    monitor = unwrap_wrapper(env, Monitor)
+    return monitor.results_writer if isinstance(monitor, Monitor) else None
 
 
 def _refuse(reason: str) -> NoReturn:

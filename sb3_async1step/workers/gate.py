@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -277,9 +277,7 @@ class _Closed:
         self._call = Call(sys._getframe(1))
         self._gate.close(self._call)
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._gate.open(self._call)
 
 
@@ -292,9 +290,7 @@ class _Passed:
         self._call = Call(sys._getframe(1))
         self._gate.enter(self._call, self._when)
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._gate.leave(self._call)
 
 
