@@ -47,7 +47,7 @@ def test_behaviour_policy_explores_as_often_as_epsilon_says():
     exploration = ExplorationSchedule(1.0, np.repeat([0.0, 0.4, 1.0], n), fraction=0.2)
     policy = BehaviourPolicy(exploration, 4, np.random.default_rng(0))
     q_values = np.tile([0.0, 3.0, 1.0, 2.0], (3 * n, 1))
-    actions = policy.choose_actions(q_values, 0.0).reshape(3, n)
+    actions = policy.choose_actions(q_values, 0.0, slice(None)).reshape(3, n)
     # Exploration picks the greedy action, too
     np.testing.assert_allclose((actions == 1).mean(axis=1), [1.0, 0.6 + 0.1, 0.25], atol=0.02)
     np.testing.assert_allclose(np.bincount(actions[2]) / n, 0.25, atol=0.02)

@@ -25,7 +25,7 @@ def assert_is(rollout, steps):
 @pytest.mark.parametrize("shape", [(4,), (4, 6, 5), (2, 3)])
 def test_takes_what_was_added(shape):
     steps = make_steps(shape)
-    buffer = RolloutBuffer(5)
+    buffer = RolloutBuffer(5, 2)
     for _ in range(2):
         for step in steps:
             buffer.add(step)
@@ -40,7 +40,7 @@ def test_takes_what_was_added(shape):
 
 def test_another_buffer_goes_on_from_a_state():
     steps = make_steps((4,))
-    buffer, other = RolloutBuffer(5), RolloutBuffer(5)
+    buffer, other = RolloutBuffer(5, 2), RolloutBuffer(5, 2)
     assert buffer.get_state() is None
     other.set_state(None)
     assert other.n_filled == 0
@@ -56,7 +56,7 @@ def test_lanes_of_different_lengths():
     """Some lanes take steps, then all of them, also in another buffer that goes on from there."""
     steps = make_steps((4,))
     only_second = Rollout(**{name: values[1:] for name, values in vars(steps[0]).items()})
-    buffer, other = RolloutBuffer(5, n_lanes=2), RolloutBuffer(5)
+    buffer, other = RolloutBuffer(5, 2), RolloutBuffer(5, 2)
     buffer.add(only_second, np.array([1]))
     other.set_state(buffer.get_state())
     for each in (buffer, other):
@@ -85,7 +85,7 @@ def test_lanes_of_different_lengths():
 def test_images_are_stored_for_fast_convolutions():
     observations = {"image": np.zeros((2, 4, 6, 5), np.uint8), "speed": np.zeros((2, 1))}
     zeros = np.zeros(2, np.float32)
-    buffer = RolloutBuffer(3)
+    buffer = RolloutBuffer(3, 2)
     for _ in range(3):
         buffer.add(Rollout(observations, zeros, zeros, observations, zeros > 1, zeros > 1))
     images = th.as_tensor(merge_time_and_lanes(buffer.take().observations)["image"])

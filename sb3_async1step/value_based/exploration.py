@@ -77,15 +77,13 @@ class BehaviourPolicy:
         self.n_actions = n_actions
         self.random_generator = random_generator
 
-    def choose_actions(
-        self, q_values: np.ndarray, progress_remaining: float, lanes: np.ndarray | slice = slice(None)
-    ) -> np.ndarray:
+    def choose_actions(self, q_values: np.ndarray, progress_remaining: float, lanes: np.ndarray | slice) -> np.ndarray:
         """
         Choose an action for each lane.
 
         :param q_values: action values, shape ``(n, n_actions)``
         :param progress_remaining: progress remaining, from 1 (start) to 0 (end of the training)
-        :param lanes: the lanes of the worker to which the rows belong, by default all
+        :param lanes: the lanes of the worker to which the rows belong
         :return: indices of the actions, shape ``(n,)``
         """
         n_rows = len(q_values)

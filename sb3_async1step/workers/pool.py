@@ -152,7 +152,7 @@ class WorkerPool(Pool):
         """
         :return: what the logger shall record of the workers, since the last call
         """
-        return {"async/worker_idle_fraction": self.take_idle_fraction(), "async/n_workers": len(self.workers)}
+        return {"async/worker_idle_fraction": self._take_idle_fraction(), "async/n_workers": len(self.workers)}
 
     @property
     def reset_infos(self) -> list[dict[str, Any]]:
@@ -179,7 +179,7 @@ class WorkerPool(Pool):
             if worker.env.n_idle < worker.n_lanes:
                 run_step(worker, 0, self._count)
 
-    def take_idle_fraction(self) -> float:
+    def _take_idle_fraction(self) -> float:
         """
         :return: fraction of the time since the last call that a worker spent waiting for other threads, mean over the
             workers

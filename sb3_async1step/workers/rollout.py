@@ -90,10 +90,10 @@ class RolloutBuffer(Generic[AnyRollout]):
     Storage for the rollout of one worker, allocated when the first transitions come.
 
     :param n_steps: maximum number of time steps
-    :param n_lanes: number of the worker's lanes, by default those of the first step
+    :param n_lanes: number of the worker's lanes
     """
 
-    def __init__(self, n_steps: int, n_lanes: int | None = None) -> None:
+    def __init__(self, n_steps: int, n_lanes: int) -> None:
         self.n_steps = n_steps
         #: Number of time steps of the lane that has most of them
         self.n_filled = 0
@@ -108,7 +108,6 @@ class RolloutBuffer(Generic[AnyRollout]):
         :param lanes: which of the worker's lanes these are, by default all
         """
         if self._storage is None:
-            self._n_lanes = self._n_lanes or len(step.rewards)
             shape = self.n_steps, self._n_lanes
             self._storage = _map_fields(lambda array: _allocate(shape, array), step)
         rows = self._advance(lanes)
@@ -121,7 +120,7 @@ class RolloutBuffer(Generic[AnyRollout]):
             if isinstance(lanes, slice):
                 self.n_filled += 1
                 return self.n_filled - 1
-            self._lengths = np.full(self._n_lanes or 0, self.n_filled)
+            self._lengths = np.full(self._n_lanes, self.n_filled)
         rows = self._lengths[lanes].copy(), np.arange(len(self._lengths))[lanes]
         self._lengths[lanes] += 1
         self.n_filled = int(self._lengths.max())
@@ -167,7 +166,6 @@ class RolloutBuffer(Generic[AnyRollout]):
         self._clear()
         if state is None:
             return
-        self._n_lanes = state.rewards.shape[1]
         if len(state) >= self.n_steps:
             # A lane at its own pace may be ahead of the others
             self.n_steps, self._storage = len(state) + 1, None

@@ -90,9 +90,7 @@ def take_vec_env_options(arguments: list[str]) -> list[str]:
     """
     parser = argparse.ArgumentParser(prog=sys.argv[0], add_help=False)
     group = parser.add_argument_group("options of this package")
-    group.add_argument(
-        "--vec-env", choices=["dummy", "subproc", *VEC_ENVS], default="dummy", help="class of the VecEnv"
-    )
+    group.add_argument("--vec-env", choices=[*ZOO_VEC_ENVS, *VEC_ENVS], default="dummy", help="class of the VecEnv")
     group.add_argument(
         "--vec-env-kwargs", nargs="+", action=StoreDict, default={}, help="its arguments, e.g. start_method:\"'fork'\""
     )
