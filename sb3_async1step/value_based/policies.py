@@ -38,6 +38,43 @@ def takes(function: Callable[..., Any], name: str) -> bool:
     return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
+def unwrap_extractor(extractor: Any) -> tuple[type[BaseFeaturesExtractor], dict[str, Any]]:
+    """
+    :param extractor: a class of features extractors, or a function that makes one: a ``functools.partial``, say
+    :return: its class, as far as it is known, and the arguments that a ``functools.partial`` fixes
+    """
+    function = getattr(extractor, "func", extractor)
+    extractor_class = function if isinstance(function, type) else BaseFeaturesExtractor
+    return extractor_class, getattr(extractor, "keywords", {})
+
+
+def choose_layer_norm(
+    extractor: type[BaseFeaturesExtractor], net_arch: list[int], layer_norm: bool | None, kwargs: dict[str, Any]
+) -> bool:
+    """
+    Decide whether hidden layers are normalized.
+
+    :param extractor: class of the features extractor
+    :param net_arch: hidden layers behind the features extractor
+    :param layer_norm: what the user has asked for, None for the default
+    :param kwargs: arguments of the features extractor, which get ``layer_norm`` if it takes that
+    :return: whether there is a ``LayerNorm`` before the activation of each hidden layer
+    :raises ValueError: if there is no hidden layer that ``layer_norm`` could normalize
+    """
+    # Classes that were derived from ours may have constructors of their own
+    is_taken = issubclass(extractor, CNNS_WITH_LAYER_NORM) and takes(extractor, "layer_norm")
+    if layer_norm is None:
+        layer_norm = kwargs.get("layer_norm", is_taken)
+    if is_taken:
+        kwargs.setdefault("layer_norm", layer_norm)
+    elif layer_norm and len(net_arch) == 0:
+        raise ValueError(
+            f"layer_norm=True normalizes hidden layers, but {extractor.__name__}'s are its own and "
+            "net_arch is empty: give it some, as in policy_kwargs=dict(net_arch=[256], layer_norm=True)."
+        )
+    return layer_norm
+
+
 class QNetwork(DQNQNetwork, MixedPrecision):
     """
     DQN's Q-network.
@@ -109,26 +146,11 @@ class MlpPolicy(DQNPolicy):
         mixed_precision: bool = False,
         **kwargs: Any,
     ) -> None:
-        # It may be a functools.partial, or another function that makes the extractor
-        extractor = getattr(features_extractor_class, "func", features_extractor_class)
-        extractor = extractor if isinstance(extractor, type) else BaseFeaturesExtractor
-        features_extractor_kwargs = {
-            **getattr(features_extractor_class, "keywords", {}),
-            **(features_extractor_kwargs or {}),
-        }
+        extractor, fixed_kwargs = unwrap_extractor(features_extractor_class)
+        features_extractor_kwargs = {**fixed_kwargs, **(features_extractor_kwargs or {})}
         if net_arch is None:
             net_arch = [] if issubclass(extractor, CNNS_WITH_HIDDEN_LAYER) else [256, 256]
-        # Classes that were derived from ours may have constructors of their own
-        extractor_takes_layer_norm = issubclass(extractor, CNNS_WITH_LAYER_NORM) and takes(extractor, "layer_norm")
-        if layer_norm is None:
-            layer_norm = features_extractor_kwargs.get("layer_norm", extractor_takes_layer_norm)
-        if extractor_takes_layer_norm:
-            features_extractor_kwargs.setdefault("layer_norm", layer_norm)
-        elif layer_norm and len(net_arch) == 0:
-            raise ValueError(
-                f"layer_norm=True normalizes hidden layers, but {extractor.__name__}'s are its own and "
-                "net_arch is empty: give it some, as in policy_kwargs=dict(net_arch=[256], layer_norm=True)."
-            )
+        layer_norm = choose_layer_norm(extractor, net_arch, layer_norm, features_extractor_kwargs)
         if issubclass(extractor, NipsCNN) and takes(extractor, "normalized_image") and not normalize_images:
             # As SB3 does for its own CNNs
             features_extractor_kwargs.setdefault("normalized_image", True)
