@@ -295,8 +295,8 @@ def play_checkpoint(
     """
     :param model: a checkpoint
     :param env: see :func:`play`
-    :param n_episodes: see there
-    :param deterministic: see there
+    :param n_episodes: number of episodes
+    :param deterministic: whether the model acts greedily
     :param statistics: file with the statistics of ``VecNormalize`` at that time, those of the end if there is none
     :return: the return of each episode
     """

@@ -366,9 +366,9 @@ def test_lanes_are_placed_by_cpus(machines, n_nodes, lanes_per_node, expected):
 
 
 def test_too_many_nodes_for_the_cluster():
-    with pytest.raises(ValueError, match="3 nodes need a CPU each, but Ray's cluster has 2"):
+    with pytest.raises(ValueError, match=r"3 node\(s\) need one CPU each, but Ray's cluster has 2"):
         place_lanes([("a", 2)], 8, 3, None)
-    with pytest.raises(ValueError, match="1 nodes need a CPU each, but Ray's cluster has 0"):
+    with pytest.raises(ValueError, match=r"1 node\(s\) need one CPU each, but Ray's cluster has 0"):
         place_lanes([], 8, None, None)
 
 
@@ -379,11 +379,11 @@ def test_too_many_nodes_for_the_cluster():
         ({"n_nodes": 0}, "n_nodes"),
         ({"n_nodes": 2, "lanes_per_node": 2}, "give one of them"),
         ({"lanes_per_node": 1.5}, "lanes_per_node"),
-        ({"sync_interval": 0}, "sync_interval must be a whole number at least 1, got 0"),
+        ({"sync_interval": 0}, "sync_interval must be a whole number of at least 1, got 0"),
         ({"exchange": "gossip"}, "exchange must be one of 'deltas', 'gradients'"),
         ({"exchange": "gradients", "outer_momentum": 0.9}, "outer_momentum are those of deltas"),
         ({"exchange": "gradients", "outer_learning_rate": 1.0}, "leave both out"),
-        ({"outer_momentum": 1.0}, "outer_momentum must be a number at least 0 and less than 1"),
+        ({"outer_momentum": 1.0}, "outer_momentum must be a number of at least 0 and less than 1"),
         ({"outer_learning_rate": 0.0}, "outer_learning_rate"),
         ({"max_staleness": -1}, "max_staleness"),
         ({"checkpoint_interval": 0}, "checkpoint_interval"),

@@ -35,13 +35,13 @@ class A3C(AsyncAlgorithm):
     :param env: the environment to learn from (if registered in Gym, can be str)
     :param learning_rate: learning rate, or a function of the progress remaining (from 1 to 0)
     :param gamma: discount factor
-    :param n_envs: number of env lanes to make if ``env`` is an id, by default 16, as many as the paper had
-        actor-learners, without a ``render_mode``. An env object has its own number
+    :param n_envs: number of environments (lanes) to create if ``env`` is an id: 16 by default, the paper's number of
+        actor-learners. They have no ``render_mode``. If ``env`` is an object, leave this out
     :param n_workers: number of worker threads, at most the number of env lanes; ``"auto"`` for as many as there are
         usable cores, or one if the network is so small that several would only wait for Python's interpreter lock.
         With one worker, everything runs on the calling thread, with any VecEnv
-    :param update_interval: most time steps of a segment (the paper's t_max), after which a worker updates; a worker
-        with a single lane also updates at the end of an episode, as in the paper
+    :param update_interval: maximum number of time steps in a segment (the paper's t_max), after which a worker
+        updates; a worker with a single lane also updates at the end of an episode, as in the paper
     :param gae_lambda: lambda of generalized advantage estimation; 1 is the paper's advantage, the n-step return less
         the value
     :param ent_coef: coefficient of the entropy in the loss (the paper's beta)
@@ -146,8 +146,8 @@ class A3C(AsyncAlgorithm):
     @classmethod
     def paper_hyperparams(cls) -> dict[str, Any]:
         """
-        The paper's settings (sections 4 and 5.1, and section 8 of its supplement), which are made for 16 lanes of
-        Atari games and millions of steps. The learning rate, RMSProp's epsilon and ``vf_coef`` are those that its
+        The paper's settings (sections 4 and 5.1, and section 8 of its supplement), which are made for Atari games
+        with 16 lanes and millions of steps. The learning rate, RMSProp's epsilon and ``vf_coef`` are those that its
         authors gave in correspondence (https://github.com/muupan/async-rl/wiki), the norm to which gradients are
         clipped follows later implementations::
 

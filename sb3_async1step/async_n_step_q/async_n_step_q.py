@@ -24,13 +24,13 @@ class AsyncNStepQ(ValueBasedAlgorithm):
     :param learning_rate: learning rate, or a function of the progress remaining (from 1 to 0); by default annealed
         linearly to zero from 1e-3, or from 1e-4 if there are images (uint8, 0 to 255) among the observations
     :param gamma: discount factor
-    :param n_envs: number of env lanes to make if ``env`` is an id, by default 16, as many as the paper had
-        actor-learners, without a ``render_mode``. An env object has its own number
+    :param n_envs: number of environments (lanes) to create if ``env`` is an id: 16 by default, the paper's number of
+        actor-learners. They have no ``render_mode``. If ``env`` is an object, leave this out
     :param n_workers: number of worker threads, at most the number of env lanes; ``"auto"`` for as many as there are
         usable cores, or one if the network is so small that several would only wait for Python's interpreter lock.
         With one worker, everything runs on the calling thread, with any VecEnv
-    :param update_interval: most time steps of a segment (the paper's t_max), after which a worker updates; a worker
-        with a single lane also updates at the end of an episode, as in the paper
+    :param update_interval: maximum number of time steps in a segment (the paper's t_max), after which a worker
+        updates; a worker with a single lane also updates at the end of an episode, as in the paper
     :param target_update_interval: environment steps, over all lanes, between two updates of the target network
         (the paper's I_target)
     :param tau: soft update coefficient of the target network, 1 for a copy

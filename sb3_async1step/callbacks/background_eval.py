@@ -171,8 +171,8 @@ class Evaluation(Snapshot):
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """
-        :param args: see the model's ``predict()``
-        :param kwargs: see there
+        :param args: positional arguments of the model's ``predict()``
+        :param kwargs: keyword arguments of the model's ``predict()``
         :return: what that returns
         :raises Abandoned: if nobody waits for the result any more
         """

@@ -39,11 +39,11 @@ IS_LOADING: ContextVar[bool] = ContextVar("IS_LOADING", default=False)
 
 class LiveAlgorithm(BaseAlgorithm):
     """
-    Any thread may call it while it learns: ``predict()``, ``save()``, ``get_parameters()`` and ``set_parameters()``
-    wait until no worker is in the middle of a step, and no worker begins one meanwhile.
+    An SB3 algorithm that any thread may use while it learns: ``predict()``, ``save()``, ``get_parameters()`` and
+    ``set_parameters()`` wait until no worker is in the middle of a step, and no worker begins one meanwhile.
 
-    :param args: see :class:`BaseAlgorithm <stable_baselines3.common.base_class.BaseAlgorithm>`
-    :param kwargs: see there
+    :param args: positional arguments of :class:`BaseAlgorithm <stable_baselines3.common.base_class.BaseAlgorithm>`
+    :param kwargs: keyword arguments of :class:`BaseAlgorithm <stable_baselines3.common.base_class.BaseAlgorithm>`
     """
 
     # Attributes whose changes are forwarded to the workers while learn() runs, and those that can't be changed then

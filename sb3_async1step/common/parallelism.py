@@ -112,9 +112,9 @@ def count_workers(n_workers: int | str, env: VecEnv, n_multiplications: int) -> 
 
 def count_workers_of_nodes(n_workers: int | str, env: VecEnv, n_multiplications: int) -> int | None:
     """
-    :param n_workers: see :func:`count_workers`
-    :param env: see there
-    :param n_multiplications: see there
+    :param n_workers: number of workers, or "auto"
+    :param env: the training env
+    :param n_multiplications: of the network for each observation
     :return: number of workers of each node, None for as many as it has CPUs, whatever this machine has
     """
     if n_workers == "auto" and n_multiplications >= SMALL_NETWORK:
@@ -144,7 +144,9 @@ def set_intra_op_threads(n_workers: int, n_multiplications: int, n_lanes: int, t
 
 def restore_intra_op_threads(training: Call) -> None:
     """
-    :param training: what :func:`set_intra_op_threads` was given
+    Undo :func:`set_intra_op_threads`.
+
+    :param training: what that was given
     """
     if training in _trainings:
         th.set_num_threads(_original)

@@ -35,8 +35,8 @@ class Snapshot:
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """
-        :param args: see the model's ``predict()``
-        :param kwargs: see there
+        :param args: positional arguments of the model's ``predict()``
+        :param kwargs: keyword arguments of the model's ``predict()``
         :return: actions, and the state of a recurrent policy
         """
         return self._player.predict(*args, **kwargs)

@@ -48,7 +48,7 @@ def enter_cluster(user: object, n_cpus: int) -> Any:
 
 @contextmanager
 def _keep_sigterm() -> Iterator[None]:
-    """Ray replaces the handler of SIGTERM, by one that ends the program; a handler of the program's own is kept."""
+    """Keep the program's own handler of SIGTERM, which Ray replaces by one that ends the program."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -58,7 +58,7 @@ def _keep_sigterm() -> Iterator[None]:
 
 
 def _start(n_cpus: int) -> None:
-    # Ray would report to its makers
+    # By default, Ray sends usage statistics to its developers
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     has_auth_mode = "RAY_AUTH_MODE" in os.environ
     start_ray_on_loopback(
@@ -73,7 +73,9 @@ def _start(n_cpus: int) -> None:
 
 def leave_cluster(user: object) -> None:
     """
-    :param user: who entered the cluster; the last one ends what this process has started
+    Stop using the cluster. The last user ends what this process has started.
+
+    :param user: who entered the cluster
     """
     global _connection
     ray = import_ray()
@@ -145,8 +147,8 @@ def place_lanes(
         groups = _share(num_envs, [1] * (n_nodes or 1))
     if len(groups) > total:
         raise ValueError(
-            f"{len(groups)} nodes need a CPU each, but Ray's cluster has {total}: take fewer nodes (n_nodes), or start "
-            "Ray on more machines before."
+            f"{len(groups)} node(s) need one CPU each, but Ray's cluster has {total}: take fewer nodes (n_nodes), or "
+            "start Ray on more machines before."
         )
     return [(lanes, Place(max(1, total // len(groups)))) for lanes in groups]
 

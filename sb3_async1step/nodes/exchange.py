@@ -1,4 +1,4 @@
-"""A node's way to the server: what it tells what it has learned, and takes over what all have learned."""
+"""How a node exchanges what it has learned for what all nodes have learned."""
 
 import time
 from abc import ABC, abstractmethod

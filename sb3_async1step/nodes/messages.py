@@ -1,4 +1,4 @@
-"""What nodes, server and driver tell each other. Observations and actions are not among it."""
+"""Messages between nodes, server and driver. Observations and actions are never sent."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -19,7 +19,9 @@ def read_values(parameters: Sequence[th.Tensor]) -> np.ndarray:
 
 def store_values(parameters: Sequence[th.Tensor], values: np.ndarray) -> None:
     """
-    :param parameters: tensors, which are changed in place
+    Write values into tensors, in place.
+
+    :param parameters: tensors
     :param values: their new values
     """
     first = 0
@@ -41,7 +43,9 @@ def read_buffers(shared: SharedParameters) -> list[np.ndarray]:
 
 def store_buffers(shared: SharedParameters, values: list[np.ndarray]) -> None:
     """
-    :param shared: parameters with the buffers of their network, which are changed in place
+    Write values into the buffers of a network, in place.
+
+    :param shared: parameters with the buffers of their network
     :param values: their new values
     """
     for buffer, value in zip(shared.buffers.values(), values, strict=True):

@@ -33,7 +33,7 @@ def check_number(
         number = float(value)
         if at_least <= number and above < number < below:
             return
-    limits = [("at least", at_least), ("greater than", above), ("less than", below)]
+    limits = [("of at least", at_least), ("greater than", above), ("less than", below)]
     allowed = " and ".join(f"{words} {limit}" for words, limit in limits if math.isfinite(limit))
     raise ValueError(f"{name} must be a {'whole ' if whole else ''}number {allowed}, got {value!r}.")
 

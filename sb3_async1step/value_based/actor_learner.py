@@ -73,7 +73,7 @@ class ValueBasedActorLearner(ActorLearner[AnySettings, AnyRollout]):
     def compute_targets(self, rollout: AnyRollout) -> th.Tensor:
         """
         :param rollout: transitions, time by lane
-        :return: the values that ``Q(s, a)`` shall come closer to, shape ``(n_steps, n_lanes)``
+        :return: targets of ``Q(s, a)`` (the paper's y), shape ``(n_steps, n_lanes)``
         """
 
     def choose_actions(self, lanes: Rows) -> np.ndarray:
@@ -142,4 +142,4 @@ class ValueBasedActorLearner(ActorLearner[AnySettings, AnyRollout]):
             self.shared.sync_target(n_syncs, self.settings.tau)
 
     def before_target_sync(self) -> None:
-        """Do what is due before the target network is updated."""
+        """Called before the target network is updated."""

@@ -141,8 +141,8 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
     @classmethod
     def paper_hyperparams(cls) -> dict[str, Any]:
         """
-        The paper's settings (sections 4 and 5.1, and section 8 of its supplement), which are made for 16 lanes of
-        Atari games and millions of steps. The learning rate and RMSProp's epsilon are as its authors told
+        The paper's settings (sections 4 and 5.1, and section 8 of its supplement), which are made for Atari games
+        with 16 lanes and millions of steps. The learning rate and RMSProp's epsilon are as its authors told
         (https://github.com/muupan/async-rl/wiki), the norm of the gradients is that of later implementations::
 
             AsyncOneStepQ("CnnPolicy", env, **AsyncOneStepQ.paper_hyperparams())

@@ -39,7 +39,7 @@ class OneStepActorLearner(ValueBasedActorLearner[ValueBasedSettings, AnyRollout]
         pass
 
     def accumulate_gradient(self) -> None:
-        """Read the parameters for the gradient only when it is due, and compute it."""
+        """Pull the parameters right before the first gradient since the last update, so that it is hardly stale."""
         if not self._metrics:
             self.pull_for_gradient()
         super().accumulate_gradient()

@@ -1,1 +1,3 @@
-"""VecEnvs: splitting one among several workers, guarding it meanwhile, and one that emulates Atari's games in C++."""
+"""
+VecEnvs: splitting and guarding them while workers step, one that replaces failed processes, and one for Atari in C++.
+"""

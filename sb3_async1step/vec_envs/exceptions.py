@@ -18,7 +18,7 @@ def add_note(exception: BaseException, note: str) -> None:
 def read_text(exception: BaseException) -> str:
     """
     :param exception: an exception
-    :return: its text; empty if it can't be made
+    :return: its message; empty if ``str()`` fails
     """
     with suppress(Exception):
         return str(exception)

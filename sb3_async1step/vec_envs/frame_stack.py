@@ -43,7 +43,9 @@ class StackedBytes(StackedObservations[np.ndarray]):
 
 def accelerate(stack: StackedObservations) -> None:
     """
-    :param stack: a stack of one array, which becomes a faster one if there is one for its frames
+    Replace a stack of one array by a faster one, in place, if there is one for its frames.
+
+    :param stack: the stack
     """
     frames = stack.stacked_obs
     if not stack.channels_first and frames.dtype == np.uint8 and frames.shape[-1] in WORDS:

@@ -61,7 +61,9 @@ def guard_vec_env(
 
 def unguard_vec_env(env: VecEnv) -> None:
     """
-    :param env: the training env; nothing happens if it is not guarded
+    Undo :func:`guard_vec_env`. Nothing happens if the VecEnv is not guarded.
+
+    :param env: the training env
     """
     for name in (*QUERIES, *STEPS):
         find_base(env).__dict__.pop(name, None)

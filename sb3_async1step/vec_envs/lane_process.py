@@ -40,10 +40,11 @@ class LaneSettings:
     What the lanes of a VecEnv have in common.
 
     :param context: how processes are started
-    :param step_timeout: see :class:`~sb3_async1step.HealingVecEnv`
-    :param start_timeout: see there
-    :param max_restarts: see there
-    :param restart_window: see there
+    :param step_timeout: seconds that an env has for a step, a reset or any other request
+    :param start_timeout: seconds until a new process has made its env
+    :param max_restarts: number of restarts of a lane within ``restart_window``, or one after another without a step
+        between them, that do not end the training
+    :param restart_window: seconds for which a restart counts
     :param give_up_at: when nobody waits for an answer any longer (``time.monotonic()``)
     """
 

@@ -12,9 +12,9 @@ class ContinuedResultsWriter(ResultsWriter):
     Goes on with the file of a process that has ended, which ``Monitor`` would empty. A row that was not finished is
     removed, and times count from the start that the header names.
 
-    :param filename: see :class:`ResultsWriter <stable_baselines3.common.monitor.ResultsWriter>`
-    :param header: see there
-    :param extra_keys: see there
+    :param filename: the file; ``"monitor.csv"`` is appended if it does not end so
+    :param header: what the first line of a new file says
+    :param extra_keys: what a row has besides reward, length and time of an episode
     :param override_existing: whether the file has a header, which SB3 writes only then
     """
 

@@ -174,7 +174,9 @@ def make_process_watcher(env: VecEnv) -> ProcessWatcher:
 
 def end_processes(env: SubprocVecEnv) -> None:
     """
-    :param env: its processes are killed; it is closed from then on
+    Kill the processes of a VecEnv, and mark it as closed.
+
+    :param env: the VecEnv
     """
     for process in env.processes:
         process.kill()
@@ -209,7 +211,9 @@ def on_ctrl_c(handler: Any, argument: Any) -> Any:
 
 def ignore_ctrl_c(env: SubprocVecEnv) -> None:
     """
-    :param env: its processes ignore Ctrl-C from then on
+    Let the processes of a VecEnv ignore Ctrl-C.
+
+    :param env: the VecEnv
     :raises EOFError: if a process ended
     :raises OSError: if a pipe is broken
     """

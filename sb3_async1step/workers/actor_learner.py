@@ -150,7 +150,7 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
 
     def complete_step(self, step: Rollout, new_obs: Observations, lanes: Rows) -> AnyRollout:
         """
-        Add to a time step what else the algorithm stores.
+        Add what else the algorithm stores to a time step.
 
         :param step: one time step of some lanes; its arrays lack the first axis
         :param new_obs: the observations in which the next actions are taken
@@ -160,12 +160,12 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         return step  # type: ignore[return-value]
 
     def begin_segment(self) -> None:
-        """Do what is due before the first step after an update."""
+        """Called before the first step after an update."""
         self.local.pull()
 
     def after_step(self, num_timesteps: int | float, n_new: int | float) -> None:
         """
-        Do what is due after each step, before an update.
+        Called after each step, before the update if one is due.
 
         :param num_timesteps: environment steps of all lanes, including these (the paper's T)
         :param n_new: by how many of them T has grown by this step
@@ -267,7 +267,9 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
 
     def change_settings(self, settings: AnySettings) -> None:
         """
-        :param settings: those to follow from the next step on; the update interval from the next segment on
+        Follow other settings: the update interval from the next segment on, all others from the next step on.
+
+        :param settings: the other settings
         """
         self.settings = settings
 

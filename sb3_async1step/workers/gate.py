@@ -73,7 +73,9 @@ class Calls:
 
     def claim(self, call: Call) -> bool:
         """
-        :param call: it is added, unless another one is there that has not ended yet
+        Add a call, unless another one that is still running is there.
+
+        :param call: the call
         :return: whether it was added
         """
         self.forget_ended()
@@ -105,9 +107,9 @@ class Calls:
 
 class Gate:
     """
-    A lock like that of readers and writers: workers, which change the model, are inside together; a thread that reads
-    or replaces the model as a whole waits until nobody is inside, and keeps the gate closed meanwhile. A model has one
-    gate all its life, so that a training waits for those that closed it before.
+    A shared-exclusive lock. Workers, which change the model, share it; a thread that reads or replaces the model as a
+    whole waits until nobody is inside, and keeps the gate closed meanwhile. A model has one gate all its life, so that
+    a training waits for those that closed it before.
 
     It is fair: a thread that closes the gate lets those pass first that wait in front of it.
 
@@ -132,14 +134,18 @@ class Gate:
 
     def begin_learning(self, call: Call) -> bool:
         """
+        Begin to learn, unless another call of ``learn()`` is running.
+
         :param call: a call of ``learn()``
-        :return: whether no other call of it is running
+        :return: whether no other one is running
         """
         return self._learning.claim(call)
 
     def end_learning(self, call: Call) -> None:
         """
-        :param call: what :meth:`begin_learning` was given
+        Undo :meth:`begin_learning`.
+
+        :param call: what that was given
         """
         self._learning.discard(call)
 
@@ -178,7 +184,10 @@ class Gate:
 
     def close(self, call: Call, timeout: float = math.inf) -> None:
         """
-        :param call: the gate is closed until it calls :meth:`open`
+        Close the gate until :meth:`open`, and wait until nobody is inside. Nothing happens if this thread is inside, or
+        has closed it already.
+
+        :param call: who closes it
         :param timeout: seconds to wait at most
         """
         if self.is_inside() or self._closing.is_by_this_thread():
@@ -192,6 +201,8 @@ class Gate:
 
     def open(self, call: Call) -> None:
         """
+        Open the gate again.
+
         :param call: what :meth:`close` was given
         """
         if self._closing.discard(call):
@@ -199,7 +210,9 @@ class Gate:
 
     def enter(self, call: Call, when: Callable[[], bool]) -> None:
         """
-        :param call: it is inside until it calls :meth:`leave`
+        Wait until the gate is open, and go inside until :meth:`leave`.
+
+        :param call: who goes inside
         :param when: a further condition
         """
 
@@ -224,6 +237,8 @@ class Gate:
 
     def leave(self, call: Call) -> None:
         """
+        Go outside again.
+
         :param call: what :meth:`enter` was given
         """
         self._inside.discard(call)
@@ -238,7 +253,9 @@ class Gate:
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """
-        :param condition: returns once this is true; whoever makes it true calls :meth:`notify`
+        Wait until a condition is true.
+
+        :param condition: the condition; whoever makes it true calls :meth:`notify`
         """
         if condition():
             return
