@@ -550,3 +550,18 @@ def test_envs_that_play_against_the_model():
     # No update within the first segment
     model.learn(2)
     assert all(np.array_equal(*pair) for pair in zip(answers, expected, strict=True))
+
+
+def test_rms_prop_eps_that_changes_between_two_trainings(tmp_path):
+    def eps_of(model):
+        return {group["eps"] for group in model.policy.optimizer.param_groups}
+
+    model = A3C("MlpPolicy", make_env(2), rms_prop_eps=0.01).learn(20)
+    model.save(tmp_path / "model")
+    model.rms_prop_eps = 0.1
+    assert eps_of(model.learn(20)) == {0.1}
+    loaded = A3C.load(tmp_path / "model", env=make_env(2), rms_prop_eps=0.5)
+    assert eps_of(loaded.learn(20)) == {0.5}
+    # What the user says of the optimizer comes first
+    named = A3C("MlpPolicy", make_env(2), rms_prop_eps=0.1, policy_kwargs={"optimizer_kwargs": {"eps": 0.25}})
+    assert eps_of(named.learn(20)) == {0.25}

@@ -456,3 +456,21 @@ def test_save_and_load(algorithm, tmp_path):
     np.testing.assert_array_equal(
         without_env.predict(observations, deterministic=True)[0], model.predict(observations, deterministic=True)[0]
     )
+
+
+@pytest.mark.parametrize(("total", "learns"), [(1, False), (36, False), (37, True)])
+def test_too_few_steps_for_an_update(algorithm, total, learns):
+    model = algorithm("MlpPolicy", make_env(4), n_workers=1, update_interval=10)
+    before = weights_of(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.learn(total)
+    messages = [str(warning.message) for warning in caught if "learns nothing" in str(warning.message)]
+    assert len(messages) == (not learns)
+    assert learns or "update_interval * n_envs = 10 * 4 = 40 steps" in messages[0]
+    assert are_equal(weights_of(model), before) != learns
+    # The next training goes on with the segment
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.learn(40, reset_num_timesteps=False)
+    assert not are_equal(weights_of(model), before)

@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -29,7 +30,9 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from sb3_async1step import A3C, AsyncNStepQ, AsyncOneStepQ, HistogramCallback, SharedRMSprop
 from sb3_async1step.common.live_algorithm import LiveAlgorithm
 from sb3_async1step.nodes.reported_steps import NotCarried
+from sb3_async1step.workers import gate
 from sb3_async1step.workers.gate import Gate
+from tests.envs import RandomWalkEnv, make_env
 from tests.helpers import DEADLINE, is_waiting, meanwhile, wait_until
 
 SMALL = {"net_arch": [4]}
@@ -941,3 +944,78 @@ def test_eval_eps_is_checked_where_it_is_used(value_based):
     assert model.predict(np.zeros(4, np.float32), deterministic=True)[0] in (0, 1)
     with pytest.raises(ValueError, match="eval_eps must be in"):
         model.predict(np.zeros(4, np.float32))
+
+
+# ---------------------------------------------------------------------- envs that ask models
+
+
+class Game(RandomWalkEnv):
+    """
+    :param choose: called with each observation, for the opponent's action
+    """
+
+    def __init__(self, choose):
+        super().__init__()
+        self.choose = choose
+
+    def step(self, action):
+        observation, *rest = super().step(action)
+        self.choose(observation)
+        return observation, *rest
+
+
+def test_two_models_whose_envs_play_against_each_other(algorithm):
+    models = {}
+
+    def make(opponent):
+        env = make_env(2, partial(Game, lambda obs: models[opponent].predict(obs, deterministic=True)))
+        return algorithm("MlpPolicy", env, n_workers=1, policy_kwargs=SMALL)
+
+    models.update(black=make("white"), white=make("black"))
+    with meanwhile(lambda: models["black"].learn(400)):
+        models["white"].learn(400)
+    assert [model.num_timesteps for model in models.values()] == [400, 400]
+
+
+@with_workers
+def test_an_env_that_waits_for_a_thread_that_asks_the_model(algorithm, n_workers, monkeypatch):
+    monkeypatch.setattr(gate, "LOOK_TIMEOUT", 0.01)
+    with ThreadPoolExecutor(1) as opponent:
+
+        def choose(observation):
+            return opponent.submit(model.predict, observation, deterministic=True).result()
+
+        model = algorithm("MlpPolicy", make_env(2, partial(Game, choose)), n_workers=n_workers, policy_kwargs=SMALL)
+        with pytest.warns(UserWarning, match=r"predict\(\) has waited a second .* model.policy.predict\(\)"):
+            assert model.learn(20).num_timesteps == 20
+
+
+@pytest.mark.parametrize("method", ["_on_training_start", "_on_step", "_on_training_end"])
+def test_another_env_in_a_callback(algorithm, method):
+    class SetEnv(BaseCallback):
+        def _on_step(self):
+            return True
+
+    callback, model = SetEnv(), make_model(algorithm, 1)
+    setattr(callback, method, lambda: model.set_env(make_vec_env("CartPole-v1", 2)))
+    with pytest.raises(RuntimeError, match="set another one when it has ended"):
+        model.learn(20, callback)
+    assert model.learn(20).num_timesteps == 20
+
+
+def test_a_training_in_a_callback_leaves_the_number_of_threads():
+    numbers = []
+
+    def train_another(callback):
+        numbers.append(th.get_num_threads())
+        if len(numbers) == 2:
+            make_model(AsyncOneStepQ, 1).learn(4)
+
+    before = th.get_num_threads()
+    th.set_num_threads(3)
+    try:
+        make_model(AsyncOneStepQ, 1).learn(10, Do(train_another))
+        assert th.get_num_threads() == 3
+    finally:
+        th.set_num_threads(before)
+    assert numbers == [1] * 5

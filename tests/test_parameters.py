@@ -1,6 +1,7 @@
 """Bad input gets an error that says what was wrong, what is allowed and what to do."""
 
 import math
+import warnings
 from functools import partial
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
-from stable_baselines3.dqn.policies import DQNPolicy
+from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 
 from sb3_async1step import AsyncNStepQ, AsyncOneStepQ, HistogramCallback
+from sb3_async1step.value_based.policies import MlpPolicy
 from tests.envs import RandomWalkEnv, make_env
 from tests.test_a3c import CheckingEnv
 from tests.test_vec_env_split import UnknownWrapper
@@ -103,6 +105,10 @@ def test_epsilons_in_any_container(value_based, kind, tmp_path):
     # Arguments of load() do not pass through the constructor
     other = value_based.load(tmp_path / "model", env=make_env(4), exploration_final_eps=kind([0.25, 0.25]))
     assert epsilons(other) == [0.25] * 4
+    # Nor do values that are set later
+    model.exploration_final_eps = kind([0.0625, 0.0625])
+    model.learn(40)
+    assert epsilons(model) == [0.0625] * 4
 
 
 @pytest.mark.parametrize("value", [np.array(0.25), np.float32(0.25), th.tensor(0.25), np.float64(0.25)], ids=repr)
@@ -233,3 +239,35 @@ def test_numpys_numbers_of_optimizers_can_be_loaded(algorithm, tmp_path):
 def test_how_often_histograms_are_written(freq):
     with pytest.raises(ValueError, match="freq must be a whole number of at least 1"):
         HistogramCallback(freq)
+
+
+class OfItsOwn(QNetwork):
+    def _predict(self, observation, deterministic=True):
+        return super()._predict(observation, deterministic)
+
+
+@pytest.mark.parametrize("where", ["policy", "network"])
+def test_a_policy_that_chooses_actions_in_a_way_of_its_own(value_based, where):
+    class Own(MlpPolicy):
+        if where == "policy":
+
+            def _predict(self, obs, deterministic=True):
+                return super()._predict(obs, deterministic)
+
+        else:
+
+            def make_q_net(self):
+                network = super().make_q_net()
+                network.__class__ = OfItsOwn
+                return network
+
+    name = {"policy": "Own", "network": "OfItsOwn"}[where]
+    with pytest.warns(UserWarning, match=rf"do not call {name}._predict\(\)"):
+        value_based(Own, make_env(2))
+
+
+@pytest.mark.parametrize("policy", ["MlpPolicy", MlpPolicy, DQNPolicy])
+def test_policies_that_choose_the_highest_value_are_not_warned_of(value_based, policy):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        value_based(policy, make_env(2))

@@ -448,3 +448,18 @@ def test_attributes_that_are_left_out_or_added(algorithm):
 
     assert read() == {"note"}
     assert read(exclude=["note"], include=["replay_buffer"]) == {"replay_buffer"}
+
+
+def test_the_window_of_logged_returns_may_change(algorithm, tmp_path):
+    algorithm("MlpPolicy", make_env(2)).save(tmp_path / "model")
+    model = algorithm.load(tmp_path / "model", env=make_env(2), stats_window_size=7).learn(20)
+    assert model.ep_info_buffer.maxlen == 7
+
+
+def test_other_lanes_have_to_be_reset(algorithm, tmp_path):
+    env = make_env(3)
+    algorithm("MlpPolicy", env).learn(30).save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"The env has 5 lane\(s\) and the model's last one had 3: .* force_reset"):
+        algorithm.load(tmp_path / "model", env=make_env(5), force_reset=False)
+    model = algorithm.load(tmp_path / "model", env=env, force_reset=False)
+    assert model.learn(30, reset_num_timesteps=False).num_timesteps == 60

@@ -3,6 +3,7 @@ from typing import Any, ClassVar, Literal
 
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import LinearSchedule
@@ -176,6 +177,13 @@ class A3C(AsyncAlgorithm):
         return self.policy_class(
             self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **policy_kwargs
         )
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        # It may have been changed since the construction, or by an argument of load()
+        if isinstance(self.policy.optimizer, SharedRMSprop):
+            for group in self.policy.optimizer.param_groups:
+                group["eps"] = (self.policy_kwargs.get("optimizer_kwargs") or {}).get("eps", self.rms_prop_eps)
+        return super()._setup_learn(*args, **kwargs)
 
     def _check_parameters(self) -> None:
         super()._check_parameters()

@@ -36,7 +36,12 @@ from sb3_async1step.common.parameter_checks import (
     check_unit_interval,
     check_whole,
 )
-from sb3_async1step.common.training_env import make_lanes, warn_of_a_single_lane, warn_of_frames_skipped_twice
+from sb3_async1step.common.training_env import (
+    make_lanes,
+    warn_of_a_single_lane,
+    warn_of_frames_skipped_twice,
+    warn_of_no_update,
+)
 from sb3_async1step.common.update_log import UpdateLog
 from sb3_async1step.common.warn import (
     list_modules_and_parameters,
@@ -345,6 +350,9 @@ class AsyncAlgorithm(LiveAlgorithm):
         n_multiplications = self._count_multiplications()
         n_workers = count_workers(self.n_workers, env, n_multiplications)
         observations = check_first_observations(self._last_obs, self.observation_space, env.num_envs)
+        # A worker with a single lane also updates when its episode ends, and others may have begun a segment before
+        if n_workers < env.num_envs and self._worker_states is None:
+            warn_of_no_update(total_timesteps - self.num_timesteps, self.update_interval, env.num_envs)
         shared_lanes = SharedLanes(env, n_workers, in_step=self.backend == "serial")
         workers = self._make_workers(shared_lanes.make_lanes(), shared_lanes.groups, observations)
         on_threads = self.backend == "threads" and n_workers > 1

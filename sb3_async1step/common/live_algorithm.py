@@ -26,6 +26,7 @@ from sb3_async1step.common.model_file import (
     renamed_modules,
     write_atomically,
 )
+from sb3_async1step.common.warn import warn_the_caller
 from sb3_async1step.workers.actor_learner import Settings, WorkerState
 from sb3_async1step.workers.gate import Gate
 from sb3_async1step.workers.optimizer_views import check_optimizer_state
@@ -33,6 +34,9 @@ from sb3_async1step.workers.pool import Pool
 
 SelfLiveAlgorithm = TypeVar("SelfLiveAlgorithm", bound="LiveAlgorithm")
 
+NEEDS_A_RESET = (
+    "The env has {now} lane(s) and the model's last one had {before}: it has to be reset, so leave force_reset out."
+)
 #: Whether SB3's load() sets parameters, which are those that the saved workers go on with
 IS_LOADING: ContextVar[bool] = ContextVar("IS_LOADING", default=False)
 
@@ -169,7 +173,8 @@ class LiveAlgorithm(BaseAlgorithm):
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """
-        Choose actions. While the model learns, this waits until no update is in flight.
+        Choose actions. While the model learns, this waits until no step and no update is in flight, but for a second at
+        most.
 
         :param observation: one observation, or a batch
         :param state: not used
@@ -177,7 +182,12 @@ class LiveAlgorithm(BaseAlgorithm):
         :param deterministic: whether to choose the best action, or to sample
         :return: the actions, and the state
         """
-        with self._gate.closed():
+        with self._gate.closed_to_look() as nobody_steps:
+            if not nobody_steps:
+                warn_the_caller(
+                    "predict() has waited a second for a step of the training env, and no longer: if the step waits "
+                    "for this thread, as an opponent's thread, let it ask model.policy.predict(), which never waits."
+                )
             self._refresh()
             return self._view_policy().predict(observation, state, episode_start, deterministic)
 
@@ -263,12 +273,27 @@ class LiveAlgorithm(BaseAlgorithm):
                 "those of the file, but it learns other targets from now on.",
                 stacklevel=2,
             )
+        if "stats_window_size" in kwargs:
+            # SB3 would set an attribute of that name, which it does not read
+            kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")
         token = IS_LOADING.set(True)
         try:
             with renamed_modules(), explain_errors(path):
-                return super().load(path, *args, **kwargs)
+                model = super().load(path, *args, **kwargs)
         finally:
             IS_LOADING.reset(token)
+        model._check_last_observations()
+        return model
+
+    def _check_last_observations(self) -> None:
+        """
+        :raises ValueError: if they are those of another number of lanes
+        """
+        if self.env is None or self._last_obs is None:
+            return
+        n_lanes = len(next(iter(self._last_obs.values())) if isinstance(self._last_obs, dict) else self._last_obs)
+        if n_lanes != self.env.num_envs:
+            raise ValueError(NEEDS_A_RESET.format(now=self.env.num_envs, before=n_lanes))
 
     def get_parameters(self) -> dict[str, dict]:
         """
@@ -336,15 +361,12 @@ class LiveAlgorithm(BaseAlgorithm):
         :raises ValueError: if its spaces are others, or other lanes shall not be reset
         :raises RuntimeError: if the model is learning
         """
-        if self._is_learning():
+        if self._gate.is_learning():
             raise RuntimeError("learn() steps the model's env: set another one when it has ended.")
         env = self._wrap_env(env, self.verbose)
         check_for_correct_spaces(env, self.observation_space, self.action_space)
         if env.num_envs != self.n_envs and not force_reset:
-            raise ValueError(
-                f"The env has {env.num_envs} lane(s) and the model's last one had {self.n_envs}: "
-                "it has to be reset, so leave force_reset out."
-            )
+            raise ValueError(NEEDS_A_RESET.format(now=env.num_envs, before=self.n_envs))
         self.n_envs = env.num_envs
         super().set_env(env, force_reset)
 

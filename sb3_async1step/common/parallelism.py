@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch as th
 from stable_baselines3.common.vec_env import VecEnv
@@ -21,9 +22,11 @@ SMALL_NETWORK = 1_000_000
 #: 4 million and MinAtar 13 million
 SMALL_BATCH = 8_000_000
 
-# Several models may learn at the same time. The number of threads to restore is the one before the first of them began
+# Several models may learn at the same time. The number of threads to share is the one before the first of them began
 _trainings = Calls()
 _original = 1
+# What the threads had that began these trainings
+_before: WeakKeyDictionary[Call, int] = WeakKeyDictionary()
 
 
 def count_usable_cores() -> int:
@@ -136,6 +139,8 @@ def set_intra_op_threads(n_workers: int, n_multiplications: int, n_lanes: int, t
     if not _trainings:
         _original = th.get_num_threads()
     _trainings.forget_ended()
+    # A callback of another training may have begun this one
+    _before[training] = th.get_num_threads() if _trainings.is_by_this_thread() else _original
     _trainings.add(training)
     is_little = n_multiplications < SMALL_NETWORK and n_multiplications * n_lanes < SMALL_BATCH
     # The number is set for the calling thread, and inherited by the threads that it starts
@@ -149,7 +154,7 @@ def restore_intra_op_threads(training: Call) -> None:
     :param training: what that was given
     """
     if training in _trainings:
-        th.set_num_threads(_original)
+        th.set_num_threads(_before[training])
         _trainings.discard(training)
 
 

@@ -74,3 +74,19 @@ def warn_of_frames_skipped_twice(env: VecEnv) -> None:
             f"skips none: {spec.id} with frameskip=1 (make_atari_env(..., env_kwargs=dict(frameskip=1))), or the id "
             "that ends in NoFrameskip-v4."
         )
+
+
+def warn_of_no_update(n_steps: int, update_interval: int, num_envs: int) -> None:
+    """
+    :param n_steps: environment steps that a training takes, of all lanes
+    :param update_interval: vector steps between two updates
+    :param num_envs: number of lanes
+    """
+    # Each lane takes the last step
+    if 0 < n_steps <= (update_interval - 1) * num_envs:
+        warn_the_caller(
+            f"learn() takes {n_steps} steps and learns nothing: the first update follows after update_interval * "
+            f"n_envs = {update_interval} * {num_envs} = {update_interval * num_envs} steps. Take more steps, or lower "
+            "update_interval. (Unlike SB3's A2C, it never takes more steps than it was told to; the steps count for "
+            "the first update of a next learn() with reset_num_timesteps=False.)"
+        )

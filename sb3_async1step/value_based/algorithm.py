@@ -28,7 +28,7 @@ from sb3_async1step.common.parameter_checks import (
 from sb3_async1step.sb3_internals import dump_logs_by_episodes
 from sb3_async1step.value_based.actor_learner import LOSSES, ValueBasedSettings
 from sb3_async1step.value_based.exploration import ExplorationSchedule, allot_final_epsilons
-from sb3_async1step.value_based.policies import CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_async1step.value_based.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, warn_of_own_predict
 from sb3_async1step.value_based.target_network import SharedQNetworks, count_syncs
 from sb3_async1step.vec_envs.observations import list_spaces
 
@@ -44,6 +44,8 @@ def default_learning_rate(observation_space: spaces.Space) -> Schedule:
     """
     has_images = any(is_image_space(space) for space in list_spaces(observation_space))
     return LEARNING_RATE_OF_IMAGES if has_images else LEARNING_RATE
+
+FINAL_EPSILONS = ("exploration_final_eps", "exploration_final_probs")
 
 
 class ValueBasedAlgorithm(AsyncAlgorithm):
@@ -167,14 +169,21 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         super()._setup_runtime()
         self._exploration: ExplorationSchedule | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in FINAL_EPSILONS:
+            # Arrays, Series and tensors would be read by whichever version of NumPy or pandas loads the file
+            value = to_list(value)
+        super().__setattr__(name, value)
+
     def _setup_model(self) -> None:
         if self.learning_rate is None:
             self.learning_rate = default_learning_rate(self.observation_space)
-        # Arrays, Series and tensors would be read by whichever version of NumPy or pandas loads the file
-        self.exploration_final_eps = to_list(self.exploration_final_eps)
-        self.exploration_final_probs = to_list(self.exploration_final_probs)
+        for name in FINAL_EPSILONS:
+            # Arguments of load() have not been set one by one
+            setattr(self, name, getattr(self, name))
         super()._setup_model()
         self._create_aliases()
+        warn_of_own_predict(self.policy)
 
     def _create_aliases(self) -> None:
         self.q_net = self.policy.q_net

@@ -22,6 +22,7 @@ from torch import nn
 
 from sb3_async1step.common.mixed_precision import MixedPrecision
 from sb3_async1step.common.torch_layers import MinAtarCNN, NipsCNN
+from sb3_async1step.common.warn import warn_the_caller
 
 #: CNNs of this package, whose constructors take ``layer_norm``
 CNNS_WITH_LAYER_NORM = (NipsCNN, MinAtarCNN)
@@ -73,6 +74,19 @@ def choose_layer_norm(
             "net_arch is empty: give it some, as in policy_kwargs=dict(net_arch=[256], layer_norm=True)."
         )
     return layer_norm
+
+
+def warn_of_own_predict(policy: DQNPolicy) -> None:
+    """
+    :param policy: a policy, whose class or Q-network may choose actions in a way of its own, as for a mask of actions
+    """
+    for module, known in ((policy, (DQNPolicy, MlpPolicy)), (policy.q_net, (DQNQNetwork,))):
+        if all(type(module)._predict is not base._predict for base in known):
+            warn_the_caller(
+                f"While they train, workers take the action with the highest Q-value, and do not call "
+                f"{type(module).__name__}._predict(), as predict() does. To keep them from an action, let the "
+                "forward() of the Q-network return a low value for it."
+            )
 
 
 class QNetwork(DQNQNetwork, MixedPrecision):

@@ -17,9 +17,11 @@ from weakref import WeakKeyDictionary, WeakSet
 RECHECK_INTERVAL = 0.05
 #: Seconds that a fork waits for workers to end their steps, at most: one of them may wait for the thread that forks
 FORK_TIMEOUT = 5.0
+#: Seconds that a thread that only looks at a model waits for its workers, at most: one of them may wait for that thread
+LOOK_TIMEOUT = 1.0
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Call:
     """
     A call of a function, which may end without a trace: a ``KeyboardInterrupt`` can be raised between any two bytecodes
@@ -166,6 +168,16 @@ class Gate:
         """
         return _Closed(self)
 
+    def closed_to_look(self) -> "_Closed":
+        """
+        Like :meth:`closed`, for a look at the model that does not change it: it waits for ``LOOK_TIMEOUT`` seconds at
+        most, since a step may wait for the calling thread, and not at all in a step of any model. Two models whose envs
+        play against each other would wait for each other.
+
+        :return: a context manager, whose variable is whether nobody is inside
+        """
+        return _Closed(self, LOOK_TIMEOUT)
+
     def passed(self, when: Callable[[], bool] = lambda: True) -> "_Passed":
         """
         Wait until the gate is open, and be inside until the end of the ``with`` block, in which the calling thread
@@ -182,22 +194,27 @@ class Gate:
         """
         return self._inside.is_by_this_thread()
 
-    def close(self, call: Call, timeout: float = math.inf) -> None:
+    def close(self, call: Call, timeout: float = math.inf) -> bool:
         """
         Close the gate until :meth:`open`, and wait until nobody is inside. Nothing happens if this thread is inside, or
         has closed it already.
 
         :param call: who closes it
         :param timeout: seconds to wait at most
+        :return: whether no other thread is inside
         """
         if self.is_inside() or self._closing.is_by_this_thread():
             # An env that plays against the model, say. It would wait for itself
-            return
+            return True
         deadline = time.monotonic() + timeout
         self.wait_for(lambda: not self._waiting or time.monotonic() > deadline)
         self._closing.add(call)
         # One after another: a file that is saved must not hold half of the parameters that another thread sets
-        self.wait_for(lambda: (not self._inside and self._closing.list()[0] is call) or time.monotonic() > deadline)
+        self.wait_for(lambda: self._is_closed_by(call) or time.monotonic() > deadline)
+        return self._is_closed_by(call)
+
+    def _is_closed_by(self, call: Call) -> bool:
+        return not self._inside and self._closing.list()[0] is call
 
     def open(self, call: Call) -> None:
         """
@@ -286,13 +303,16 @@ class Gate:
 
 # By hand: a context manager made from a generator could be interrupted before it has said whose call it is
 class _Closed:
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Gate, timeout: float = math.inf) -> None:
         self._gate = gate
+        self._timeout = timeout
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> bool:
         # The function with the ``with`` block
         self._call = Call(sys._getframe(1))
-        self._gate.close(self._call)
+        if self._timeout < math.inf and any(gate.is_inside() for gate in list(_gates)):
+            return True
+        return self._gate.close(self._call, self._timeout)
 
     def __exit__(self, *exc_info: object) -> None:
         self._gate.open(self._call)
