@@ -276,10 +276,15 @@ def run_zoo_script(name: str, program: Sequence[str]) -> None:
     :param program: beginning of the command that starts one of the Zoo's scripts instead, followed by its name
     """
     original = subprocess.call
+    done: list[list[str]] = []
 
     def call(command: list[str], *args: Any, **kwargs: Any) -> int:
         # The Zoo passes the name of an environment's files; Gymnasium needs its id
         command = [getattr(word, "gym_id", word) for word in command]
+        # record_training takes the statistics beside a checkpoint for another checkpoint
+        if command in done:
+            return 0
+        done.append(command)
         return original(replace_python(command, program), *args, **kwargs)
 
     with patch.object(subprocess, "call", call):
@@ -319,6 +324,24 @@ def repair_load_from_hub() -> None:
             raise expected(str(error)) from error
 
     module.load_from_hub = load_from_hub
+
+
+def repair_pictures_of_minatar() -> None:
+    """
+    Let MinAtar's games render images of bytes, large enough to be seen: theirs have one pixel for each field, and
+    colours from 0 to 1, which are black in a video.
+    """
+    env_class: Any = import_module("minatar.gym").BaseEnv
+    original = env_class.render
+
+    def render(env: Any) -> Any:
+        image = original(env)
+        # Unless this was repaired before
+        if env.render_mode != "rgb_array" or image.dtype == np.uint8:
+            return image
+        return np.kron(np.round(255 * image), np.ones((16, 16, 1))).astype(np.uint8)
+
+    env_class.render = render
 
 
 def repair_benchmark() -> None:

@@ -639,6 +639,21 @@ def test_histograms_of_a_model_whose_workers_push(algorithm):
     assert (recorded[f"histograms/weights/{name}"] == 42.0).all()
 
 
+def test_histograms_as_the_callback_of_an_evaluation(algorithm):
+    """SB3 gives no locals to the callback on a new best model."""
+    seen, model = [], make_model(algorithm, 1)
+
+    class Look(HistogramCallback):
+        def _on_step(self):
+            goes_on = super()._on_step()
+            seen.append({key.split("/")[1] for key in self.logger.name_to_value if key.startswith("histograms/")})
+            return goes_on
+
+    evaluation = EvalCallback(make_vec_env("CartPole-v1"), Look(freq=1), eval_freq=5, n_eval_episodes=1, verbose=0)
+    model.learn(20, evaluation)
+    assert {"weights", "values" if algorithm is A3C else "q_values"} <= seen[0]
+
+
 def test_histograms_without_the_observations(algorithm):
     """They stay on the nodes of a RayVecEnv."""
     model, histograms, seen = make_model(algorithm, 1), HistogramCallback(freq=1), []

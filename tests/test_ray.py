@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -102,6 +103,11 @@ def test_a_vec_env_like_any_other(env):
         assert [info.keys() for info in mine[3]] == [info.keys() for info in others[3]]
     env.set_attr("name", "x", indices=[1, 2])
     assert env.get_attr("name", indices=[2, 1]) == ["x", "x"]
+    env.set_attr("name", "last", indices=-1)
+    assert env.get_attr("name", indices=[-1, 3, -2]) == ["last", "last", "x"]
+    for ask in (partial(env.get_attr, "name"), partial(env.set_attr, "name", "y")):
+        with pytest.raises(IndexError):
+            ask(indices=4)
     assert [spec.id for spec in env.get_attr("spec")] == ["CartPole-v1"] * 4
     assert env.env_is_wrapped(gym.wrappers.OrderEnforcing) == local.env_is_wrapped(gym.wrappers.OrderEnforcing)
     assert env.env_method("has_wrapper_attr", "nothing", indices=3) == [False]

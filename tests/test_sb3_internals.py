@@ -12,6 +12,8 @@ import io
 import json
 import os
 import re
+import runpy
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -66,6 +68,7 @@ from sb3_async1step.sb3_internals import (
     repair_push_to_hub,
     replace_python,
     replace_results_writer,
+    run_zoo_script,
 )
 from sb3_async1step.zoo.cli import SCRIPTS
 
@@ -630,3 +633,20 @@ def test_a_change_is_found(change, check, found, monkeypatch):
 )
 def test_scripts_of_the_zoo_start_ours(command, replaced):
     assert replace_python(command, ["zoo"]) == replaced
+
+
+def test_record_training_records_each_checkpoint_once(monkeypatch):
+    """It finds a checkpoint twice, once by its statistics."""
+    checkpoints, calls = (100, 100, 200), []
+    monkeypatch.setattr(subprocess, "call", lambda command: calls.append(command) or 0)
+
+    def script(*args, **kwargs):
+        command = ["python", "-m", "rl_zoo3.record_video", "--load-checkpoint", ""]
+        for checkpoint in checkpoints:
+            # The Zoo's list is the same each time
+            command[-1] = str(checkpoint)
+            assert subprocess.call(command) == 0
+
+    monkeypatch.setattr(runpy, "run_module", script)
+    run_zoo_script("record_training", ["zoo"])
+    assert calls == [["zoo", "record_video", "--load-checkpoint", n] for n in ("100", "200")]

@@ -12,6 +12,8 @@ import zipfile
 from functools import partial
 from pathlib import Path
 
+import gymnasium as gym
+import numpy as np
 import optuna
 import pytest
 import torch as th
@@ -260,6 +262,40 @@ def test_checkpoints_have_their_statistics(tmp_path):
     assert "vecnormalize.pkl not found" in run(enjoy, cwd=tmp_path, code=1)
 
 
+def test_a_normalized_agent_goes_on_in_an_entry_without_normalization(tmp_path):
+    train = "train --algo a3c --env CartPole-v1 -n 100 --eval-freq 50 --n-eval-envs 1 -params n_envs:4"
+    run(f"{train} normalize:'dict(norm_obs=True,norm_reward=False)'", cwd=tmp_path)
+    logs = tmp_path / "logs" / "a3c"
+    for first, second in ((1, 2), (2, 3)):
+        run(f"{train} -i {logs}/CartPole-v1_{first}/CartPole-v1.zip", cwd=tmp_path)
+        folder = logs / f"CartPole-v1_{second}" / "CartPole-v1"
+        statistics = load_statistics(folder / "vecnormalize.pkl")
+        # The env is reset each time
+        assert statistics.obs_rms.count == pytest.approx(104 * second, abs=1)
+        entry = yaml.unsafe_load((folder / "config.yml").read_text())
+        assert entry["normalize"] == "dict(norm_obs=True, norm_reward=False)"
+    out = run("enjoy --algo a3c --env CartPole-v1 -f logs --no-render -n 20", cwd=tmp_path)
+    assert "Loading running average" in out
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "statistics"),
+    [
+        ("rl_model_200_steps.zip", "rl_model_vecnormalize_200_steps.pkl"),
+        ("foo_200_steps.zip", "foo_vecnormalize_200_steps.pkl"),
+        ("foo_200_steps.zip", None),
+        ("best_model.zip", None),
+        ("CartPole-v1.zip", None),
+    ],
+)
+def test_statistics_of_a_checkpoint(checkpoint, statistics, tmp_path):
+    for name in (checkpoint, "best_model.pkl", "CartPole-v1.pkl", statistics):
+        if name is not None:
+            (tmp_path / name).touch()
+    expected = None if statistics is None else tmp_path / statistics
+    assert experiment_manager.find_statistics(tmp_path / checkpoint) == expected
+
+
 def load_statistics(path):
     return VecNormalize.load(str(path), make_vec_env("CartPole-v1"))
 
@@ -337,6 +373,22 @@ def test_minatar(tmp_path):
     assert isinstance(AsyncOneStepSarsa.load(path).q_net.features_extractor, MinAtarCNN)
     out = run("enjoy --algo async_one_step_sarsa --env MinAtar/Breakout-v0 -f logs -n 300 --no-render", cwd=tmp_path)
     assert "Mean reward" in out
+
+
+def test_pictures_of_minatar(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sb3-async1step", "record_video", "--env", "MinAtar/Breakout-v0"])
+    # Once for each command
+    for _ in range(2):
+        cli.register_minatar()
+    env = gym.make("MinAtar/Breakout-v0", render_mode="rgb_array")
+    env.reset(seed=0)
+    image = env.render()
+    assert (image.shape, image.dtype) == ((160, 160, 3), np.uint8)
+    assert image.max() > 100
+    # Each field is a square of one colour
+    squares = image.reshape(10, 16, 10, 16, 3)
+    assert (squares == squares[:, :1, :, :1]).all()
+    assert gym.make("MinAtar/Breakout-v0", render_mode="array").unwrapped.render().shape == (10, 10, 4)
 
 
 def test_minatar_is_missing(tmp_path, monkeypatch, capsys):
@@ -518,6 +570,10 @@ def test_benchmark_and_plots(tmp_path, monkeypatch):
     assert f"{algo}|CartPole-v1" in (tmp_path / "scores" / "benchmark.md").read_text(), out
     assert algo.upper() in run(f"all_plots -a {algo} -e CartPole-v1 -f logs --no-display -o scores/all", cwd=tmp_path)
     run(f"plot_train -a {algo} -e CartPole-v1 -f logs", cwd=tmp_path)
+    asked = []
+    monkeypatch.setattr("rl_zoo3.plots.plot_train", lambda: asked.extend(sys.argv[1:]))
+    run("plot_train -a a3c -e MinAtar/Breakout-v0 CartPole-v1 -f logs", cwd=tmp_path)
+    assert asked == ["-a", "a3c", "-e", "MinAtar-Breakout-v0", "CartPole-v1", "-f", "logs"]
 
 
 TRAINED_AGENTS = sorted(Path(trained_agents_path()).glob("*/*_1"))
@@ -571,6 +627,7 @@ def test_other_folders_of_agents_are_the_users(tmp_path):
         ("train --algo a3c --vec-env-kwargs start_method:\"'fork'\"", "DummyVecEnv got an unexpected keyword argument"),
         ("train --algo a3c --vec-env healing --vec-env-kwargs n:1", "HealingVecEnv got an unexpected keyword argument"),
         ("train --algo a3c --vec-env ray -optimize --n-jobs 2", "trials run one after another: leave --n-jobs out"),
+        ("train --algo a3c --vec-env ray -optimize --n-jobs -1", "trials run one after another: leave --n-jobs out"),
         ("train --algo a3c -params learning_rate:lin_1e-3", "'lin_1e' is not defined. Values are Python, where a text"),
         ("train --algo a3c -params n_workers:auto net_arch:[", "'auto' is not defined"),
         ("train --algo a3c -params net_arch:[", "'[' was never closed"),
@@ -582,6 +639,32 @@ def test_wrong_commands(arguments, problem, tmp_path):
     out = run(arguments, cwd=tmp_path, code=2)
     assert problem in out
     assert "Traceback" not in out
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        # A conf file in Python is executed by the Zoo
+        "hyperparams = {'CartPole-v1': {'n_timesteps': 20, 'policy': missing}}",
+        # The constructor of a dataclass is made from a string
+        """
+import dataclasses
+
+@dataclasses.dataclass
+class Size:
+    n: int
+
+    def __post_init__(self):
+        missing
+
+Size(1)
+""",
+    ],
+)
+def test_errors_in_code_of_the_users_have_a_traceback(code, tmp_path):
+    (tmp_path / "conf.py").write_text(code)
+    out = run("train --algo a3c --env CartPole-v1 --conf-file conf.py", cwd=tmp_path, code=1)
+    assert "Traceback" in out and "NameError: name 'missing' is not defined" in out
 
 
 def test_help(tmp_path):

@@ -34,8 +34,10 @@ class HistogramCallback(BaseCallback):
             # Waits for the updates that workers still apply, and fetches what nodes have learned
             self.model.get_parameters()
             self._record_parameters()
-            if not isinstance(self.locals["new_obs"], NotCarried):
-                self._record_values()
+            # As the callback of an EvalCallback, it has no locals
+            observations = self.locals.get("new_obs", self.model._last_obs)
+            if observations is not None and not isinstance(observations, NotCarried):
+                self._record_values(observations)
         return True
 
     def _record_parameters(self) -> None:
@@ -45,9 +47,9 @@ class HistogramCallback(BaseCallback):
             if parameter.grad is not None:
                 self._record(f"gradients/{name}", parameter.grad.clone())
 
-    def _record_values(self) -> None:
+    def _record_values(self, observations: Any) -> None:
         policy: Any = self.model.policy
-        observations, _ = policy.obs_to_tensor(self.locals["new_obs"])
+        observations, _ = policy.obs_to_tensor(observations)
         with th.no_grad():
             if isinstance(policy, ActorCriticPolicy):
                 self._record("values", policy.predict_values(observations))

@@ -282,9 +282,13 @@ class RayVecEnv(VecEnv):
         requests, self._requests = self._requests, []
         return join_results(self._get(requests))
 
+    def _find_lanes(self, indices: VecEnvIndices) -> list[int]:
+        # Negative ones are counted from the end, as SB3's VecEnvs do
+        return [range(self.num_envs)[index] for index in self._get_indices(indices)]
+
     def _ask_lanes(self, method: str, *args: Any, indices: VecEnvIndices, **kwargs: Any) -> list[Any]:
         """Call a method that answers for some lanes, and put the answers into the order of the indices."""
-        wanted = list(self._get_indices(indices))
+        wanted = self._find_lanes(indices)
         questions, order = [], []
         for node in self.nodes:
             lanes = [lane for lane in wanted if lane in node.lanes]
@@ -310,7 +314,7 @@ class RayVecEnv(VecEnv):
         :param value: its new value
         :param indices: lanes, by default all
         """
-        wanted = list(self._get_indices(indices))
+        wanted = self._find_lanes(indices)
         questions = []
         for node in self.nodes:
             own = [lane - node.lanes.start for lane in wanted if lane in node.lanes]

@@ -45,6 +45,7 @@ def default_learning_rate(observation_space: spaces.Space) -> Schedule:
     has_images = any(is_image_space(space) for space in list_spaces(observation_space))
     return LEARNING_RATE_OF_IMAGES if has_images else LEARNING_RATE
 
+
 FINAL_EPSILONS = ("exploration_final_eps", "exploration_final_probs")
 
 

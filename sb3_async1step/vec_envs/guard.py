@@ -28,7 +28,7 @@ class GuardedMethod(partial):
 
 def guard_vec_env(
     env: VecEnv,
-    standing_still: Callable[[], AbstractContextManager[None]],
+    standing_still: Callable[[], AbstractContextManager[object]],
     settle: Callable[[], None],
     may_step: Callable[[], bool],
 ) -> None:

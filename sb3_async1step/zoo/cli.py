@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import NoReturn
 
 import rl_zoo3.enjoy
@@ -30,6 +31,7 @@ from sb3_async1step.sb3_internals import (
     normalized_as_checkpoints,
     repair_benchmark,
     repair_load_from_hub,
+    repair_pictures_of_minatar,
     repair_push_to_hub,
     replace_experiment_manager,
     replace_vec_env_class,
@@ -164,6 +166,8 @@ def run(command: str) -> None:
         with normalized_as_checkpoints(find_statistics):
             rl_zoo3.enjoy.enjoy()
     elif command in PLOTS:
+        # These look for folders, whose names have no slash
+        sys.argv[1:] = [word.replace("MinAtar/", "MinAtar-") for word in sys.argv[1:]]
         # Imported here, since that takes long
         getattr(import_module("rl_zoo3.plots"), command)()
     else:
@@ -193,12 +197,27 @@ def check_ray() -> None:
         fail(str(error))
 
 
+def is_of_an_option(error: Exception) -> bool:
+    """
+    :param error: a ``NameError`` or ``SyntaxError``
+    :return: whether it is of the value of an option (``--hyperparams``, ``--env-kwargs`` and the like), which the Zoo
+        evaluates as Python, and not of other code, which has a traceback to be seen
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    # What can't be compiled has no frame
+    is_of_a_string = "<string>" in (frames[-1].filename, getattr(error, "filename", None))
+    caller = next(frame for frame in reversed(frames) if frame.filename != "<string>")
+    is_of_the_zoo = Path(caller.filename).parent == Path(rl_zoo3.__file__).parent
+    return is_of_a_string and is_of_the_zoo and "eval(" in (caller.line or "")
+
+
 def register_minatar() -> None:
     """Register MinAtar's games with Gymnasium, but only if the command line names one: importing them takes seconds."""
     if not any("MinAtar/" in word for word in sys.argv):
         return
     try:
         import_module("minatar.gym").register_envs()
+        repair_pictures_of_minatar()
     except ModuleNotFoundError as error:
         fail(f"MinAtar's games need a package that is not installed ({error.name}): pip install minatar")
 
@@ -226,9 +245,6 @@ def main() -> None:
             raise
         fail(str(error))
     except (NameError, SyntaxError) as error:
-        # The Zoo evaluates the values of --hyperparams, --env-kwargs and the like as Python
-        files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-        # What can't be compiled has no frame
-        if "<string>" not in (*files, getattr(error, "filename", None)):
+        if not is_of_an_option(error):
             raise
         fail(f"{error}. Values are Python, where a text needs quotes of its own: -params learning_rate:\"'lin_1e-3'\"")

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 from contextlib import redirect_stdout
 from importlib.resources import files
 from pathlib import Path
@@ -53,8 +54,12 @@ def find_statistics(checkpoint: Path) -> Path | None:
     :param checkpoint: file of a checkpoint
     :return: file with the statistics of ``VecNormalize`` at that time, if there is one
     """
-    path = checkpoint.with_name(checkpoint.name.replace("rl_model_", "rl_model_vecnormalize_")).with_suffix(".pkl")
-    return path if path.exists() and path.name != checkpoint.name else None
+    # The names that SB3's CheckpointCallback gives them
+    name = re.fullmatch(r"(.*)_(\d+_steps)\.zip", checkpoint.name)
+    if name is None:
+        return None
+    path = checkpoint.with_name(f"{name[1]}_vecnormalize_{name[2]}.pkl")
+    return path if path.exists() else None
 
 
 class ContinuedTraining:
@@ -98,6 +103,8 @@ class AsyncExperimentManager(ExperimentManager):
     own_vec_env: ClassVar[str | None] = None
     #: Keyword arguments of the VecEnv's class, beside the Zoo's
     default_vec_env_kwargs: ClassVar[dict[str, Any]] = {}
+    # The entry's ``normalize`` that an agent would have which was loaded with ``-i``, if there is none
+    _normalization_of_agent: str | None = None
 
     def __init__(self, args: Any, algo: str, *positional: Any, **kwargs: Any) -> None:
         if kwargs.get("config") is None and algo in ALGORITHMS:
@@ -136,16 +143,27 @@ class AsyncExperimentManager(ExperimentManager):
     def _maybe_normalize(self, env: VecEnv, eval_env: bool) -> VecEnv:
         statistics = find_statistics(Path(self.trained_agent)) if self.continue_training else None
         if statistics is None:
-            return super()._maybe_normalize(env, eval_env)
-        print("Loading saved VecNormalize stats")
-        env = VecNormalize.load(str(statistics), env)
-        if eval_env:
-            env.training = env.norm_reward = False
+            env = super()._maybe_normalize(env, eval_env)
+        else:
+            print("Loading saved VecNormalize stats")
+            env = VecNormalize.load(str(statistics), env)
+            if eval_env:
+                env.training = env.norm_reward = False
+        if isinstance(env, VecNormalize) and not (self.normalize or eval_env):
+            # The agent to go on with is normalized, although its env's entry is not: its statistics are to be saved
+            self.normalize = True
+            self._normalization_of_agent = f"dict(norm_obs={env.norm_obs}, norm_reward={env.norm_reward})"
         return env
+
+    def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
+        if self._normalization_of_agent is not None:
+            saved_hyperparams = {**saved_hyperparams, "normalize": self._normalization_of_agent}
+        super()._save_config(saved_hyperparams)
 
     def hyperparameters_optimization(self) -> None:
         """Search. What is not searched for is that of the environment's entry, also among the ``policy_kwargs``."""
-        if self.n_jobs > 1 and self.vec_env_class is RayVecEnv:
+        # -1 is one for each core
+        if self.n_jobs != 1 and self.vec_env_class is RayVecEnv:
             raise ValueError(ONE_TRIAL_AT_A_TIME)
         if self.algo in ALGORITHMS:
             policy_kwargs = self._hyperparams.get("policy_kwargs", {})
