@@ -7,8 +7,11 @@ import pytest
 import torch as th
 
 from sb3_async1step import AsyncNStepQ, AsyncOneStepQ, SharedRMSprop
+from sb3_async1step.async_n_step_q.actor_learner import NStepQActorLearner
 from sb3_async1step.value_based.exploration import allot_final_epsilons
 from sb3_async1step.vec_envs.split import group_lanes
+from sb3_async1step.workers.lanes import Lanes
+from sb3_async1step.workers.rollout import Rollout, RolloutBuffer
 from tests.envs import RandomWalkEnv, make_env
 
 GAMMA = 0.9
@@ -180,3 +183,97 @@ def test_segments_of_several_steps_are_not():
         model = algorithm("MlpPolicy", make_env(4), n_workers=1, update_interval=5, seed=SEED)
         weights.append(model.learn(400).q_net.q_net[0].weight)
     assert not th.allclose(*weights, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+@pytest.mark.parametrize(
+    ("batch_size", "sizes"), [(5, [5, 5, 5, 5]), (7, [7, 7, 6]), (3, [3] * 6 + [2]), (20, [20]), (31, [20]), (50, [20])]
+)
+def test_minibatches(batch_size, sizes, n_workers, monkeypatch):
+    """An update follows each of them, and together they are the segment, with the returns that it has as a whole."""
+    segments, minibatches = [], []
+    take, compute_loss = RolloutBuffer.take, NStepQActorLearner.compute_loss
+
+    def keep_segment(buffer):
+        rollout = take(buffer)
+        segments.append(deepcopy(rollout))
+        return rollout
+
+    def keep_minibatch(worker, rollout):
+        with th.no_grad():
+            targets = rollout.flatten(worker.compute_targets(rollout))
+        minibatches.append((worker, deepcopy(rollout), targets))
+        return compute_loss(worker, rollout)
+
+    monkeypatch.setattr(RolloutBuffer, "take", keep_segment)
+    monkeypatch.setattr(NStepQActorLearner, "compute_loss", keep_minibatch)
+    model = AsyncNStepQ(
+        "MlpPolicy",
+        make_env(4 * n_workers),
+        learning_rate=lambda progress_remaining: 1e-2,
+        n_workers=n_workers,
+        batch_size=batch_size,
+        target_update_interval=10**6,
+        q_lambda=0.5,
+        max_grad_norm=0.5,
+        backend="serial",
+        policy_kwargs={"net_arch": [16], "optimizer_class": th.optim.SGD},
+        seed=SEED,
+    )
+    network, target = deepcopy(model.q_net), deepcopy(model.q_net_target)
+    model.learn(3 * 20 * n_workers)
+    assert [rollout.rewards.size for _, rollout, _ in minibatches] == sizes * 3 * n_workers
+    assert model._n_updates == len(minibatches)
+
+    for number, segment in enumerate(segments):
+        parts = minibatches[number * len(sizes) : (number + 1) * len(sizes)]
+        # Each transition is in one minibatch
+        expected, *rows = (
+            np.column_stack([rollout.flatten(rollout.observations), rollout.flatten(rollout.actions)])
+            for rollout in (segment, *(part for _, part, _ in parts))
+        )
+        np.testing.assert_array_equal(*(np.unique(each, axis=0) for each in (np.concatenate(rows), expected)))
+        assert len(np.unique(expected, axis=0)) == 20
+        # By hand: Peng's Q(lambda), from the end
+        with th.no_grad():
+            values = target(th.as_tensor(segment.next_observations).flatten(0, 1)).max(dim=1).values.reshape(5, 4)
+        following, returns = values[-1].numpy(), {}
+        for t in reversed(range(5)):
+            mixture = 0.5 * np.where(segment.truncated[t] | (t == 4), values[t], following) + 0.5 * values[t].numpy()
+            following = segment.rewards[t] + model.gamma * ~segment.terminated[t] * mixture
+            for lane in range(4):
+                returns[tuple(segment.observations[t, lane])] = following[lane]
+        for _, part, targets in parts:
+            wanted = [returns[tuple(row)] for row in part.flatten(part.observations)]
+            np.testing.assert_allclose(targets.numpy(), wanted, rtol=1e-5)
+
+    if n_workers == 2:
+        return
+    # One update after the other
+    for _, part, targets in minibatches:
+        q_values = network(th.as_tensor(part.flatten(part.observations)))
+        chosen = q_values.gather(1, th.as_tensor(part.flatten(part.actions)).reshape(-1, 1)).squeeze(1)
+        network.zero_grad()
+        (5 * th.nn.functional.mse_loss(chosen, targets)).backward()
+        th.nn.utils.clip_grad_norm_(network.parameters(), 0.5)
+        with th.no_grad():
+            for parameter in network.parameters():
+                parameter.sub_(1e-2 * parameter.grad)
+    for name, parameter in model.q_net.state_dict().items():
+        th.testing.assert_close(parameter, network.state_dict()[name], rtol=1e-4, atol=1e-6)
+
+
+def test_minibatches_of_lanes_that_are_not_equally_far():
+    """Such as those of a SubprocVecEnv."""
+    ones = np.ones((3, 2), dtype=np.float32)
+    rollout = Rollout(np.arange(6.0).reshape(3, 2, 1), ones, ones, ones[..., None], ones < 0, ones < 0)
+    rollout.lengths = np.array([3, 1])
+    env = make_env(2)
+    model = AsyncNStepQ("MlpPolicy", env, batch_size=2, q_lambda=1.0)
+    model._shared = model._share_parameters()
+    (worker,) = model._make_workers([Lanes(model.env)], [range(2)], model.env.reset())
+    worker.compute_targets = lambda rollout: rollout.unflatten(th.tensor([10.0, 11.0, 12.0, 14.0]))
+    parts = list(worker.make_minibatches(rollout))
+    assert [part.n_transitions for part in parts] == [2, 2]
+    pairs = [pair for part in parts for pair in zip(part.observations.ravel(), part.targets.ravel(), strict=True)]
+    assert sorted(pairs) == [(0.0, 10.0), (1.0, 11.0), (2.0, 12.0), (4.0, 14.0)]

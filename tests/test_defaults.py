@@ -34,7 +34,7 @@ def test_what_differs_between_the_value_based_algorithms():
     # Sarsa learns the values of the policy that explores
     epsilons = {"exploration_final_eps": (0.1, 0.01, 0.3), "exploration_final_probs": (0.4, 0.3, 0.3)}
     assert sarsa == q | epsilons
-    assert n_step == q | {"update_interval": 5, "q_lambda": 1.0}
+    assert n_step == q | {"update_interval": 5, "q_lambda": 1.0, "batch_size": None}
 
 
 # ---------------------------------------------------------------------- lanes

@@ -80,6 +80,7 @@ VALUES = {
     "tau": 0.5,
     "loss": "huber",
     "q_lambda": 0.5,
+    "batch_size": 3,
     "gae_lambda": 0.5,
     "ent_coef": 0.5,
     "vf_coef": 0.25,

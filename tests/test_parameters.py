@@ -117,6 +117,12 @@ def test_one_epsilon_in_any_type(value):
     assert model._exploration.final_eps.tolist() == [0.25] * 4
 
 
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5, True, "32"])
+def test_a_batch_size_out_of_range(batch_size):
+    with pytest.raises(ValueError, match=f"batch_size must be a whole number of at least 1, got {batch_size!r}"):
+        AsyncNStepQ("MlpPolicy", make_env(4), batch_size=batch_size)
+
+
 @pytest.mark.parametrize("q_lambda", [-0.1, 1.1, float("nan"), None, "1"])
 def test_a_q_lambda_out_of_range(q_lambda):
     with pytest.raises(ValueError, match=rf"q_lambda must be in \[0, 1\], got {q_lambda!r}"):

@@ -1,5 +1,6 @@
 """Algorithm 2 of the paper (in its supplement): one thread of asynchronous n-step Q-learning."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch as th
 
 from sb3_async1step.value_based.actor_learner import ValueBasedActorLearner, ValueBasedSettings
 from sb3_async1step.vec_envs.observations import take_rows
-from sb3_async1step.workers.rollout import Rollout
+from sb3_async1step.workers.rollout import Rollout, map_fields
 
 
 @dataclass
@@ -16,9 +17,22 @@ class NStepQSettings(ValueBasedSettings):
     What all workers of n-step Q-learning need to know.
 
     :param q_lambda: weight of the longer returns, 1 for n-step returns
+    :param batch_size: number of transitions that an update learns from, None for all of a segment
     """
 
     q_lambda: float
+    batch_size: int | None
+
+
+@dataclass
+class Minibatch(Rollout):
+    """
+    Some transitions of a rollout, as if they were of one time step in ``n_lanes`` lanes.
+
+    :param targets: what their Q-values shall come closer to, shape ``(1, n_lanes)``
+    """
+
+    targets: np.ndarray
 
 
 class NStepQActorLearner(ValueBasedActorLearner[NStepQSettings, Rollout]):
@@ -26,7 +40,24 @@ class NStepQActorLearner(ValueBasedActorLearner[NStepQSettings, Rollout]):
 
     settings: NStepQSettings
 
+    def make_minibatches(self, rollout: Rollout) -> Iterable[Rollout]:
+        batch_size = self.settings.batch_size
+        n_minibatches = 1 if batch_size is None else max(1, round(rollout.n_transitions / batch_size))
+        if n_minibatches == 1:
+            yield rollout
+            return
+        # Transitions of one lane resemble each other: each minibatch has some of all lanes
+        order = self.random_generator.permutation(rollout.n_transitions)
+        # Returns are of the whole segment
+        with th.no_grad():
+            targets = rollout.flatten(self.compute_targets(rollout)).cpu().numpy()
+        for rows in np.array_split(order, n_minibatches):
+            selected = map_fields(lambda array, rows=rows: rollout.flatten(array)[rows][None], rollout)
+            yield Minibatch(**vars(selected), targets=targets[rows][None])
+
     def compute_targets(self, rollout: Rollout) -> th.Tensor:
+        if isinstance(rollout, Minibatch):
+            return self.to_device(rollout.targets)
         rewards = self.to_device(rollout.rewards)
         continues = self.to_device(~rollout.terminated).float()
         # The last steps of the rollout and of truncated episodes: returns bootstrap there

@@ -7,7 +7,7 @@ from stable_baselines3.dqn.policies import DQNPolicy
 
 from sb3_async1step.async_n_step_q.actor_learner import NStepQActorLearner, NStepQSettings
 from sb3_async1step.common.async_algorithm import Backend
-from sb3_async1step.common.parameter_checks import check_unit_interval
+from sb3_async1step.common.parameter_checks import check_unit_interval, check_whole
 from sb3_async1step.value_based.algorithm import ValueBasedAlgorithm
 from sb3_async1step.workers.actor_learner import ActorLearner
 
@@ -43,6 +43,9 @@ class AsyncNStepQ(ValueBasedAlgorithm):
     :param loss: ``"mse"`` (the paper's) or ``"huber"`` (DQN's), of the TD error
     :param q_lambda: weight of the longer returns in the targets. 1 is the paper's n-step return; a smaller value mixes
         it with the shorter ones (Peng's Q(lambda), as in Gallici et al. 2025), 0 is the one-step return
+    :param batch_size: number of transitions that an update learns from. The transitions of a segment are shuffled, and
+        split into minibatches of about this size (as in Gallici et al. 2025). By default, one update learns from all of
+        them, as in the paper
     :param lock_updates: whether workers wait for each other's updates. With any other optimizer than
         :class:`~sb3_async1step.SharedRMSprop`, such as the default, Adam, they always do
     :param backend: ``"threads"``, or ``"serial"``: the same workers take turns on the calling thread, reproducible
@@ -60,7 +63,7 @@ class AsyncNStepQ(ValueBasedAlgorithm):
     """
 
     actor_learner_class: ClassVar[type[ActorLearner]] = NStepQActorLearner
-    _followed: ClassVar[frozenset[str]] = ValueBasedAlgorithm._followed | {"q_lambda"}
+    _followed: ClassVar[frozenset[str]] = ValueBasedAlgorithm._followed | {"q_lambda", "batch_size"}
 
     def __init__(
         self,
@@ -81,6 +84,7 @@ class AsyncNStepQ(ValueBasedAlgorithm):
         max_grad_norm: float = 10.0,
         loss: Literal["mse", "huber"] = "mse",
         q_lambda: float = 1.0,
+        batch_size: int | None = None,
         lock_updates: bool = False,
         backend: Backend = "threads",
         stats_window_size: int = 100,
@@ -93,6 +97,7 @@ class AsyncNStepQ(ValueBasedAlgorithm):
     ) -> None:
         # Before super().__init__(), which checks all parameters
         self.q_lambda = q_lambda
+        self.batch_size = batch_size
         super().__init__(
             policy,
             env,
@@ -124,6 +129,9 @@ class AsyncNStepQ(ValueBasedAlgorithm):
     def _check_parameters(self) -> None:
         super()._check_parameters()
         check_unit_interval(q_lambda=self.q_lambda)
+        if self.batch_size is not None:
+            check_whole(batch_size=self.batch_size)
 
     def _make_settings(self, num_envs: int) -> NStepQSettings:
-        return NStepQSettings(**self._get_value_based_settings(num_envs), q_lambda=self.q_lambda)
+        settings = self._get_value_based_settings(num_envs)
+        return NStepQSettings(**settings, q_lambda=self.q_lambda, batch_size=self.batch_size)

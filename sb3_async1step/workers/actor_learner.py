@@ -1,7 +1,7 @@
 """One thread of the paper: pull, act, step, store, gradient, push."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -119,6 +119,8 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         self._env_actions: Any = None
         # Metrics and number of time steps of each gradient since the last update
         self._metrics: list[tuple[dict[str, float], float]] = []
+        # Updates of this step
+        self._updates: list[UpdateStats] = []
         self._graph_is_checked = False
 
     @property
@@ -147,6 +149,15 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         :param rollout: transitions since the last gradient, time by lane
         :return: mean loss over the transitions, a scalar, and metrics for the logger
         """
+
+    def make_minibatches(self, rollout: AnyRollout) -> Iterable[AnyRollout]:
+        """
+        Say what to learn from one after the other, with an update after each.
+
+        :param rollout: transitions since the last gradient, time by lane
+        :return: these as a whole, or parts of them
+        """
+        return [rollout]
 
     def complete_step(self, step: Rollout, new_obs: Observations, lanes: Rows) -> AnyRollout:
         """
@@ -245,7 +256,9 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         if is_due:
             self.accumulate_gradient()
         self.after_step(count(n_new), n_new * self.shared.pace)
-        updates = [self._update()] if is_due else []
+        if is_due:
+            self._update()
+        updates, self._updates = self._updates, []
         return Transitions(self._env_actions[lanes], **vars(arrived), updates=updates)
 
     def _is_update_due(self, dones: np.ndarray) -> bool:
@@ -283,10 +296,21 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         return RolloutBuffer(n_steps, self.n_lanes)
 
     def accumulate_gradient(self) -> None:
-        """Add the gradient of the transitions since the last one: d_theta <- d_theta + ..."""
+        """
+        Add the gradient of the transitions since the last one: d_theta <- d_theta + ... Of several minibatches, all but
+        the last are followed by an update here.
+        """
         if self.rollout.n_filled == 0:
             return
         rollout = self.rollout.take()
+        n_steps = rollout.n_transitions / self.n_lanes
+        for number, minibatch in enumerate(self.make_minibatches(rollout)):
+            if number > 0:
+                self._update()
+                self.local.pull()
+            self._add_gradient(minibatch, n_steps)
+
+    def _add_gradient(self, rollout: AnyRollout, n_steps: float) -> None:
         # BatchNorm cannot normalize a single transition
         mode = rollout.n_transitions > 1
         if self.local.learning_network.training != mode:
@@ -297,18 +321,17 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
             self._graph_is_checked = True
         self.local.share_buffers()
         # Mean over the lanes, sum over the time steps
-        n_steps = rollout.n_transitions / self.n_lanes
         (loss * n_steps).backward()
         self._metrics.append((metrics, n_steps))
 
-    def _update(self) -> UpdateStats:
+    def _update(self) -> None:
         grad_norm = self._clip_gradient()
         staleness = self.local.push()
         metrics = {**_average(self._metrics), "train/grad_norm": grad_norm}
         self._metrics.clear()
         self._n_since_update = 0
         self._is_in_segment = False
-        return UpdateStats(metrics, staleness)
+        self._updates.append(UpdateStats(metrics, staleness))
 
     def _clip_gradient(self) -> float:
         """Clip the gradient, and return its norm before."""

@@ -109,7 +109,7 @@ class RolloutBuffer(Generic[AnyRollout]):
         """
         if self._storage is None:
             shape = self.n_steps, self._n_lanes
-            self._storage = _map_fields(lambda array: _allocate(shape, array), step)
+            self._storage = map_fields(lambda array: _allocate(shape, array), step)
         rows = self._advance(lanes)
         for name in _names_of_arrays(step):
             store_rows(getattr(self._storage, name), rows, getattr(step, name))
@@ -139,7 +139,7 @@ class RolloutBuffer(Generic[AnyRollout]):
     def _view(self) -> AnyRollout:
         assert self._storage is not None
         n_filled = self.n_filled
-        view = _map_fields(lambda array: array[:n_filled], self._storage)
+        view = map_fields(lambda array: array[:n_filled], self._storage)
         if self._lengths is not None and self._lengths.min() < n_filled:
             view.lengths = self._lengths
         return view
@@ -154,7 +154,7 @@ class RolloutBuffer(Generic[AnyRollout]):
         if self.n_filled == 0:
             return None
         view = self._view()
-        state = _map_fields(np.copy, view)
+        state = map_fields(np.copy, view)
         if view.lengths is not None:
             state.lengths = view.lengths.copy()
         return state
@@ -171,7 +171,7 @@ class RolloutBuffer(Generic[AnyRollout]):
             self.n_steps, self._storage = len(state) + 1, None
         for t in range(len(state)):
             lanes = ALL_LANES if state.lengths is None else np.flatnonzero(state.lengths > t)
-            self.add(_map_fields(lambda array, t=t, lanes=lanes: array[t][lanes], state), lanes)
+            self.add(map_fields(lambda array, t=t, lanes=lanes: array[t][lanes], state), lanes)
 
 
 def merge_time_and_lanes(observations: Observations) -> Observations:
@@ -186,7 +186,12 @@ def _names_of_arrays(rollout: Rollout) -> list[str]:
     return [field.name for field in fields(rollout) if field.name != "lengths"]
 
 
-def _map_fields(function: Any, rollout: AnyRollout) -> AnyRollout:
+def map_fields(function: Any, rollout: AnyRollout) -> AnyRollout:
+    """
+    :param function: applied to each array
+    :param rollout: a rollout
+    :return: one with the results
+    """
     values: dict[str, Any] = {name: map_arrays(function, getattr(rollout, name)) for name in _names_of_arrays(rollout)}
     return type(rollout)(**values)
 
