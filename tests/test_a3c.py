@@ -562,6 +562,10 @@ def test_rms_prop_eps_that_changes_between_two_trainings(tmp_path):
     assert eps_of(model.learn(20)) == {0.1}
     loaded = A3C.load(tmp_path / "model", env=make_env(2), rms_prop_eps=0.5)
     assert eps_of(loaded.learn(20)) == {0.5}
+    # Nothing else changes it
+    for group in loaded.policy.optimizer.param_groups:
+        group["eps"] = 0.75
+    assert eps_of(loaded.learn(20)) == {0.75}
     # What the user says of the optimizer comes first
     named = A3C("MlpPolicy", make_env(2), rms_prop_eps=0.1, policy_kwargs={"optimizer_kwargs": {"eps": 0.25}})
     assert eps_of(named.learn(20)) == {0.25}

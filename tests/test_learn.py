@@ -469,6 +469,10 @@ def test_too_few_steps_for_an_update(algorithm, total, learns):
     assert len(messages) == (not learns)
     assert learns or "update_interval * n_envs = 10 * 4 = 40 steps" in messages[0]
     assert are_equal(weights_of(model), before) != learns
+    # With several workers, one may take most of the steps
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        algorithm("MlpPolicy", make_env(4), n_workers=2, update_interval=10).learn(total)
     # The next training goes on with the segment
     with warnings.catch_warnings():
         warnings.simplefilter("error")

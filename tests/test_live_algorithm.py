@@ -642,17 +642,25 @@ def test_histograms_of_a_model_whose_workers_push(algorithm):
 
 def test_histograms_as_the_callback_of_an_evaluation(algorithm):
     """SB3 gives no locals to the callback on a new best model."""
-    seen, model = [], make_model(algorithm, 1)
 
     class Look(HistogramCallback):
+        def __init__(self, freq):
+            super().__init__(freq)
+            self.seen = []
+
         def _on_step(self):
+            self.logger.name_to_value.clear()
             goes_on = super()._on_step()
-            seen.append({key.split("/")[1] for key in self.logger.name_to_value if key.startswith("histograms/")})
+            self.seen.append({key.split("/")[1] for key in self.logger.name_to_value if key.startswith("histograms/")})
             return goes_on
 
-    evaluation = EvalCallback(make_vec_env("CartPole-v1"), Look(freq=1), eval_freq=5, n_eval_episodes=1, verbose=0)
-    model.learn(20, evaluation)
-    assert {"weights", "values" if algorithm is A3C else "q_values"} <= seen[0]
+    on_best, after = Look(freq=1), Look(freq=20)
+    evaluation = EvalCallback(make_vec_env("CartPole-v1"), on_best, after, eval_freq=7, n_eval_episodes=1, verbose=0)
+    make_model(algorithm, 1).learn(42, evaluation)
+    kinds = {"weights", "values" if algorithm is A3C else "q_values"}
+    assert kinds <= on_best.seen[0]
+    # After 14, 28 and 42 steps: multiples of 20 were crossed in between, if not in these very steps
+    assert not after.seen[0] and all(kinds <= seen for seen in after.seen[1:])
 
 
 def test_histograms_without_the_observations(algorithm):
@@ -988,8 +996,11 @@ def test_two_models_whose_envs_play_against_each_other(algorithm):
         return algorithm("MlpPolicy", env, n_workers=1, policy_kwargs=SMALL)
 
     models.update(black=make("white"), white=make("black"))
-    with meanwhile(lambda: models["black"].learn(400)):
-        models["white"].learn(400)
+    with warnings.catch_warnings():
+        # predict() warns if it has waited
+        warnings.simplefilter("error")
+        with meanwhile(lambda: models["black"].learn(400)):
+            models["white"].learn(400)
     assert [model.num_timesteps for model in models.values()] == [400, 400]
 
 
@@ -1002,7 +1013,7 @@ def test_an_env_that_waits_for_a_thread_that_asks_the_model(algorithm, n_workers
             return opponent.submit(model.predict, observation, deterministic=True).result()
 
         model = algorithm("MlpPolicy", make_env(2, partial(Game, choose)), n_workers=n_workers, policy_kwargs=SMALL)
-        with pytest.warns(UserWarning, match=r"predict\(\) has waited a second .* model.policy.predict\(\)"):
+        with pytest.warns(UserWarning, match=r"predict\(\) stopped waiting .* model.policy.predict\(\)"):
             assert model.learn(20).num_timesteps == 20
 
 
@@ -1035,3 +1046,43 @@ def test_a_training_in_a_callback_leaves_the_number_of_threads():
     finally:
         th.set_num_threads(before)
     assert numbers == [1] * 5
+
+
+@pytest.mark.parametrize("is_learning", [True, False])
+def test_who_waits_for_a_step_that_takes_long(is_learning, monkeypatch):
+    """The thread of ``learn()``: a callback saves the very model that it evaluated. Others may be waited for."""
+    monkeypatch.setattr(gate, "LOOK_TIMEOUT", 0.0)
+    the_gate, looker = Gate(), threading.current_thread()
+    is_inside, has_looked = threading.Event(), threading.Event()
+
+    def step() -> None:
+        with the_gate.passed():
+            is_inside.set()
+            wait_until(lambda: is_waiting(looker) if is_learning else has_looked.is_set())
+
+    if is_learning:
+        the_gate.begin_learning(gate.Call(inspect.currentframe()))
+    with meanwhile(step):
+        is_inside.wait(DEADLINE)
+        with the_gate.closed_to_look() as nobody_steps:
+            has_looked.set()
+    assert nobody_steps == is_learning
+
+
+def test_a_look_waits_for_a_thread_that_replaces_the_model(algorithm, monkeypatch):
+    """Without a warning: that thread is in no step that could wait for it."""
+    monkeypatch.setattr(gate, "LOOK_TIMEOUT", 0.0)
+    model, is_closed = make_model(algorithm, 1), threading.Event()
+    looker: list[threading.Thread] = []
+
+    def replace() -> None:
+        with model._gate.closed():
+            is_closed.set()
+            wait_until(lambda: looker and is_waiting(looker[0]))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with meanwhile(replace):
+            is_closed.wait(DEADLINE)
+            looker.append(threading.current_thread())
+            model.predict(np.zeros(4, dtype=np.float32))

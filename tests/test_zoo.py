@@ -574,6 +574,9 @@ def test_benchmark_and_plots(tmp_path, monkeypatch):
     monkeypatch.setattr("rl_zoo3.plots.plot_train", lambda: asked.extend(sys.argv[1:]))
     run("plot_train -a a3c -e MinAtar/Breakout-v0 CartPole-v1 -f logs", cwd=tmp_path)
     assert asked == ["-a", "a3c", "-e", "MinAtar-Breakout-v0", "CartPole-v1", "-f", "logs"]
+    asked.clear()
+    run("plot_train -a a3c --env=MinAtar/Breakout-v0 -f logs/MinAtar/runs", cwd=tmp_path)
+    assert asked == ["-a", "a3c", "--env=MinAtar-Breakout-v0", "-f", "logs/MinAtar/runs"]
 
 
 TRAINED_AGENTS = sorted(Path(trained_agents_path()).glob("*/*_1"))

@@ -1,9 +1,10 @@
 import copy
-from typing import Any, ClassVar, Literal
+import io
+import pathlib
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import LinearSchedule
@@ -24,6 +25,8 @@ from sb3_async1step.common.parameter_checks import (
 from sb3_async1step.sb3_internals import dump_logs_by_iterations
 from sb3_async1step.workers.actor_learner import ActorLearner
 from sb3_async1step.workers.shared_parameters import SharedParameters
+
+SelfA3C = TypeVar("SelfA3C", bound="A3C")
 
 
 class A3C(AsyncAlgorithm):
@@ -178,12 +181,31 @@ class A3C(AsyncAlgorithm):
             self.observation_space, self.action_space, self.lr_schedule, use_sde=self.use_sde, **policy_kwargs
         )
 
-    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        # It may have been changed since the construction, or by an argument of load()
-        if isinstance(self.policy.optimizer, SharedRMSprop):
-            for group in self.policy.optimizer.param_groups:
-                group["eps"] = (self.policy_kwargs.get("optimizer_kwargs") or {}).get("eps", self.rms_prop_eps)
-        return super()._setup_learn(*args, **kwargs)
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "rms_prop_eps" and "policy" in self.__dict__:
+            optimizer_kwargs = self.policy_kwargs.get("optimizer_kwargs") or {}
+            if isinstance(self.policy.optimizer, SharedRMSprop) and "eps" not in optimizer_kwargs:
+                for group in self.policy.optimizer.param_groups:
+                    group["eps"] = value
+
+    @classmethod
+    def load(cls: type[SelfA3C], path: str | pathlib.Path | io.BufferedIOBase, *args: Any, **kwargs: Any) -> SelfA3C:
+        """
+        Load a model. It may continue with another number of lanes or workers.
+
+        :param path: path of a saved model, or an open file
+        :param args: positional arguments of
+            :meth:`BaseAlgorithm.load <stable_baselines3.common.base_class.BaseAlgorithm.load>`
+        :param kwargs: keyword arguments of the same method
+        :return: the model
+        :raises ValueError: if the file is damaged, or was saved by an algorithm with other policies
+        """
+        model = super().load(path, *args, **kwargs)
+        if "rms_prop_eps" in kwargs:
+            # The optimizer's state that was loaded has another one
+            model.rms_prop_eps = kwargs["rms_prop_eps"]
+        return model
 
     def _check_parameters(self) -> None:
         super()._check_parameters()

@@ -29,7 +29,7 @@ class Minibatch(Rollout):
     """
     Some transitions of a rollout, as if they were of one time step in ``n_lanes`` lanes.
 
-    :param targets: what their Q-values shall come closer to, shape ``(1, n_lanes)``
+    :param targets: targets of their Q-values (the paper's y), shape ``(1, n_lanes)``
     """
 
     targets: np.ndarray
@@ -51,8 +51,9 @@ class NStepQActorLearner(ValueBasedActorLearner[NStepQSettings, Rollout]):
         # Returns are of the whole segment
         with th.no_grad():
             targets = rollout.flatten(self.compute_targets(rollout)).cpu().numpy()
+        transitions = map_fields(rollout.flatten, rollout)
         for rows in np.array_split(order, n_minibatches):
-            selected = map_fields(lambda array, rows=rows: rollout.flatten(array)[rows][None], rollout)
+            selected = map_fields(lambda array, rows=rows: array[rows][None], transitions)
             yield Minibatch(**vars(selected), targets=targets[rows][None])
 
     def compute_targets(self, rollout: Rollout) -> th.Tensor:

@@ -28,14 +28,22 @@ class HistogramCallback(BaseCallback):
         super().__init__(verbose)
         check_whole(freq=freq)
         self.freq = freq
+        # When it last wrote histograms
+        self._last_timesteps = 0
+
+    def _on_training_start(self) -> None:
+        self._last_timesteps = self.num_timesteps
 
     def _on_step(self) -> bool:
-        if self.num_timesteps // self.freq > (self.num_timesteps - self.training_env.num_envs) // self.freq:
+        if self.num_timesteps // self.freq > self._last_timesteps // self.freq:
+            self._last_timesteps = self.num_timesteps
             # Waits for the updates that workers still apply, and fetches what nodes have learned
             self.model.get_parameters()
             self._record_parameters()
             # As the callback of an EvalCallback, it has no locals
-            observations = self.locals.get("new_obs", self.model._last_obs)
+            observations = self.locals.get("new_obs")
+            if observations is None:
+                observations = self.model._last_obs
             if observations is not None and not isinstance(observations, NotCarried):
                 self._record_values(observations)
         return True

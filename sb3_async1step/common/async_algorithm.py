@@ -350,10 +350,10 @@ class AsyncAlgorithm(LiveAlgorithm):
         n_multiplications = self._count_multiplications()
         n_workers = count_workers(self.n_workers, env, n_multiplications)
         observations = check_first_observations(self._last_obs, self.observation_space, env.num_envs)
-        # A worker with a single lane also updates when its episode ends, and others may have begun a segment before
-        if n_workers < env.num_envs and self._worker_states is None:
-            warn_of_no_update(total_timesteps - self.num_timesteps, self.update_interval, env.num_envs)
         shared_lanes = SharedLanes(env, n_workers, in_step=self.backend == "serial")
+        # Several workers take unequal shares of the steps, a single lane's episode may end, a segment may have begun
+        if n_workers == 1 < env.num_envs and self._worker_states is None and not shared_lanes.is_async:
+            warn_of_no_update(total_timesteps - self.num_timesteps, self.update_interval, env.num_envs)
         workers = self._make_workers(shared_lanes.make_lanes(), shared_lanes.groups, observations)
         on_threads = self.backend == "threads" and n_workers > 1
         if on_threads:

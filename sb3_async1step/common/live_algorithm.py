@@ -3,7 +3,6 @@
 import copy
 import io
 import pathlib
-import warnings
 from abc import abstractmethod
 from collections.abc import Iterable
 from contextvars import ContextVar
@@ -27,6 +26,7 @@ from sb3_async1step.common.model_file import (
     write_atomically,
 )
 from sb3_async1step.common.warn import warn_the_caller
+from sb3_async1step.workers import gate
 from sb3_async1step.workers.actor_learner import Settings, WorkerState
 from sb3_async1step.workers.gate import Gate
 from sb3_async1step.workers.optimizer_views import check_optimizer_state
@@ -173,8 +173,8 @@ class LiveAlgorithm(BaseAlgorithm):
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """
-        Choose actions. While the model learns, this waits until no step and no update is in flight, but for a second at
-        most.
+        Choose actions. While the model learns, this waits until no step and no update is in flight; threads other than
+        that of ``learn()`` wait for a second at most.
 
         :param observation: one observation, or a batch
         :param state: not used
@@ -185,8 +185,9 @@ class LiveAlgorithm(BaseAlgorithm):
         with self._gate.closed_to_look() as nobody_steps:
             if not nobody_steps:
                 warn_the_caller(
-                    "predict() has waited a second for a step of the training env, and no longer: if the step waits "
-                    "for this thread, as an opponent's thread, let it ask model.policy.predict(), which never waits."
+                    f"predict() stopped waiting for a step of the training env after {gate.LOOK_TIMEOUT:g} s, and used "
+                    "the parameters as they were. If that step waits for this thread (an opponent's, say), call "
+                    "model.policy.predict(), which never waits."
                 )
             self._refresh()
             return self._view_policy().predict(observation, state, episode_start, deterministic)
@@ -268,10 +269,9 @@ class LiveAlgorithm(BaseAlgorithm):
         attributes = check_saved_model(path, cls.__name__, expected, cls._sb3_counterpart)
         saved_by = attributes.get("_saved_by", cls.__name__)
         if saved_by != cls.__name__:
-            warnings.warn(
+            warn_the_caller(
                 f"{path} was saved by {saved_by}, and {cls.__name__} goes on with it: the weights and settings are "
-                "those of the file, but it learns other targets from now on.",
-                stacklevel=2,
+                "those of the file, but it learns other targets from now on."
             )
         if "stats_window_size" in kwargs:
             # SB3 would set an attribute of that name, which it does not read

@@ -25,7 +25,7 @@ SMALL_BATCH = 8_000_000
 # Several models may learn at the same time. The number of threads to share is the one before the first of them began
 _trainings = Calls()
 _original = 1
-# What the threads had that began these trainings
+# Numbers of threads to restore at the ends of these trainings
 _before: WeakKeyDictionary[Call, int] = WeakKeyDictionary()
 
 

@@ -122,8 +122,8 @@ class NipsCNN(BaseFeaturesExtractor):
 
 class LayerNormNatureCNN(NipsCNN):
     """
-    The network of PQN (Gallici et al. 2025): SB3's ``NatureCNN`` with a ``LayerNorm`` before each ReLU, and one at the
-    input as :class:`NipsCNN` has it.
+    PQN's network (Gallici et al. 2025), SB3's ``NatureCNN`` with a ``LayerNorm`` before each ReLU. Unlike there, the
+    input is normalized as well, as in :class:`NipsCNN`.
 
     :param observation_space: images, channels first, shape ``(n_channels, height, width)``
     :param features_dim: number of hidden units

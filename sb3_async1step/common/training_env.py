@@ -87,6 +87,6 @@ def warn_of_no_update(n_steps: int, update_interval: int, num_envs: int) -> None
         warn_the_caller(
             f"learn() takes {n_steps} steps and learns nothing: the first update follows after update_interval * "
             f"n_envs = {update_interval} * {num_envs} = {update_interval * num_envs} steps. Take more steps, or lower "
-            "update_interval. (Unlike SB3's A2C, it never takes more steps than it was told to; the steps count for "
-            "the first update of a next learn() with reset_num_timesteps=False.)"
+            "update_interval. (Unlike SB3's A2C, learn() does not go on until the segment is complete; its steps count "
+            "towards the first update of the next learn() with reset_num_timesteps=False.)"
         )

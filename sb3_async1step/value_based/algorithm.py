@@ -288,7 +288,8 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """
-        Choose actions. While the model learns, this waits until no update is in flight.
+        Choose actions. While the model learns, this waits until no step and no update is in flight; threads other than
+        that of ``learn()`` wait for a second at most.
 
         :param observation: one observation, or a batch
         :param state: not used

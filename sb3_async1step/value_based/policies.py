@@ -83,9 +83,9 @@ def warn_of_own_predict(policy: DQNPolicy) -> None:
     for module, known in ((policy, (DQNPolicy, MlpPolicy)), (policy.q_net, (DQNQNetwork,))):
         if all(type(module)._predict is not base._predict for base in known):
             warn_the_caller(
-                f"While they train, workers take the action with the highest Q-value, and do not call "
-                f"{type(module).__name__}._predict(), as predict() does. To keep them from an action, let the "
-                "forward() of the Q-network return a low value for it."
+                f"Workers do not call {type(module).__name__}._predict() while they learn; only predict() does. They "
+                "take the action with the highest Q-value, or a random one of all actions. A low value from the "
+                "Q-network's forward() keeps an action from being the greedy one; exploration may still choose it."
             )
 
 

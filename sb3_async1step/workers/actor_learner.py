@@ -152,10 +152,10 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
 
     def make_minibatches(self, rollout: AnyRollout) -> Iterable[AnyRollout]:
         """
-        Say what to learn from one after the other, with an update after each.
+        Split a rollout into parts that are learned from one after another, with an update after each.
 
         :param rollout: transitions since the last gradient, time by lane
-        :return: these as a whole, or parts of them
+        :return: the parts; by default, the rollout as a whole
         """
         return [rollout]
 
@@ -238,7 +238,7 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
             these (the paper's T)
         :return: the transitions, None if no lane is ready
         :raises ValueError: if a reward, an observation or the gradient is not finite; the shared parameters are not
-            changed then
+            changed then, but by earlier minibatches of the same segment
         """
         result = self.env.end_step()
         if result is None:
@@ -297,8 +297,8 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
 
     def accumulate_gradient(self) -> None:
         """
-        Add the gradient of the transitions since the last one: d_theta <- d_theta + ... Of several minibatches, all but
-        the last are followed by an update here.
+        Add the gradient of the transitions since the last one: d_theta <- d_theta + ... Of several minibatches, each
+        but the last is followed by an update and a pull here.
         """
         if self.rollout.n_filled == 0:
             return

@@ -170,13 +170,13 @@ class Gate:
 
     def closed_to_look(self) -> "_Closed":
         """
-        Like :meth:`closed`, for a look at the model that does not change it: it waits for ``LOOK_TIMEOUT`` seconds at
-        most, since a step may wait for the calling thread, and not at all in a step of any model. Two models whose envs
-        play against each other would wait for each other.
+        Like :meth:`closed`, for a look at the model that does not change it. In a step of any model it does not wait:
+        two models whose envs play against each other would wait for each other. Other threads than that of ``learn()``
+        wait for ``LOOK_TIMEOUT`` seconds at most, since a step may wait for them.
 
-        :return: a context manager, whose variable is whether nobody is inside
+        :return: a context manager; its ``as`` target is False if it has stopped waiting for a step
         """
-        return _Closed(self, LOOK_TIMEOUT)
+        return _Closed(self, math.inf if self._learning.is_by_this_thread() else LOOK_TIMEOUT, only_looks=True)
 
     def passed(self, when: Callable[[], bool] = lambda: True) -> "_Passed":
         """
@@ -201,7 +201,7 @@ class Gate:
 
         :param call: who closes it
         :param timeout: seconds to wait at most
-        :return: whether no other thread is inside
+        :return: False if it has stopped waiting for a thread that is inside
         """
         if self.is_inside() or self._closing.is_by_this_thread():
             # An env that plays against the model, say. It would wait for itself
@@ -210,7 +210,7 @@ class Gate:
         self.wait_for(lambda: not self._waiting or time.monotonic() > deadline)
         self._closing.add(call)
         # One after another: a file that is saved must not hold half of the parameters that another thread sets
-        self.wait_for(lambda: self._is_closed_by(call) or time.monotonic() > deadline)
+        self.wait_for(lambda: self._is_closed_by(call) or (bool(self._inside) and time.monotonic() > deadline))
         return self._is_closed_by(call)
 
     def _is_closed_by(self, call: Call) -> bool:
@@ -239,6 +239,7 @@ class Gate:
                 self._stop_waiting(call)
                 return False
             if not self._closing:
+                _inside_any.add(call)
                 self._inside.add(call)
                 # Unless it was closed between these two lines
                 if not self._closing:
@@ -259,6 +260,7 @@ class Gate:
         :param call: what :meth:`enter` was given
         """
         self._inside.discard(call)
+        _inside_any.discard(call)
         if self._closing:
             self.notify()
 
@@ -294,7 +296,7 @@ class Gate:
                 alarm.release()
 
     def _forget_interrupted_calls(self) -> None:
-        for calls in (self._closing, self._inside, self._waiting):
+        for calls in (self._closing, self._inside, self._waiting, _inside_any):
             calls.forget_ended()
         for call in list(self._sleeping):
             if not call.is_running:
@@ -303,14 +305,15 @@ class Gate:
 
 # By hand: a context manager made from a generator could be interrupted before it has said whose call it is
 class _Closed:
-    def __init__(self, gate: Gate, timeout: float = math.inf) -> None:
+    def __init__(self, gate: Gate, timeout: float = math.inf, only_looks: bool = False) -> None:
         self._gate = gate
         self._timeout = timeout
+        self._only_looks = only_looks
 
     def __enter__(self) -> bool:
         # The function with the ``with`` block
         self._call = Call(sys._getframe(1))
-        if self._timeout < math.inf and any(gate.is_inside() for gate in list(_gates)):
+        if self._only_looks and _inside_any.is_by_this_thread():
             return True
         return self._gate.close(self._call, self._timeout)
 
@@ -343,6 +346,9 @@ def learning_on(env: Any) -> Calls:
     return _learning_on.setdefault(env, Calls())
 
 
+# Threads inside of any gate
+_inside_any = Calls()
+
 # A fork copies the locks that other threads hold inside of PyTorch, which nobody releases in the child
 _gates: WeakSet[Gate] = WeakSet()
 _closed_for_fork: dict[int, list[tuple[Gate, Call]]] = {}
@@ -354,9 +360,16 @@ def _close_gates() -> None:
         frame = frame.f_back
     assert frame is not None
     call = Call(frame)
-    closed = _closed_for_fork[threading.get_ident()] = [(gate, call) for gate in list(_gates)]
+    closed = _closed_for_fork[threading.get_ident()] = [(gate, call) for gate in _list_gates()]
     for gate, call in closed:
         gate.close(call, FORK_TIMEOUT)
+
+
+def _list_gates() -> list[Gate]:
+    while True:
+        # Unless another thread makes one at this moment
+        with suppress(RuntimeError):
+            return list(_gates)
 
 
 def _open_gates() -> None:

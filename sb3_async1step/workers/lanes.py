@@ -205,8 +205,8 @@ class SharedLanes:
     def __init__(self, env: VecEnv, n_workers: int, in_step: bool) -> None:
         self._env = env
         self.groups = group_lanes(env.num_envs, n_workers)
-        self._is_async = not in_step and env.num_envs > 1 and can_step_asynchronously(env)
-        self._part_groups = group_lanes(env.num_envs, env.num_envs) if self._is_async else self.groups
+        self.is_async = not in_step and env.num_envs > 1 and can_step_asynchronously(env)
+        self._part_groups = group_lanes(env.num_envs, env.num_envs) if self.is_async else self.groups
         # A single worker drives the env itself, whatever kind of VecEnv it is
         self._is_split = len(self._part_groups) > 1
         self._parts = split_vec_env(env, self._part_groups) if self._is_split else [env]
@@ -215,7 +215,7 @@ class SharedLanes:
         """
         :return: the lanes of each worker
         """
-        if self._is_async:
+        if self.is_async:
             return [AsyncLanes(self._parts[lanes.start : lanes.stop]) for lanes in self.groups]
         return [Lanes(part) for part in self._parts]
 

@@ -9,6 +9,7 @@ The commands are the Zoo's own, with all of their options.
 
 import argparse
 import inspect
+import re
 import signal
 import sys
 import traceback
@@ -28,6 +29,7 @@ from sb3_async1step.nodes.ray_module import import_ray
 from sb3_async1step.registry import ALGORITHMS
 from sb3_async1step.sb3_internals import (
     ZOO_USER_ERRORS,
+    evaluate_hyperparam,
     normalized_as_checkpoints,
     repair_benchmark,
     repair_load_from_hub,
@@ -167,7 +169,7 @@ def run(command: str) -> None:
             rl_zoo3.enjoy.enjoy()
     elif command in PLOTS:
         # These look for folders, whose names have no slash
-        sys.argv[1:] = [word.replace("MinAtar/", "MinAtar-") for word in sys.argv[1:]]
+        sys.argv[1:] = [re.sub(r"^(--env=)?MinAtar/(\w+-v\d+)$", r"\1MinAtar-\2", word) for word in sys.argv[1:]]
         # Imported here, since that takes long
         getattr(import_module("rl_zoo3.plots"), command)()
     else:
@@ -200,15 +202,15 @@ def check_ray() -> None:
 def is_of_an_option(error: Exception) -> bool:
     """
     :param error: a ``NameError`` or ``SyntaxError``
-    :return: whether it is of the value of an option (``--hyperparams``, ``--env-kwargs`` and the like), which the Zoo
-        evaluates as Python, and not of other code, which has a traceback to be seen
+    :return: whether it comes from the value of an option (``--hyperparams``, ``--env-kwargs`` and the like), which the
+        Zoo evaluates as Python, and not from other code, whose traceback the user needs
     """
     frames = traceback.extract_tb(error.__traceback__)
     # What can't be compiled has no frame
     is_of_a_string = "<string>" in (frames[-1].filename, getattr(error, "filename", None))
     caller = next(frame for frame in reversed(frames) if frame.filename != "<string>")
-    is_of_the_zoo = Path(caller.filename).parent == Path(rl_zoo3.__file__).parent
-    return is_of_a_string and is_of_the_zoo and "eval(" in (caller.line or "")
+    is_of_the_zoo = Path(caller.filename).parent == Path(rl_zoo3.__file__).parent and "eval(" in (caller.line or "")
+    return is_of_a_string and (is_of_the_zoo or caller.name == evaluate_hyperparam.__name__)
 
 
 def register_minatar() -> None:

@@ -103,7 +103,7 @@ class AsyncExperimentManager(ExperimentManager):
     own_vec_env: ClassVar[str | None] = None
     #: Keyword arguments of the VecEnv's class, beside the Zoo's
     default_vec_env_kwargs: ClassVar[dict[str, Any]] = {}
-    # The entry's ``normalize`` that an agent would have which was loaded with ``-i``, if there is none
+    # ``normalize`` for config.yml, if the agent that ``-i`` names is normalized and the env's entry is not
     _normalization_of_agent: str | None = None
 
     def __init__(self, args: Any, algo: str, *positional: Any, **kwargs: Any) -> None:
