@@ -1,7 +1,5 @@
 import copy
-import io
-import pathlib
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch as th
 from gymnasium import spaces
@@ -25,8 +23,6 @@ from sb3_async1step.common.parameter_checks import (
 from sb3_async1step.sb3_internals import dump_logs_by_iterations
 from sb3_async1step.workers.actor_learner import ActorLearner
 from sb3_async1step.workers.shared_parameters import SharedParameters
-
-SelfA3C = TypeVar("SelfA3C", bound="A3C")
 
 
 class A3C(AsyncAlgorithm):
@@ -87,6 +83,7 @@ class A3C(AsyncAlgorithm):
         "sde_sample_freq",
     }
     _fixed_while_learning: ClassVar[frozenset[str]] = AsyncAlgorithm._fixed_while_learning | {"rms_prop_eps"}
+    _kept_by_optimizer: ClassVar[frozenset[str]] = frozenset({"rms_prop_eps"})
     _sb3_counterpart: ClassVar[str] = "A2C"
 
     policy: ActorCriticPolicy
@@ -188,24 +185,6 @@ class A3C(AsyncAlgorithm):
             if isinstance(self.policy.optimizer, SharedRMSprop) and "eps" not in optimizer_kwargs:
                 for group in self.policy.optimizer.param_groups:
                     group["eps"] = value
-
-    @classmethod
-    def load(cls: type[SelfA3C], path: str | pathlib.Path | io.BufferedIOBase, *args: Any, **kwargs: Any) -> SelfA3C:
-        """
-        Load a model. It may continue with another number of lanes or workers.
-
-        :param path: path of a saved model, or an open file
-        :param args: positional arguments of
-            :meth:`BaseAlgorithm.load <stable_baselines3.common.base_class.BaseAlgorithm.load>`
-        :param kwargs: keyword arguments of the same method
-        :return: the model
-        :raises ValueError: if the file is damaged, or was saved by an algorithm with other policies
-        """
-        model = super().load(path, *args, **kwargs)
-        if "rms_prop_eps" in kwargs:
-            # The optimizer's state that was loaded has another one
-            model.rms_prop_eps = kwargs["rms_prop_eps"]
-        return model
 
     def _check_parameters(self) -> None:
         super()._check_parameters()

@@ -79,6 +79,8 @@ class LiveAlgorithm(BaseAlgorithm):
         "_lanes_may_be_anywhere",
         "_update_log",
     )
+    # Parameters that the optimizer keeps as well, which follows when they are set
+    _kept_by_optimizer: ClassVar[frozenset[str]] = frozenset()
     # Attributes that tell files of this algorithm, and of those with the same policies, from others
     _own_attributes: ClassVar[tuple[str, ...]]
     # SB3's algorithm with the same policies
@@ -282,6 +284,9 @@ class LiveAlgorithm(BaseAlgorithm):
                 model = super().load(path, *args, **kwargs)
         finally:
             IS_LOADING.reset(token)
+        for name in cls._kept_by_optimizer & kwargs.keys():
+            # The optimizer has got the file's
+            setattr(model, name, kwargs[name])
         model._check_last_observations()
         return model
 
