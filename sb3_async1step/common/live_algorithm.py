@@ -26,6 +26,7 @@ from sb3_async1step.common.model_file import (
     write_atomically,
 )
 from sb3_async1step.common.warn import warn_the_caller
+from sb3_async1step.vec_envs.observations import list_arrays
 from sb3_async1step.workers import gate
 from sb3_async1step.workers.actor_learner import Settings, WorkerState
 from sb3_async1step.workers.gate import Gate
@@ -296,7 +297,7 @@ class LiveAlgorithm(BaseAlgorithm):
         """
         if self.env is None or self._last_obs is None:
             return
-        n_lanes = len(next(iter(self._last_obs.values())) if isinstance(self._last_obs, dict) else self._last_obs)
+        n_lanes = len(list_arrays(self._last_obs)[0])
         if n_lanes != self.env.num_envs:
             raise ValueError(NEEDS_A_RESET.format(now=self.env.num_envs, before=n_lanes))
 
