@@ -39,9 +39,9 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize, unwrap_vec_normalize
 
 from benchmarks.memory import wait_and_measure
-from sb3_async1step.common.parallelism import count_usable_cores
 from sb3_async1step.registry import ALGORITHMS
 from sb3_async1step.vec_envs.ale_vec_env import AleVecEnv
+from sb3_async1step.workers.cores import count_usable_cores
 from sb3_async1step.zoo import hyperparams_path, register, register_minatar
 from sb3_async1step.zoo.experiment_manager import find_statistics
 

@@ -11,7 +11,8 @@ from ale_py.vector_env import AtariVectorEnv
 
 from sb3_async1step import AsyncOneStepQ
 from sb3_async1step.common.heap import keep_freed_memory
-from sb3_async1step.common.parallelism import count_multiplications, count_usable_cores
+from sb3_async1step.common.parallelism import count_multiplications
+from sb3_async1step.workers.cores import count_usable_cores
 
 IMAGES = (4, 84, 84)
 #: Side of the square matrices whose product shows how fast a core computes

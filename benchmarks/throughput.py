@@ -48,9 +48,9 @@ from benchmarks.slow_envs import make_lanes as make_slow_lanes
 from sb3_async1step import A3C, AsyncOneStepQ, AsyncOneStepSarsa
 from sb3_async1step.common import parallelism
 from sb3_async1step.common.async_algorithm import AsyncAlgorithm
-from sb3_async1step.common.parallelism import count_usable_cores
 from sb3_async1step.sb3_internals import replace_vec_env_class
 from sb3_async1step.vec_envs.ale_vec_env import AleVecEnv
+from sb3_async1step.workers.cores import count_usable_cores
 from sb3_async1step.zoo import AsyncExperimentManager, register
 
 ENV_ID = "PongNoFrameskip-v4"

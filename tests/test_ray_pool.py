@@ -504,9 +504,11 @@ class FakeConnection:
 
     def __init__(self):
         self.number, self.connected, self.n_shutdowns = 0, False, 0
+        self.n_cpus = []
 
-    def init(self, **arguments):
+    def init(self, num_cpus=None, **arguments):
         self.number, self.connected = self.number + 1, True
+        self.n_cpus.append(num_cpus)
         os.environ["RAY_AUTH_MODE"] = "token"
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -548,6 +550,14 @@ def test_the_last_user_ends_what_was_started(connection):
     assert connection.is_initialized()
     cluster.leave_cluster("two")
     assert connection.n_shutdowns == 1 and "RAY_AUTH_MODE" not in os.environ
+
+
+def test_a_cluster_of_our_own_has_the_cores_that_this_process_may_use(connection, monkeypatch):
+    monkeypatch.setattr(cluster, "count_usable_cores", lambda: 3)
+    for n_nodes in (2, 4):
+        cluster.enter_cluster("one", n_nodes)
+        cluster.leave_cluster("one")
+    assert connection.n_cpus == [3, 4]
 
 
 def test_a_cluster_that_somebody_else_has_started_goes_on(connection, monkeypatch):
@@ -784,14 +794,21 @@ def test_processes_of_lanes_do_not_outlive_a_node_that_is_killed():
     Node([lambda: gym.make("CartPole-v1")]).kill_lanes()
 
 
-def test_lanes_that_can_not_be_split_have_one_worker(make_training):
-    class Own(DummyVecEnv):
-        pass
+class Own(DummyVecEnv):
+    """Can't be split."""
 
+
+@pytest.mark.parametrize(
+    ("vec_env_cls", "n_cpus", "n_cores", "expected"),
+    [(DummyVecEnv, 2, 8, 2), (DummyVecEnv, 8, 3, 3), (DummyVecEnv, 8, 8, 4), (Own, 2, 8, 1)],
+)
+def test_a_node_has_a_worker_for_each_core_that_it_may_use(
+    vec_env_cls, n_cpus, n_cores, expected, make_training, monkeypatch
+):
+    monkeypatch.setattr("sb3_async1step.nodes.node.count_usable_cores", lambda: n_cores)
     recipe = make_training().model._make_node_recipe(None, 100)
-    recipe.lanes, recipe.n_cpus = range(2), 2
-    for vec_env_cls, n_workers in ((DummyVecEnv, 2), (Own, 1)):
-        assert recipe.build(make_vec_env("CartPole-v1", 2, vec_env_cls=vec_env_cls)).n_workers == n_workers
+    recipe.lanes, recipe.n_cpus = range(4), n_cpus
+    assert recipe.build(make_vec_env("CartPole-v1", 4, vec_env_cls=vec_env_cls)).n_workers == expected
 
 
 def test_an_interrupt_of_close(monkeypatch):

@@ -1,6 +1,5 @@
 """How many workers pay off, and how many of PyTorch's intra-op threads each of them gets."""
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,6 +12,7 @@ from sb3_async1step.common.parameter_checks import check, is_whole
 from sb3_async1step.common.warn import warn_the_caller
 from sb3_async1step.vec_envs.split import find_unsplittable
 from sb3_async1step.workers.actor_learner import ActorLearner
+from sb3_async1step.workers.cores import count_usable_cores
 from sb3_async1step.workers.gate import Call, Calls
 
 #: With fewer multiplications for each observation, several workers would only wait for Python's interpreter lock: on
@@ -27,14 +27,6 @@ _trainings = Calls()
 _original = 1
 # Numbers of threads to restore at the ends of these trainings
 _before: WeakKeyDictionary[Call, int] = WeakKeyDictionary()
-
-
-def count_usable_cores() -> int:
-    """
-    :return: number of cores that this process may use
-    """
-    # Only Linux has sched_getaffinity
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def count_multiplications(network: nn.Module, forward: Callable[[], Any]) -> int:

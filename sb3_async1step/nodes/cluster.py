@@ -12,6 +12,7 @@ from typing import Any
 
 from sb3_async1step.nodes.ray_module import import_ray
 from sb3_async1step.sb3_internals import start_ray_on_loopback
+from sb3_async1step.workers.cores import count_usable_cores
 
 # Trials of a study may run on several threads
 _lock = threading.RLock()
@@ -62,7 +63,7 @@ def _start(n_cpus: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     has_auth_mode = "RAY_AUTH_MODE" in os.environ
     start_ray_on_loopback(
-        num_cpus=max(n_cpus, os.cpu_count() or 1),
+        num_cpus=max(n_cpus, count_usable_cores()),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,

@@ -21,6 +21,7 @@ from sb3_async1step.sb3_internals import replace_results_writer
 from sb3_async1step.vec_envs.exceptions import add_note, read_text
 from sb3_async1step.vec_envs.monitor_file import ContinuedResultsWriter
 from sb3_async1step.vec_envs.split import find_unsplittable, read_reset_infos
+from sb3_async1step.workers.cores import count_usable_cores
 from sb3_async1step.workers.transitions import Transitions, UpdateStats
 
 
@@ -31,7 +32,7 @@ class NodeRecipe:
 
     :param model_class: class of the model
     :param model: a file of the model
-    :param n_workers: number of its workers, None for as many as it has CPUs
+    :param n_workers: number of its workers, None for one for each of its CPUs that its process may use
     :param num_timesteps: environment steps before (the paper's T)
     :param total_timesteps: T at the end of the training
     :param seed: of the node's random generators and lanes
@@ -66,7 +67,8 @@ class NodeRecipe:
         model = self.model_class.load(io.BytesIO(self.model), env=wrap(lanes, self.wrappers))
         model.verbose, model.tensorboard_log = 0, None
         # Whoever asks for several workers of lanes that can't be split is told so
-        n_workers = self.n_workers or (1 if find_unsplittable(model.env) else self.n_cpus)
+        n_cores = min(self.n_cpus, count_usable_cores())
+        n_workers = self.n_workers or (1 if find_unsplittable(model.env) else n_cores)
         model.n_workers = min(n_workers, lanes.num_envs)
         model.learn_from_lanes(self.lanes, self.num_envs)
         model.set_random_seed(self.seed)
