@@ -8,6 +8,7 @@ import threading
 import types
 from functools import partial
 
+import cloudpickle
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -22,10 +23,10 @@ from sb3_async1step.common.parallelism import SMALL_NETWORK, count_workers_of_no
 from sb3_async1step.common.snapshot import Snapshot
 from sb3_async1step.nodes import cluster, exchange, exchange_metrics, ray_pool, ray_vec_env
 from sb3_async1step.nodes.cluster import Place
-from sb3_async1step.nodes.exchange import DeltaExchange
+from sb3_async1step.nodes.exchange import EXCHANGES, DeltaExchange
 from sb3_async1step.nodes.messages import Learned, Push, Report, ServerState
 from sb3_async1step.nodes.node import Node, NodeCallback, make_picklable
-from sb3_async1step.nodes.parameters import read_values
+from sb3_async1step.nodes.parameters import read_values, store_values
 from sb3_async1step.nodes.ray_pool import RayWorkerPool
 from sb3_async1step.nodes.server import ParameterServer
 from sb3_async1step.nodes.settings import ExchangeSettings
@@ -483,6 +484,46 @@ def test_lanes_that_are_closed_or_copied():
             use()
     with pytest.raises(TypeError, match="can't be copied: to copy a model that has one, save and load it"):
         pickle.dumps(env)
+
+
+def make_cartpole():
+    return gym.make("CartPole-v1")
+
+
+def learn_on_a_node(model, node, monkeypatch, **settings):
+    """Let a node that has all lanes take 80 steps; returns the server that it learns with."""
+    monkeypatch.setattr(exchange, "import_ray", FakeRay)
+    server, settings = ParameterServer(), ExchangeSettings(**{"sync_interval": 20, **settings})
+    recipe = model._make_node_recipe(1, 80)
+    recipe.exchange, recipe.lanes = settings.exchange, range(model.n_envs)
+    state = ServerState(read_values(model.list_learned_parameters()), [], {}, [model.n_envs], 0, 80, 80)
+    server.load(state, settings, (recipe.model_class, recipe.model))
+    assert node.learn(cloudpickle.loads(cloudpickle.dumps(recipe)), Actor(server)) is None
+    return server
+
+
+@pytest.mark.parametrize("exchange_name", EXCHANGES)
+def test_frozen_parameters_stay_frozen_on_nodes(exchange_name, algorithm, monkeypatch):
+    """Files of the model do not tell. On the server, AdamW would change those whose gradients are zero."""
+    policy_kwargs = {"net_arch": [4], "optimizer_class": th.optim.AdamW}
+    model = algorithm("MlpPolicy", make_vec_env("CartPole-v1", 2), policy_kwargs=policy_kwargs, seed=0)
+    parameters = model.list_learned_parameters()
+    for parameter in parameters[:2]:
+        parameter.requires_grad_(False)
+    before = [parameter.clone() for parameter in parameters]
+    server = learn_on_a_node(model, Node([make_cartpole] * 2), monkeypatch, exchange=exchange_name)
+    store_values(parameters, server.state.values)
+    are_same = [th.equal(one, two) for one, two in zip(before, parameters, strict=True)]
+    assert are_same == [True] * 2 + [False] * (len(parameters) - 2)
+
+
+def test_nodes_have_the_models_schedule(make_training):
+    """In the place of which a file has that of ``learning_rate``."""
+    model = make_training().model
+    model.lr_schedule = lambda progress: 0.5 * progress
+    recipe = cloudpickle.loads(cloudpickle.dumps(model._make_node_recipe(1, 80)))
+    recipe.lanes = range(2)
+    assert recipe.build(make_vec_env("CartPole-v1", 2)).lr_schedule(0.5) == 0.25
 
 
 def test_exceptions_that_cannot_be_sent():

@@ -413,6 +413,8 @@ class AsyncAlgorithm(LiveAlgorithm):
         return NodeRecipe(
             type(self),
             file.getvalue(),
+            [parameter.requires_grad for parameter in self.list_learned_parameters()],
+            self.lr_schedule,
             n_workers,
             self.num_timesteps,
             total_timesteps,

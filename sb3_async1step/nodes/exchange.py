@@ -141,7 +141,10 @@ class GradientExchange(Exchange):
         if self._mean.n_gradients == 0:
             return None
         learning_rate = float(self._mean.param_groups[0]["lr"])
-        return Learned(read_values(self._mean.take(self._shared.parameters)), learning_rate)
+        parameters = self._shared.parameters
+        means = self._mean.take(parameters)
+        values = [th.zeros_like(p) if mean is None else mean for p, mean in zip(parameters, means, strict=True)]
+        return Learned(read_values(values), learning_rate, [mean is not None for mean in means])
 
 
 class GradientMean(th.optim.Optimizer):
@@ -169,12 +172,12 @@ class GradientMean(th.optim.Optimizer):
             else:
                 self._sums[parameter] = parameter.grad.clone()
 
-    def take(self, parameters: list[th.nn.Parameter]) -> list[th.Tensor]:
+    def take(self, parameters: list[th.nn.Parameter]) -> list[th.Tensor | None]:
         """
         :param parameters: the network's
-        :return: the mean of the gradients of each since the last call, zero for one without any
+        :return: the mean of the gradients of each since the last call, None for one without any
         """
-        means = [self._sums.get(p, th.zeros_like(p)) / self.n_gradients for p in parameters]
+        means = [self._sums[p] / self.n_gradients if p in self._sums else None for p in parameters]
         self.n_gradients = 0
         self._sums.clear()
         return means

@@ -31,10 +31,13 @@ class Learned:
 
     :param change: by how much it has changed the parameters, or the mean gradient of its updates
     :param learning_rate: of the gradient, None for a change of the parameters
+    :param has_gradient: of a gradient, which parameters have one: optimizers leave others alone, such as frozen ones,
+        whereas weight decay or momentum would change one whose gradient is zero
     """
 
     change: np.ndarray
     learning_rate: float | None = None
+    has_gradient: list[bool] = field(default_factory=list)
 
 
 @dataclass

@@ -12,6 +12,7 @@ import cloudpickle
 import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_async1step.nodes.exchange import EXCHANGES, Exchange
@@ -32,6 +33,8 @@ class NodeRecipe:
 
     :param model_class: class of the model
     :param model: a file of the model
+    :param is_trained: of each parameter that workers learn, whether it is not frozen, which a file does not keep
+    :param lr_schedule: learning rate by the progress remaining. Of a file, it would be that of ``learning_rate``
     :param n_workers: number of its workers, None for one for each of its CPUs that its process may use
     :param num_timesteps: environment steps before (the paper's T)
     :param total_timesteps: T at the end of the training
@@ -47,6 +50,8 @@ class NodeRecipe:
 
     model_class: Any
     model: bytes
+    is_trained: list[bool]
+    lr_schedule: Schedule
     n_workers: int | None
     num_timesteps: int
     total_timesteps: int
@@ -65,6 +70,9 @@ class NodeRecipe:
         :return: the model that learns from them
         """
         model = self.model_class.load(io.BytesIO(self.model), env=wrap(lanes, self.wrappers))
+        for parameter, is_trained in zip(model.list_learned_parameters(), self.is_trained, strict=True):
+            parameter.requires_grad_(is_trained)
+        model.lr_schedule = self.lr_schedule
         model.verbose, model.tensorboard_log = 0, None
         # Whoever asks for several workers of lanes that can't be split is told so
         n_cores = min(self.n_cpus, count_usable_cores())

@@ -121,7 +121,7 @@ class ParameterServer:
             self._add(node, learned.change)
         else:
             assert self._optimizer is not None
-            state.values = self._optimizer.step(state.values, learned.change, learned.learning_rate)
+            state.values = self._optimizer.step(state.values, learned)
 
     def _add(self, node: int, delta: np.ndarray) -> None:
         state, momentum = self.state, self.settings.outer_momentum

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch as th
 
+from sb3_async1step.nodes.messages import Learned
 from sb3_async1step.nodes.parameters import read_values, store_values
 
 
@@ -26,19 +27,18 @@ class ServerOptimizer:
         if state is not None:
             self._optimizer.load_state_dict(state)
 
-    def step(self, values: np.ndarray, gradient: np.ndarray, learning_rate: float) -> np.ndarray:
+    def step(self, values: np.ndarray, learned: Learned) -> np.ndarray:
         """
         :param values: the parameters
-        :param gradient: of each of them
-        :param learning_rate: the learning rate
+        :param learned: a gradient
         :return: the parameters after a step
         """
         store_values(self._parameters, values)
-        store_values(self._gradients, gradient)
-        for parameter, each in zip(self._parameters, self._gradients, strict=True):
-            parameter.grad = each
+        store_values(self._gradients, learned.change)
+        for parameter, gradient, has in zip(self._parameters, self._gradients, learned.has_gradient, strict=True):
+            parameter.grad = gradient if has else None
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learned.learning_rate
         self._optimizer.step()
         return read_values(self._parameters)
 
