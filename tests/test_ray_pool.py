@@ -208,6 +208,8 @@ def make_training(monkeypatch):
     yield make
     for training in trainings:
         training.pool._reader.end(DEADLINE)
+        # The garbage collector would close it, with the real Ray
+        training.env.closed = True
 
 
 def test_nodes_are_not_blamed_for_a_callback_that_takes_its_time(make_training):
@@ -800,6 +802,37 @@ def test_a_callback_asks_a_node_that_hangs(make_training, monkeypatch):
     learning_on(training.env).add(Call(sys._getframe()))
     assert ask_in_a_callback(training, monkeypatch, [HangError(), ActorError()]) == ["of epoch 1"]
     assert training.n_restarts == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("where", "what", "expected"),
+    [
+        ("answers", AttributeError("of an env"), AttributeError("of an env")),
+        (
+            "failed",
+            ActorError("its process was killed"),
+            RuntimeError("Node 1 has ended (its process was killed), after max_restarts=0 restarts of nodes."),
+        ),
+    ],
+)
+def test_what_ends_the_training_does_so_if_a_callback_has_caught_it(where, what, expected, make_training, monkeypatch):
+    """SB3's ``VecEnv.has_attr()`` catches any ``AttributeError``."""
+    training = make_training(max_restarts=0)
+    batches = training.begin()
+    training.push(0)
+    next(batches)
+    request = ("learning", 2, 0)
+    training.ray.ended.add(request)
+    getattr(training.ray, where)[request] = what
+    learning_on(training.env).add(Call(sys._getframe()))
+    caught = []
+    for ask in (partial(ask_in_a_callback, training, monkeypatch, [HangError()]), partial(next, batches)):
+        training.push(0)
+        with pytest.raises((AttributeError, RuntimeError)) as error:
+            ask()
+        caught.append(error.value)
+    assert caught[0] is caught[1]
+    assert repr(caught[0]) == repr(expected)
 
 
 def test_another_thread_asks_a_node_that_has_ended(make_training, monkeypatch):

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor, unwrap_vec_normalize, unwrap_vec_wrapper
@@ -88,7 +88,7 @@ class RayWorkerPool(Pool):
         self._last_exchanges: dict[int, float] = {}
         # Those that have ended since the server told them that the training is over
         self._ended: set[int] = set()
-        # Of a node that has failed when a callback ended the training
+        # The first one that ends the training. A callback whose question has met it may have caught it
         self._exception: BaseException | None = None
         self._n_restarts = self._n_server_restarts = 0
         self._metrics = ExchangeMetrics()
@@ -199,6 +199,7 @@ class RayWorkerPool(Pool):
             yield self._steps.take(self.num_envs)
 
     def _follow_nodes(self) -> None:
+        self.check()
         self._handle_ended_nodes()
         # What nodes have done while a callback took its time is known before they are judged
         if self._take_news():
@@ -244,8 +245,12 @@ class RayWorkerPool(Pool):
             self._restart_node(number, f"has ended ({str(error).splitlines()[0]})")
             return
         if exception is not None:
-            raise exception
+            self._fail(exception)
         self._ended.add(number)
+
+    def _fail(self, exception: BaseException) -> NoReturn:
+        self._exception = exception
+        raise exception
 
     def _begin_again(self) -> None:
         """
@@ -272,7 +277,9 @@ class RayWorkerPool(Pool):
 
     def _restart_node(self, number: int, reason: str) -> None:
         if self._n_restarts == self.settings.max_restarts:
-            raise RuntimeError(f"Node {number} {reason}, after max_restarts={self._n_restarts} restarts of nodes.")
+            self._fail(
+                RuntimeError(f"Node {number} {reason}, after max_restarts={self._n_restarts} restarts of nodes.")
+            )
         self._n_restarts += 1
         self._base.nodes[number].restart()
         self._announce(number)
