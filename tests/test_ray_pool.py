@@ -274,6 +274,34 @@ def test_a_node_and_the_server_that_die_together(make_training):
     assert state.num_timesteps == n_steps + 12
 
 
+def test_what_a_process_did_before_its_end_is_not_taken_for_the_next_ones(make_training):
+    training = make_training()
+    batches = training.begin()
+    for node in (0, 1, 1, 1):
+        training.push(node)
+    next(batches)
+    # While a callback takes its time
+    training.push(1)
+    training.pool._reader._unread.append(training.pool._ask_for_news())
+    request = ("learning", 2, 0)
+    training.ray.ended.add(request)
+    training.ray.failed[request] = ActorError("its process was killed")
+    training.pool._follow_nodes()
+    # The next one waits for a CPU, as long as it takes
+    training.now = 1000
+    training.push(0)
+    training.pool._follow_nodes()
+    assert (training.n_restarts, training.pool.take_metrics()["ray/nodes"]) == ([0, 1], 1)
+    training.lose_server()
+    training.pool._follow_nodes()
+    state = training.server.state
+    assert (state.num_timesteps, state.last_numbers) == (24, {0: 3, 1: -1})
+    # It counts its pushes from one
+    training.numbers[1] = 0
+    training.push(1)
+    assert (state.num_timesteps, state.last_numbers) == (28, {0: 3, 1: 1})
+
+
 def test_the_parameters_stay_the_same_during_a_callback(make_training):
     training = make_training(outer_learning_rate=1.0)
     batches = training.begin()

@@ -141,7 +141,8 @@ class News:
     :param pull_seconds: what exchanges took the nodes
     :param n_bytes: of parameters that were pushed and pulled since the last time
     :param n_dropped: number of pushes since the last time that were too stale
-    :param last_numbers: of each node, the number of its last push
+    :param epochs: of each node, how often it was restarted
+    :param last_numbers: of each node, the number of its last push in that epoch
     :param is_complete: whether all steps have been taken
     :param state: a checkpoint, if the driver asked for one
     """
@@ -154,6 +155,7 @@ class News:
     pull_seconds: list[float]
     n_bytes: int
     n_dropped: int
+    epochs: dict[int, int]
     last_numbers: dict[int, int]
     is_complete: bool
     state: ServerState | None = None

@@ -338,9 +338,11 @@ class RayWorkerPool(Pool):
             store_moments(self._normalize, news.moments)
         self._metrics.add(news)
         for number, last in news.last_numbers.items():
-            if last >= 0 and last != self._last_numbers.get(number):
+            # News may be older than the node's process
+            is_of_this_epoch = news.epochs.get(number, 0) == self._base.nodes[number].epoch
+            if is_of_this_epoch and last not in (-1, self._last_numbers.get(number)):
+                self._last_numbers[number] = last
                 self._last_exchanges[number] = time.monotonic()
-        self._last_numbers = news.last_numbers
 
     def _reload(self) -> None:
         """Give a server that was started again the last checkpoint. T is what the nodes have reported since then."""

@@ -198,8 +198,8 @@ class ParameterServer:
             state.optimizer = self.get_optimizer_state()
         news = News(
             list(self._reports), state.num_timesteps, state.version, state.moments, self._staleness,
-            self._pull_seconds, self._n_bytes, self._n_dropped, state.last_numbers, self._is_complete(),
-            state if with_state else None,
+            self._pull_seconds, self._n_bytes, self._n_dropped, state.epochs, state.last_numbers,
+            self._is_complete(), state if with_state else None,
         )  # fmt: skip
         self._reports.clear()
         self._staleness, self._pull_seconds, self._n_bytes, self._n_dropped = [], [], 0, 0
