@@ -15,7 +15,7 @@ import pytest
 import torch as th
 from stable_baselines3.common import monitor
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
 
 from sb3_async1step import AsyncOneStepQ, RayVecEnv
 from sb3_async1step.common import parallelism
@@ -25,6 +25,7 @@ from sb3_async1step.nodes import cluster, exchange, exchange_metrics, ray_pool, 
 from sb3_async1step.nodes.cluster import Place
 from sb3_async1step.nodes.exchange import EXCHANGES, DeltaExchange
 from sb3_async1step.nodes.messages import Learned, Push, Report, ServerState
+from sb3_async1step.nodes.moments import read_moments
 from sb3_async1step.nodes.node import Node, NodeCallback, make_picklable
 from sb3_async1step.nodes.parameters import read_values, store_values
 from sb3_async1step.nodes.ray_pool import RayWorkerPool
@@ -830,6 +831,47 @@ def test_a_callback_asks_a_node_that_hangs(make_training, monkeypatch):
     learning_on(training.env).add(Call(sys._getframe()))
     assert ask_in_a_callback(training, monkeypatch, [HangError(), ActorError()]) == ["of epoch 1"]
     assert training.n_restarts == [0, 1]
+
+
+def test_what_a_callback_sees_stays_the_same_while_it_waits_for_an_answer(make_training, monkeypatch):
+    training = make_training(outer_learning_rate=1.0)
+    normalize, newest = (VecNormalize(make_vec_env("CartPole-v1", 4)) for _ in range(2))
+    newest.obs_rms.update(np.full((4, 4), 3.0))
+    training.pool._normalize, training.server.state.moments = normalize, read_moments(normalize)
+    batches = training.begin()
+    training.push(0)
+    next(batches)
+    training.pool.refresh()
+    training.server.state.moments = read_moments(newest)
+    training.push(1)
+    before = normalize.obs_rms.copy()
+    learning_on(training.env).add(Call(sys._getframe()))
+    assert ask_in_a_callback(training, monkeypatch, [HangError(), HangError()]) == ["of epoch 0"]
+    training.pool.refresh()
+    assert training.has_changed_by(1.0)
+    np.testing.assert_array_equal(normalize.obs_rms.mean, before.mean)
+    next(batches)
+    training.pool.refresh()
+    assert training.has_changed_by(2.0)
+    np.testing.assert_allclose(normalize.obs_rms.mean, newest.obs_rms.mean)
+
+
+def test_statistics_that_have_come_during_the_last_callback(make_training, monkeypatch):
+    """The server is away when the training ends."""
+    training = make_training()
+    normalize, newest = (VecNormalize(make_vec_env("CartPole-v1", 4)) for _ in range(2))
+    newest.obs_rms.update(np.full((4, 4), 3.0))
+    training.pool._normalize, training.server.state.moments = normalize, read_moments(normalize)
+    batches = training.begin()
+    training.push(0)
+    next(batches)
+    training.server.state.moments = read_moments(newest)
+    learning_on(training.env).add(Call(sys._getframe()))
+    ask_in_a_callback(training, monkeypatch, [HangError()])
+    training.env.server._methods = None
+    with pytest.warns(UserWarning, match="was away when the training ended"):
+        training.pool.stop()
+    np.testing.assert_allclose(normalize.obs_rms.mean, newest.obs_rms.mean)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor, unwrap_vec_norm
 
 from sb3_async1step.nodes.exchange_metrics import ExchangeMetrics
 from sb3_async1step.nodes.messages import News, Report, ServerState
-from sb3_async1step.nodes.moments import read_moments, store_moments
+from sb3_async1step.nodes.moments import Moments, read_moments, store_moments
 from sb3_async1step.nodes.news_reader import NewsReader
 from sb3_async1step.nodes.node import NodeRecipe
 from sb3_async1step.nodes.parameters import read_buffers, read_values, store_buffers, store_values
@@ -76,7 +76,10 @@ class RayWorkerPool(Pool):
         self._steps = ReportedSteps()
         # T that the server had when it was last asked, and when the model's parameters were last replaced
         self._num_timesteps = self._num_timesteps_when_pulled = recipe.num_timesteps
-        self._version = self._pulled_version = 0
+        # Versions of the parameters: the server's newest, the one of this callback, and the model's
+        self._version = self._shown_version = self._pulled_version = 0
+        # Running statistics that have come during this callback
+        self._moments: dict[str, Moments] = {}
         self._pull_time = time.monotonic()
         self._is_stopped = False
         self._is_complete = False
@@ -193,8 +196,10 @@ class RayWorkerPool(Pool):
         # A node that waits for a CPU need not learn when others have taken all steps
         while (self._learning or self._ended) and not self._is_complete:
             self._follow_nodes()
+            self._show_news()
             while len(self._steps) >= self.num_envs:
                 yield self._steps.take(self.num_envs)
+                self._show_news()
         while len(self._steps) > 0:
             yield self._steps.take(self.num_envs)
 
@@ -206,9 +211,23 @@ class RayWorkerPool(Pool):
             self._restart_hanging_nodes()
             self._begin_again()
 
+    def _show_news(self) -> None:
+        """Between two callbacks: during one, the parameters and running statistics stay the same."""
+        self._shown_version = self._version
+        if self._moments:
+            # Other threads may be about to look at them
+            with self._gate.passed():
+                self._store_moments()
+
+    def _store_moments(self) -> None:
+        if self._moments:
+            store_moments(self._normalize, self._moments)
+            self._moments = {}
+
     def recover_node(self, node: RayNode) -> None:
         """
-        Replace a node if it has ended or hangs, and any other, too.
+        Replace a node if it has ended or hangs, and any other, too. A callback asks for it: what it may see of the
+        model stays as it is.
 
         :param node: that which a callback waits for
         """
@@ -333,9 +352,7 @@ class RayWorkerPool(Pool):
             self._write_episodes(report)
         self._num_timesteps, self._version = news.num_timesteps, news.version
         self._is_complete = news.is_complete
-        # Closed, since a callback's question may be what waits for this
-        with self._gate.closed():
-            store_moments(self._normalize, news.moments)
+        self._moments = news.moments
         self._metrics.add(news)
         for number, last in news.last_numbers.items():
             # News may be older than the node's process
@@ -377,13 +394,13 @@ class RayWorkerPool(Pool):
         Give the model the server's parameters, if nodes have reported anything since it got them last. They are the
         same during a whole callback. If the server is away, the model keeps its own.
         """
-        if self._version != self._pulled_version and not self._is_stopped:
+        if self._shown_version != self._pulled_version and not self._is_stopped:
             self._pull()
 
     def _pull(self) -> bool:
         """Whether the server was there, whose parameters the model has now."""
         # It may rise while the server answers
-        version = self._version
+        version = self._shown_version
         try:
             answer = self._ask(self._server.get_values.remote())
         except self._lost_errors:
@@ -461,7 +478,8 @@ class RayWorkerPool(Pool):
         with suppress(*self._lost_errors):
             for news in self._reader.take():
                 if news is not None:
-                    store_moments(self._normalize, news.moments)
+                    self._moments = news.moments
+        self._store_moments()
 
     def _take_optimizer(self) -> None:
         """Give the model's optimizer the state of the server's, or if the server is away, that of the checkpoint."""
