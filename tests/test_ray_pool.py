@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import cloudpickle
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common import monitor
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
 
@@ -910,9 +912,48 @@ def test_another_thread_asks_a_node_that_has_ended(make_training, monkeypatch):
     training = make_training()
     training.push(0)
     next(training.begin())
-    with pytest.raises(RuntimeError, match="A node has not answered, and will be replaced: ask again"):
-        ask_in_a_callback(training, monkeypatch, [ActorError()])
+    with pytest.raises(RuntimeError, match="A node's process has ended, and will be replaced: ask again"):
+        ask_in_a_callback(training, monkeypatch, [HangError(), ActorError()])
     assert training.n_restarts == [0, 0]
+
+
+def test_another_thread_asks_a_node_that_takes_its_time(make_training, monkeypatch):
+    training = make_training()
+    training.push(0)
+    next(training.begin())
+    assert ask_in_a_callback(training, monkeypatch, [HangError(), HangError()]) == ["of epoch 0"]
+    assert training.n_restarts == [0, 0]
+
+
+def test_the_training_goes_on_while_another_thread_waits_for_an_answer(make_training, monkeypatch):
+    training = make_training()
+    env, asked = training.env, threading.Event()
+    monkeypatch.setattr(ray_vec_env, "import_ray", lambda: training.ray)
+    env.closed = False
+    env.reset = lambda: np.zeros((4, 4), np.float32)
+    env.env_is_wrapped = lambda wrapper_class: [False] * 4
+    model = AsyncOneStepQ("MlpPolicy", env)
+
+    def answer():
+        asked.set()
+        wait_until(lambda: model.num_timesteps == 40)
+        return ["yes"]
+
+    class Play(BaseCallback):
+        def _on_rollout_start(self):
+            training.push(0, change=None)
+
+        def _on_step(self):
+            if self.n_calls == 1:
+                answers.append(executor.submit(env.env_method, "level", indices=[2]))
+                assert asked.wait(DEADLINE)
+            return True
+
+    env.nodes[1].ask = lambda method, *args, **kwargs: answer
+    answers = []
+    with ThreadPoolExecutor(1) as executor:
+        model.learn(40, Play())
+    assert answers[0].result() == ["yes"]
 
 
 def test_lanes_of_a_node_that_was_restarted_go_on_with_their_monitor_files(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import math
 import sys
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -399,7 +400,8 @@ class AsyncAlgorithm(LiveAlgorithm):
         )
         if self.verbose >= 1:
             print(self._pool.describe())
-        guard_vec_env(env, self._gate.closed, self._pool.settle, lambda: not call.is_running)
+        # Whoever asks the lanes keeps nobody waiting: it may wait for a node that hangs, which this thread replaces
+        guard_vec_env(env, nullcontext, self._pool.settle, lambda: not call.is_running)
         with without_autocast(self.device):
             self._follow(self._pool, callback, log_interval)
         self._pool.stop()

@@ -231,15 +231,19 @@ class RayVecEnv(VecEnv):
             except ray.exceptions.RayTaskError as error:
                 raise unwrap(error) from error
             except ray.exceptions.GetTimeoutError:
+                # It may take its time, or hang
                 self._recover_node(node)
-            except lost_errors(ray):
-                self._recover_node(node)
+            except lost_errors(ray) as error:
+                if not self._recover_node(node):
+                    raise RuntimeError("A node's process has ended, and will be replaced: ask again.") from error
                 request = ask()
 
-    def _recover_node(self, node: RayNode) -> None:
+    def _recover_node(self, node: RayNode) -> bool:
+        """Whether this is the thread that follows the nodes. It has replaced those that have ended or hang."""
         if self.recover_node is None or not learning_on(self).is_by_this_thread():
-            raise RuntimeError("A node has not answered, and will be replaced: ask again.")
+            return False
         self.recover_node(node)
+        return True
 
     def restart_dead_nodes(self) -> list[RayNode]:
         """
