@@ -508,6 +508,44 @@ def test_a_node_that_waits_gets_no_parameters(make_training):
     assert over.is_over and over.values is not None
 
 
+class FullCluster(FakeRay):
+    """Has no CPU for nodes: whoever gives no timeout waits forever."""
+
+    def get(self, request, timeout=None):
+        assert timeout is not None
+        raise HangError
+
+    def cluster_resources(self):
+        return {"CPU": 2.0}
+
+    def available_resources(self):
+        return {}
+
+
+def test_nodes_that_wait_for_a_cpu_between_trainings(monkeypatch):
+    """Others may have taken those of processes that have ended."""
+    monkeypatch.setattr(ray_vec_env, "import_ray", FullCluster)
+    env, remote = FakeLanes(), types.SimpleNamespace(remote=lambda *args: "waits")
+    env.closed, env._start_timeout = False, 5.0
+    for node in env.nodes:
+        node.actor = types.SimpleNamespace(describe=remote, reset=remote)
+        node.ask = lambda method, *args, **kwargs: "waits"
+    model = AsyncOneStepQ("MlpPolicy", env)
+    questions = {
+        "made": [partial(model.learn, 100), partial(env.env_is_wrapped, gym.Wrapper), env.get_images],
+        "reset": [env.reset],
+    }
+    for what, asked in questions.items():
+        for ask in asked:
+            with pytest.raises(RuntimeError) as error:
+                ask()
+            assert str(error.value) == (
+                f"2 nodes have not {what} their envs within start_timeout=5 seconds. Each needs a free CPU of Ray's "
+                "cluster, of whose 2 CPUs 0 are free."
+            )
+    env.closed = True
+
+
 def test_lanes_that_are_closed_or_copied():
     """Ray would start another cluster for the first, and end the nodes when the second is forgotten."""
     env = FakeLanes()

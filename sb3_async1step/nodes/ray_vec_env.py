@@ -162,27 +162,27 @@ class RayVecEnv(VecEnv):
                 make = [env_fns[lane] for lane in lanes]
                 self.nodes.append(RayNode(lanes, make, vec_env_cls, place))
             self.server = start_server(ray)
-            described = self._start(ray, start_timeout)
+            described = self._get_in_time("made", self._describe_nodes())
             self._requests: list[Any] = []
-            super().__init__(len(env_fns), described[0], described[1])
+            super().__init__(len(env_fns), described[0][0], described[0][1])
         except BaseException:
             self.close()
             raise
 
-    def _start(self, ray: Any, timeout: float) -> tuple[gym.Space, gym.Space, int]:
-        requests = [node.actor.describe.remote() for node in self.nodes]
-        try:
-            return ray.get(requests, timeout=timeout)[0]
-        except ray.exceptions.GetTimeoutError:
-            raise self._describe_delay("made", timeout) from None
+    def _describe_nodes(self) -> list[Any]:
+        return [node.actor.describe.remote() for node in self.nodes]
 
-    def _describe_delay(self, what: str, timeout: float) -> RuntimeError:
-        ray = import_ray()
-        return RuntimeError(
-            f"{len(self.nodes)} nodes have not {what} their envs within start_timeout={timeout:g} seconds. Each needs "
-            f"a free CPU of Ray's cluster, of whose {ray.cluster_resources().get('CPU', 0):g} CPUs "
-            f"{ray.available_resources().get('CPU', 0):g} are free."
-        )
+    def _get_in_time(self, what: str, requests: list[Any]) -> list[Any]:
+        """Answers of nodes that have made or reset their envs."""
+        ray, timeout = import_ray(), self._start_timeout
+        try:
+            return ray.get(requests, timeout=timeout)
+        except ray.exceptions.GetTimeoutError:
+            raise RuntimeError(
+                f"{len(self.nodes)} nodes have not {what} their envs within start_timeout={timeout:g} seconds. Each "
+                f"needs a free CPU of Ray's cluster, of whose {ray.cluster_resources().get('CPU', 0):g} CPUs "
+                f"{ray.available_resources().get('CPU', 0):g} are free."
+            ) from None
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("The nodes of a RayVecEnv can't be copied: to copy a model that has one, save and load it.")
@@ -194,14 +194,11 @@ class RayVecEnv(VecEnv):
 
     # ------------------------------------------------------------------ as any VecEnv
 
-    def _get(self, requests: list[Any], timeout: float | None = None) -> list[Any]:
+    def _get(self, requests: list[Any], what: str | None = None) -> list[Any]:
         self._check_open()
         ray = import_ray()
         try:
-            return ray.get(requests, timeout=timeout)
-        except ray.exceptions.GetTimeoutError:
-            assert timeout is not None
-            raise self._describe_delay("reset", timeout) from None
+            return ray.get(requests) if what is None else self._get_in_time(what, requests)
         except ray.exceptions.RayTaskError as error:
             raise unwrap(error) from error
         except lost_errors(ray) as error:
@@ -217,9 +214,11 @@ class RayVecEnv(VecEnv):
         :param questions: nodes, and functions that ask them and return references to their answers
         :return: the answers
         """
-        requests = [ask() for _, ask in questions]
         if self.recover_node is None:
-            return self._get(requests)
+            # One in whose place another was started may wait for a CPU
+            self._get(self._describe_nodes(), "made")
+            return self._get([ask() for _, ask in questions])
+        requests = [ask() for _, ask in questions]
         return [self._get_from(*question, request) for question, request in zip(questions, requests, strict=True)]
 
     def _get_from(self, node: RayNode, ask: Callable[[], Any], request: Any) -> Any:
@@ -266,7 +265,7 @@ class RayVecEnv(VecEnv):
         for node in self.nodes:
             lanes = slice(node.lanes.start, node.lanes.stop)
             requests.append(node.actor.reset.remote(self._seeds[lanes], self._options[lanes]))
-        observations, infos = zip(*self._get(requests, self._start_timeout), strict=True)
+        observations, infos = zip(*self._get(requests, "reset"), strict=True)
         self.reset_infos = [info for part in infos for info in part]
         self._reset_seeds()
         self._reset_options()
