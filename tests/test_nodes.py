@@ -240,19 +240,35 @@ def test_the_server_applies_gradients_as_the_policys_optimizer_does(algorithm, o
 
 
 def test_default_sync_intervals():
-    def choose(exchange, n_steps_per_update, n_nodes, longest, **settings):
-        settings = ExchangeSettings(exchange, **settings)
-        return settings.with_sync_interval(n_steps_per_update, n_nodes, longest).sync_interval
+    def choose(update_interval, n_nodes, longest, **settings):
+        return ExchangeSettings(**settings).with_sync_interval(update_interval, [8] * n_nodes, longest).sync_interval
 
-    assert choose("deltas", 80, 3, math.inf) == 500
+    assert choose(10, 3, math.inf) == 500
     # As long as all nodes together make as many steps as lie between two updates of the target network
-    assert [choose("deltas", 8, n_nodes, 500) for n_nodes in (1, 2, 3, 4)] == [500, 250, 166, 125]
-    assert choose("deltas", 8, 4, 10_000) == 500
+    assert [choose(1, n_nodes, 500) for n_nodes in (1, 2, 3, 4)] == [500, 250, 166, 125]
+    assert choose(1, 4, 10_000) == 500
     # Not more often than there is something new
-    assert choose("deltas", 80, 4, 200) == 80
-    assert choose("deltas", 80, 4, 200, sync_interval=7) == 7
-    assert choose("gradients", 80, 4, 200) == 80
-    assert choose("gradients", 80, 4, 200, sync_interval=7) == 7
+    assert choose(10, 4, 200) == 80
+    assert choose(10, 4, 200, sync_interval=7) == 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [84, 80, 80]),
+        ({"sync_interval": 7}, [12, 8, 7]),
+        # Each node after each of its updates
+        ({"exchange": "gradients"}, [60, 20, 5]),
+        ({"exchange": "gradients", "sync_interval": 7}, [12, 8, 7]),
+    ],
+)
+def test_steps_between_two_exchanges_of_nodes_with_unequal_numbers_of_lanes(settings, expected):
+    n_lanes = [12, 4, 1]
+    settings = ExchangeSettings(**settings).with_sync_interval(5, n_lanes, 240)
+    server = ParameterServer()
+    server.load(ServerState(np.zeros(1, np.float32), [], {}, n_lanes, 0, 1000, 1000), settings)
+    pulls = [server.exchange(Push(node, 0, 1, 0, None, [], {}, Report())) for node in range(3)]
+    assert [pull.n_granted * n for pull, n in zip(pulls, n_lanes, strict=True)] == expected
 
 
 @pytest.mark.parametrize(("tau", "expected"), [(1.0, 400), (0.1, 4000)])

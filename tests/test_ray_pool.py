@@ -402,7 +402,7 @@ def test_workers_of_nodes_are_for_their_cpus(n_workers, n_multiplications, expec
 
 def test_targets_that_are_never_updated(value_based):
     model = value_based("MlpPolicy", "CartPole-v1", n_envs=2, tau=0.0)
-    assert ExchangeSettings().with_sync_interval(8, 4, model._longest_sync_interval).sync_interval == 500
+    assert ExchangeSettings().with_sync_interval(8, [1] * 4, model._longest_sync_interval).sync_interval == 500
 
 
 def test_what_a_snapshot_plays_is_what_is_saved(make_training):

@@ -19,7 +19,6 @@ from sb3_async1step.nodes.parameters import read_buffers, read_values, store_buf
 from sb3_async1step.nodes.ray_module import import_ray, lost_errors
 from sb3_async1step.nodes.ray_vec_env import NODE_END_TIMEOUT, RayNode, RayVecEnv, unwrap
 from sb3_async1step.nodes.reported_steps import ReportedSteps
-from sb3_async1step.nodes.server import grant_size
 from sb3_async1step.nodes.wrappers import pack_wrappers
 from sb3_async1step.vec_envs.split import find_base
 from sb3_async1step.workers.gate import Gate
@@ -65,10 +64,8 @@ class RayWorkerPool(Pool):
         self._gate = gate
         self.num_envs = env.num_envs
         self.workers = []
-        most_lanes = max(len(node.lanes) for node in base.nodes)
-        self.settings = base.settings.with_sync_interval(
-            update_interval * most_lanes, len(base.nodes), longest_sync_interval
-        )
+        n_lanes = [len(node.lanes) for node in base.nodes]
+        self.settings = base.settings.with_sync_interval(update_interval, n_lanes, longest_sync_interval)
         self._base, self._recipe, self._shared, self._on_jump = base, recipe, shared, on_jump
         self._wrappers = [pack_wrappers(env, node.lanes) for node in base.nodes]
         self._monitor = unwrap_vec_wrapper(env, VecMonitor)
@@ -250,10 +247,11 @@ class RayWorkerPool(Pool):
     def _restart_hanging_nodes(self) -> None:
         for number in list(self._learning):
             if self._hangs(number):
+                n_steps = self.settings.count_steps(len(self._base.nodes[number].lanes))
                 self._restart_node(
                     number,
                     f"has not exchanged parameters for node_timeout={self.settings.node_timeout:g} seconds, the most "
-                    f"that sync_interval={self.settings.sync_interval} of its steps may take",
+                    f"that its {n_steps} steps between two exchanges (sync_interval) may take",
                 )
 
     def _handle_end(self, number: int, request: Any) -> None:
@@ -374,7 +372,7 @@ class RayWorkerPool(Pool):
         n_left = state.last_timestep - state.num_timesteps
         # Nobody knows what was granted since, but no node has got more. One that waits for a CPU has got nothing
         there = [number for number in self._learning if self._has_started(number)]
-        state.granted = {number: min(n_left, grant_size(self.settings, len(nodes[number].lanes))) for number in there}
+        state.granted = {number: min(n_left, self.settings.count_steps(len(nodes[number].lanes))) for number in there}
         state.n_side_by_side = dict.fromkeys(there, len(there))
         # They could not exchange while it was away
         self._last_exchanges.update(dict.fromkeys(there, time.monotonic()))

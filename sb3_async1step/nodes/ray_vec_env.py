@@ -111,7 +111,8 @@ class RayVecEnv(VecEnv):
         with the policy's optimizer (Nair et al. 2015, https://arxiv.org/abs/1507.04296)
     :param sync_interval: steps of a node between two exchanges, rounded up to a step of all of its lanes. By default
         500, or fewer if there is a target network: the model's ``target_update_interval / tau`` divided by the number
-        of nodes, but no fewer than an update of its workers takes. With gradients as many as that
+        of nodes, but no fewer than an update of the largest node's workers takes. With gradients, each node exchanges
+        after an update of its workers
     :param outer_learning_rate: factor of the deltas, by default 1 divided by the number of nodes that learn
     :param outer_momentum: momentum of the deltas
     :param max_staleness: number of pushes of others between a node's pull and its push, beyond which the push is

@@ -143,7 +143,7 @@ class ParameterServer:
         assert state is not None
         n_lanes = state.n_lanes[node]
         n_promised = state.num_timesteps + sum(state.granted.values())
-        n_steps = grant_size(self.settings, n_lanes)
+        n_steps = self.settings.count_steps(n_lanes)
         n_left = (state.last_timestep - n_promised) // n_lanes * n_lanes
         if n_left == 0 and n_promised < state.total_timesteps:
             # The steps of nodes with unequal numbers of lanes may not add up exactly
@@ -204,13 +204,3 @@ class ParameterServer:
         self._reports.clear()
         self._staleness, self._pull_seconds, self._n_bytes, self._n_dropped = [], [], 0, 0
         return news
-
-
-def grant_size(settings: ExchangeSettings, n_lanes: int) -> int:
-    """
-    :param settings: how the nodes exchange parameters
-    :param n_lanes: number of lanes of a node
-    :return: how many steps it takes between two exchanges: ``sync_interval``, rounded up to a step of all its lanes
-    """
-    assert settings.sync_interval is not None
-    return -(-settings.sync_interval // n_lanes) * n_lanes

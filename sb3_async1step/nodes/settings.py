@@ -44,13 +44,15 @@ class ExchangeSettings:
     How the nodes of a :class:`~sb3_async1step.RayVecEnv` exchange parameters; see there.
 
     :param exchange: one of ``EXCHANGES``
-    :param sync_interval: steps of a node between two exchanges; see :meth:`with_sync_interval` for None
+    :param sync_interval: steps of a node between two exchanges, None for those of an update; see
+        :meth:`with_sync_interval`
     :param outer_learning_rate: factor of a node's delta, None for 1 divided by the number of nodes that learn
     :param outer_momentum: momentum of the deltas
     :param max_staleness: pushes of others between a node's pull and its push, beyond which the push is dropped
     :param checkpoint_interval: seconds between two checkpoints of the server
     :param max_restarts: restarts of nodes that do not end the training
     :param node_timeout: seconds without an exchange after which a node is restarted, None for no limit
+    :param update_interval: vector steps between two updates of a node's workers
     :raises ValueError: if a parameter is out of range
     """
 
@@ -62,6 +64,7 @@ class ExchangeSettings:
     checkpoint_interval: float = 10.0
     max_restarts: int = 10
     node_timeout: float | None = 300.0
+    update_interval: int = 1
 
     def __post_init__(self) -> None:
         if self.exchange not in EXCHANGES:
@@ -83,17 +86,25 @@ class ExchangeSettings:
         if self.node_timeout is not None:
             check_number("node_timeout", self.node_timeout, above=0)
 
-    def with_sync_interval(self, n_steps_per_update: int, n_nodes: int, longest: float) -> "ExchangeSettings":
+    def with_sync_interval(self, update_interval: int, n_lanes: list[int], longest: float) -> "ExchangeSettings":
         """
-        :param n_steps_per_update: steps of a node between two updates of all its workers
-        :param n_nodes: number of nodes
+        :param update_interval: vector steps between two updates of a node's workers
+        :param n_lanes: number of lanes of each node
         :param longest: most steps of all nodes that should lie between two exchanges
-        :return: the same, with a ``sync_interval``: by default an update for gradients, and for deltas
-            ``SYNC_INTERVAL`` or the node's share of ``longest``, but no less than an update
+        :return: the same for these nodes. Gradients are exchanged after each update by default, and deltas have a
+            ``sync_interval``: ``SYNC_INTERVAL`` or the node's share of ``longest``, but no less than an update
         """
-        if self.sync_interval is not None:
-            return self
-        n_steps = n_steps_per_update
-        if self.exchange == "deltas":
-            n_steps = max(n_steps, int(min(SYNC_INTERVAL, longest / n_nodes)))
-        return replace(self, sync_interval=n_steps)
+        settings = replace(self, update_interval=update_interval)
+        if self.sync_interval is not None or self.exchange == "gradients":
+            return settings
+        n_steps = int(min(SYNC_INTERVAL, longest / len(n_lanes)))
+        return replace(settings, sync_interval=max(update_interval * max(n_lanes), n_steps))
+
+    def count_steps(self, n_lanes: int) -> int:
+        """
+        :param n_lanes: number of lanes of a node
+        :return: how many steps it takes between two exchanges: ``sync_interval``, rounded up to a step of all its
+            lanes, or if that is None, those of an update
+        """
+        n_vector_steps = self.update_interval if self.sync_interval is None else -(-self.sync_interval // n_lanes)
+        return n_vector_steps * n_lanes
