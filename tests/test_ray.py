@@ -243,7 +243,7 @@ def test_the_exception_of_an_env_arrives_with_its_lane(cluster):
     assert (
         ", in step\n" in notes
         and "Raised in env lane 0" in notes
-        and "node 0, whose lanes are 0 to 1 of all lanes" in notes
+        and "node 0, where lanes 0 to 1 are lanes 0 to 1 of all lanes" in notes
     )
     env.close()
     env.close()

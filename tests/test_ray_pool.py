@@ -597,6 +597,34 @@ def test_nodes_have_the_models_schedule(make_training):
     assert recipe.build(make_vec_env("CartPole-v1", 2)).lr_schedule(0.5) == 0.25
 
 
+@pytest.mark.filterwarnings("ignore:AsyncOneStepQ learns from a single env lane")
+@pytest.mark.parametrize(
+    ("lanes", "expected"),
+    [
+        (range(2, 4), "node 1, where lanes 0 to 1 are lanes 2 to 3 of all lanes"),
+        (range(7, 8), "node 1, where lane 0 is lane 7 of all lanes"),
+    ],
+)
+def test_exceptions_say_how_a_node_numbers_its_lanes(lanes, expected, make_training, monkeypatch):
+    monkeypatch.setattr(exchange, "import_ray", FakeRay)
+
+    class Breaks(gym.Wrapper):
+        def step(self, action):
+            raise ZeroDivisionError
+
+    server = ParameterServer()
+    training = make_training()
+    recipe = training.model._make_node_recipe(1, 80)
+    recipe.node, recipe.lanes, recipe.num_envs = 1, lanes, 8
+    server.load(ServerState(training.start, [], {}, [4, len(lanes)], 0, 80, 80), ExchangeSettings(sync_interval=20))
+    node = Node([make_cartpole] * (len(lanes) - 1) + [lambda: Breaks(make_cartpole())])
+    exception = node.learn(recipe, Actor(server))
+    assert [exception.__notes__[0], exception.__notes__[-1]] == [
+        f"Raised in env lane {len(lanes) - 1}.",
+        f"It was raised on {expected}.",
+    ]
+
+
 def test_exceptions_that_cannot_be_sent():
     class Local(Exception):
         pass

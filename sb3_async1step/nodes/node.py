@@ -142,10 +142,9 @@ class Node:
             self._exchange = EXCHANGES[recipe.exchange](server, recipe.node, recipe.epoch, model)
             model.learn(n_left, NodeCallback(self._exchange), log_interval=None, reset_num_timesteps=False)
         except Exception as exception:
-            first, last = recipe.lanes[0], recipe.lanes[-1]
             # Its traceback can't be sent
             add_note(exception, f"On the node:\n{''.join(traceback.format_exception(exception))}")
-            add_note(exception, f"It was raised on node {recipe.node}, whose lanes are {first} to {last} of all lanes.")
+            add_note(exception, f"It was raised on node {recipe.node}, where {describe_lanes(recipe.lanes)}.")
             return make_picklable(exception)
         return None
 
@@ -217,6 +216,16 @@ class NodeCallback(BaseCallback):
             return False
         self._n_left = pull.n_granted
         return not pull.is_over
+
+
+def describe_lanes(lanes: range) -> str:
+    """
+    :param lanes: those of a node
+    :return: how its exceptions number them
+    """
+    if len(lanes) == 1:
+        return f"lane 0 is lane {lanes[0]} of all lanes"
+    return f"lanes 0 to {len(lanes) - 1} are lanes {lanes[0]} to {lanes[-1]} of all lanes"
 
 
 def make_picklable(exception: BaseException) -> BaseException:
