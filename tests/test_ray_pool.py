@@ -588,6 +588,42 @@ def test_frozen_parameters_stay_frozen_on_nodes(exchange_name, algorithm, monkey
     assert are_same == [True] * 2 + [False] * (len(parameters) - 2)
 
 
+class CountsResets(gym.Wrapper):
+    n_resets = 0
+
+    def reset(self, **kwargs):
+        self.n_resets += 1
+        return super().reset(**kwargs)
+
+
+@pytest.mark.parametrize("vec_env_cls", [DummyVecEnv, SubprocVecEnv])
+@pytest.mark.parametrize(("is_stepped", "n_resets"), [(False, 1), (True, 2)])
+def test_nodes_go_on_from_the_drivers_reset(is_stepped, n_resets, vec_env_cls, monkeypatch):
+    """Unless somebody has stepped the lanes since. ``Monitor`` refuses a second reset if it is told to."""
+
+    def make_env():
+        return monitor.Monitor(CountsResets(make_cartpole()), allow_early_resets=is_stepped)
+
+    model = AsyncOneStepQ("MlpPolicy", make_vec_env("CartPole-v1", 2), policy_kwargs={"net_arch": [4]}, seed=0)
+    node = Node([make_env] * 2, vec_env_cls)
+    node.reset([1, 2], [{}, {}])
+    if is_stepped:
+        node.call("step", np.zeros(2, int))
+    server = learn_on_a_node(model, node, monkeypatch)
+    n_episodes = sum(int(report.dones.sum()) for report in server._reports)
+    assert sum(node.call("get_attr", "n_resets")) == 2 * n_resets + n_episodes
+    node.call("close")
+
+
+def test_lanes_are_reset_after_a_training_that_has_not_begun(make_training):
+    node, recipe = Node([lambda: CountsResets(make_cartpole())]), make_training().model._make_node_recipe(1, 80)
+    recipe.lanes, recipe.exchange = range(1), "of another version"
+    for _ in range(2):
+        node.reset([None], [{}])
+        assert isinstance(node.learn(recipe, None), KeyError)
+    assert node.call("get_attr", "n_resets") == [2]
+
+
 def test_nodes_have_the_models_schedule(make_training):
     """In the place of which a file has that of ``learning_rate``."""
     model = make_training().model

@@ -102,6 +102,8 @@ class Node:
     ) -> None:
         self._env: Any = vec_env_cls([*env_fns] if is_first else [MadeAgain(env_fn) for env_fn in env_fns])
         self._exchange: Exchange | None = None
+        # What the last reset has returned, None as soon as the lanes have been stepped
+        self._first_observations: Any = None
 
     def describe(self) -> tuple[gym.Space, gym.Space, int]:
         """
@@ -116,6 +118,8 @@ class Node:
         :param kwargs: its keyword arguments
         :return: what it returns
         """
+        if method == "step":
+            self._first_observations = None
         return getattr(self._env, method)(*args, **kwargs)
 
     def reset(self, seeds: list[int | None], options: list[dict[str, Any]]) -> tuple[Any, list[dict[str, Any]]]:
@@ -125,7 +129,8 @@ class Node:
         :return: the first observations, and what the envs said
         """
         self._env._seeds, self._env._options = seeds, options
-        return self._env.reset(), read_reset_infos(self._env)
+        self._first_observations = self._env.reset()
+        return self._first_observations, read_reset_infos(self._env)
 
     def learn(self, recipe: NodeRecipe, server: Any) -> BaseException | None:
         """
@@ -138,6 +143,7 @@ class Node:
         try:
             random.seed(recipe.seed)
             model = recipe.build(self._env)
+            self._skip_second_reset()
             n_left = recipe.total_timesteps - recipe.num_timesteps
             self._exchange = EXCHANGES[recipe.exchange](server, recipe.node, recipe.epoch, model)
             model.learn(n_left, NodeCallback(self._exchange), log_interval=None, reset_num_timesteps=False)
@@ -146,7 +152,21 @@ class Node:
             add_note(exception, f"On the node:\n{''.join(traceback.format_exception(exception))}")
             add_note(exception, f"It was raised on node {recipe.node}, where {describe_lanes(recipe.lanes)}.")
             return make_picklable(exception)
+        finally:
+            # Unless learn() has failed before
+            vars(self._env).pop("reset", None)
         return None
+
+    def _skip_second_reset(self) -> None:
+        """Go on from the driver's reset: an env may refuse another one before its episode has ended, as Monitor can."""
+        first, self._first_observations = self._first_observations, None
+
+        def reset_before() -> Any:
+            del self._env.reset
+            return first
+
+        if first is not None:
+            self._env.reset = reset_before
 
     def kill_lanes(self) -> None:
         """Kill the processes of the lanes, if they have any: one that hangs would outlive this one."""
