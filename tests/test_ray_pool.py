@@ -33,6 +33,7 @@ from sb3_async1step.nodes.parameters import read_values, store_values
 from sb3_async1step.nodes.ray_pool import RayWorkerPool
 from sb3_async1step.nodes.server import ParameterServer
 from sb3_async1step.nodes.settings import ExchangeSettings
+from sb3_async1step.nodes.wrappers import pack_wrappers
 from sb3_async1step.workers.gate import Call, learning_on
 from tests.helpers import DEADLINE, wait_until
 
@@ -567,7 +568,9 @@ def learn_on_a_node(model, node, monkeypatch, **settings):
     server, settings = ParameterServer(), ExchangeSettings(**{"sync_interval": 20, **settings})
     recipe = model._make_node_recipe(1, 80)
     recipe.exchange, recipe.lanes = settings.exchange, range(model.n_envs)
-    state = ServerState(read_values(model.list_learned_parameters()), [], {}, [model.n_envs], 0, 80, 80)
+    recipe.wrappers = pack_wrappers(model.env, recipe.lanes)
+    values, moments = read_values(model.list_learned_parameters()), read_moments(model.get_vec_normalize_env())
+    state = ServerState(values, [], moments, [model.n_envs], 0, 80, 80)
     server.load(state, settings, (recipe.model_class, recipe.model))
     assert node.learn(cloudpickle.loads(cloudpickle.dumps(recipe)), Actor(server)) is None
     return server
@@ -613,6 +616,15 @@ def test_nodes_go_on_from_the_drivers_reset(is_stepped, n_resets, vec_env_cls, m
     n_episodes = sum(int(report.dones.sum()) for report in server._reports)
     assert sum(node.call("get_attr", "n_resets")) == 2 * n_resets + n_episodes
     node.call("close")
+
+
+def test_statistics_have_each_observation_once(monkeypatch):
+    env = VecNormalize(make_vec_env("CartPole-v1", 2))
+    model = AsyncOneStepQ("MlpPolicy", env, policy_kwargs={"net_arch": [4]}, seed=0)
+    node = Node([make_cartpole] * 2)
+    env.reset(), node.reset([0, 1], [{}, {}])
+    server = learn_on_a_node(model, node, monkeypatch)
+    assert server.state.moments["observations"].count == pytest.approx(2 + 80, abs=0.01)
 
 
 def test_lanes_are_reset_after_a_training_that_has_not_begun(make_training):

@@ -9,7 +9,7 @@ import torch as th
 from stable_baselines3.common.vec_env import unwrap_vec_normalize
 
 from sb3_async1step.nodes.messages import Learned, Pull, Push, Report
-from sb3_async1step.nodes.moments import read_moments, store_moments
+from sb3_async1step.nodes.moments import Moments, read_moments, store_moments
 from sb3_async1step.nodes.parameters import read_buffers, read_values, store_buffers, store_values
 from sb3_async1step.nodes.ray_module import import_ray, lost_errors
 
@@ -38,7 +38,7 @@ class Exchange(ABC):
         self._pulled: np.ndarray | None = None
         self._seconds = 0.0
         self._normalize = unwrap_vec_normalize(model.env)
-        self._moments = read_moments(self._normalize)
+        self._moments: dict[str, Moments] = {}
         self._pool: Any = None
         self._shared: Any = None
 
@@ -57,6 +57,9 @@ class Exchange(ABC):
         """
         is_first = self._pool is None
         self._pool, self._shared = self._model.get_workers()
+        if is_first:
+            # The driver's statistics have those of the reset already
+            self._moments = read_moments(self._normalize)
         return is_first
 
     def stop(self) -> None:
