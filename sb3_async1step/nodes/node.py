@@ -153,7 +153,7 @@ class Node:
             add_note(exception, f"It was raised on node {recipe.node}, where {describe_lanes(recipe.lanes)}.")
             return make_picklable(exception)
         finally:
-            # Unless learn() has failed before
+            # If learn() has failed before it has reset the lanes
             vars(self._env).pop("reset", None)
         return None
 
