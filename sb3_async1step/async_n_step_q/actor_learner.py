@@ -46,6 +46,8 @@ class NStepQActorLearner(ValueBasedActorLearner[NStepQSettings, Rollout]):
         if n_minibatches == 1:
             yield rollout
             return
+        # Other workers may have updated the parameters since the segment began
+        self.local.pull()
         # Transitions of one lane resemble each other: each minibatch has some of all lanes
         order = self.random_generator.permutation(rollout.n_transitions)
         # Returns are of the whole segment
