@@ -25,8 +25,8 @@ class SharedParameters:
     """
     The online network (the paper's theta) and its optimizer, as the workers see them.
 
-    A worker does not use the module of the online network itself, but a :class:`LocalParameters`: by :meth:`pull` it
-    reads the parameters, by :meth:`push` it applies a gradient.
+    A worker does not use the module of the online network itself, but a :class:`LocalParameters`, whose
+    ``pull()`` reads the parameters, and whose ``push()`` applies a gradient.
 
     :param network: the online network
     :param policy: the policy that it belongs to, and whose optimizer is shared
