@@ -949,11 +949,17 @@ def test_a_callback_asks_a_node_that_hangs(make_training, monkeypatch):
     assert training.n_restarts == [0, 1]
 
 
-def test_what_a_callback_sees_stays_the_same_while_it_waits_for_an_answer(make_training, monkeypatch):
-    training = make_training(outer_learning_rate=1.0)
+def give_statistics(training):
+    """Let a training have running statistics; returns the wrapper that keeps them, and another that has newer ones."""
     normalize, newest = (VecNormalize(make_vec_env("CartPole-v1", 4)) for _ in range(2))
     newest.obs_rms.update(np.full((4, 4), 3.0))
     training.pool._normalize, training.server.state.moments = normalize, read_moments(normalize)
+    return normalize, newest
+
+
+def test_what_a_callback_sees_stays_the_same_while_it_waits_for_an_answer(make_training, monkeypatch):
+    training = make_training(outer_learning_rate=1.0)
+    normalize, newest = give_statistics(training)
     batches = training.begin()
     training.push(0)
     next(batches)
@@ -975,9 +981,7 @@ def test_what_a_callback_sees_stays_the_same_while_it_waits_for_an_answer(make_t
 def test_statistics_that_have_come_during_the_last_callback(make_training, monkeypatch):
     """The server is away when the training ends."""
     training = make_training()
-    normalize, newest = (VecNormalize(make_vec_env("CartPole-v1", 4)) for _ in range(2))
-    newest.obs_rms.update(np.full((4, 4), 3.0))
-    training.pool._normalize, training.server.state.moments = normalize, read_moments(normalize)
+    normalize, newest = give_statistics(training)
     batches = training.begin()
     training.push(0)
     next(batches)

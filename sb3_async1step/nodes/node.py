@@ -150,7 +150,7 @@ class Node:
         except Exception as exception:
             # Its traceback can't be sent
             add_note(exception, f"On the node:\n{''.join(traceback.format_exception(exception))}")
-            add_note(exception, f"It was raised on node {recipe.node}, where {describe_lanes(recipe.lanes)}.")
+            add_note(exception, f"It was raised on node {recipe.node}, where {describe_numbering(recipe.lanes)}.")
             return make_picklable(exception)
         finally:
             # If learn() has failed before it has reset the lanes
@@ -238,7 +238,7 @@ class NodeCallback(BaseCallback):
         return not pull.is_over
 
 
-def describe_lanes(lanes: range) -> str:
+def describe_numbering(lanes: range) -> str:
     """
     :param lanes: those of a node
     :return: how its exceptions number them
