@@ -113,6 +113,7 @@ def test_serial_mode_equals_algorithm_2(n_lanes, n_workers, t_max, q_lambda):
         exploration_fraction=fraction,
         max_grad_norm=1e6,
         q_lambda=q_lambda,
+        lock_updates=False,
         backend="serial",
         policy_kwargs={"net_arch": [16], "optimizer_class": SharedRMSprop},
         seed=SEED,
@@ -185,11 +186,11 @@ def test_segments_of_several_steps_are_not():
     assert not th.allclose(*weights, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("n_workers", [1, 2])
+@pytest.mark.parametrize(("n_workers", "lock_updates"), [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize(
     ("batch_size", "sizes"), [(5, [5, 5, 5, 5]), (7, [7, 7, 6]), (3, [3] * 6 + [2]), (20, [20]), (31, [20]), (50, [20])]
 )
-def test_minibatches(batch_size, sizes, n_workers, monkeypatch):
+def test_minibatches(batch_size, sizes, n_workers, lock_updates, monkeypatch):
     """An update follows each of them, and together they are the segment, with the returns that it has as a whole."""
     segments, minibatches = [], []
     take, compute_loss = RolloutBuffer.take, NStepQActorLearner.compute_loss
@@ -216,6 +217,7 @@ def test_minibatches(batch_size, sizes, n_workers, monkeypatch):
         target_update_interval=10**6,
         q_lambda=0.5,
         max_grad_norm=0.5,
+        lock_updates=lock_updates,
         backend="serial",
         policy_kwargs={"net_arch": [16], "optimizer_class": th.optim.SGD},
         seed=SEED,
@@ -247,7 +249,7 @@ def test_minibatches(batch_size, sizes, n_workers, monkeypatch):
             wanted = [returns[tuple(row)] for row in part.flatten(part.observations)]
             np.testing.assert_allclose(targets.numpy(), wanted, rtol=1e-5)
 
-    if n_workers == 2 and len(sizes) == 1:
+    if n_workers == 2 and len(sizes) == 1 and not lock_updates:
         # The gradient of a whole segment is of the parameters with which the segment began
         return
     # One update after the other, whichever worker makes it: each gradient is of the newest parameters

@@ -34,7 +34,7 @@ def test_what_differs_between_the_value_based_algorithms():
     # Sarsa learns the values of the policy that explores
     epsilons = {"exploration_final_eps": (0.1, 0.01, 0.3), "exploration_final_probs": (0.4, 0.3, 0.3)}
     assert sarsa == q | epsilons
-    assert n_step == q | {"update_interval": 5, "q_lambda": 1.0, "batch_size": None}
+    assert n_step == q | {"update_interval": 5, "q_lambda": 1.0, "batch_size": None, "lock_updates": True}
 
 
 # ---------------------------------------------------------------------- lanes
@@ -225,6 +225,7 @@ def test_the_papers_hyperparameters(value_based):
     assert kinds_of(model.q_net) == ["Conv2d", "ReLU", "Conv2d", "ReLU", "Flatten", "Linear", "ReLU", "Linear"]
     values = (model.update_interval, model.target_update_interval, model.loss, model.max_grad_norm)
     assert values == (5, 10_000, "mse", 40.0)
+    assert not model.lock_updates
     assert (model.exploration_final_eps, model.exploration_final_probs) == ((0.1, 0.01, 0.5), (0.4, 0.3, 0.3))
     assert [model.lr_schedule(progress) for progress in (1.0, 0.5, 0.0)] == [7e-4, 3.5e-4, 0.0]
 

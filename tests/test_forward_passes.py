@@ -68,6 +68,14 @@ def test_several_steps_for_an_update_take_a_pass_of_their_own():
     assert model.n_passes == 30 + 6
 
 
+@pytest.mark.parametrize(("n_workers", "n_passes"), [(1, 60), (2, 120)])
+def test_gradients_of_the_newest_parameters_take_a_pass_of_their_own(n_workers, n_passes):
+    model = train(
+        "MlpPolicy", RandomWalkEnv, FlattenExtractor, n_workers=n_workers, lock_updates=True, backend="serial"
+    )
+    assert model.n_passes == n_passes
+
+
 def test_the_parameters_are_read_before_acting():
     """What another worker changes while the lanes step is staleness."""
     model = AsyncOneStepQ("MlpPolicy", make_env(4), seed=0)

@@ -20,7 +20,7 @@ from sb3_async1step.registry import ALGORITHMS
 from sb3_async1step.value_based.target_network import SharedQNetworks
 from sb3_async1step.workers.lanes import Lanes
 from sb3_async1step.workers.rollout import Rollout
-from sb3_async1step.workers.shared_parameters import SharedParameters
+from sb3_async1step.workers.shared_parameters import LocalParameters, SharedParameters
 from tests.envs import BlockingEnv, RandomWalkEnv, make_env
 from tests.helpers import DEADLINE, are_equal, wait_until, weights_of, with_worker
 from tests.test_vec_env_split import DictEnv, ImageEnv, UnknownWrapper
@@ -276,8 +276,7 @@ def test_paper_layout_updates_at_the_end_of_an_episode():
     assert grouped._n_updates == 6
 
 
-@pytest.mark.parametrize("lock_updates", [False, True])
-def test_staleness_is_measured(algorithm, lock_updates):
+def test_staleness_is_measured(algorithm):
     """All workers read the weights before any of them applies its gradient: each update finds one more before it."""
     all_have_read = threading.Barrier(8)
 
@@ -287,7 +286,7 @@ def test_staleness_is_measured(algorithm, lock_updates):
 
     parameters = {"n_workers": 8, "update_interval": 1, "policy_kwargs": {"net_arch": []}}
     model = with_worker(algorithm, compute_loss=compute_loss)(
-        "MlpPolicy", make_env(8), lock_updates=lock_updates, **parameters
+        "MlpPolicy", make_env(8), lock_updates=False, **parameters
     )
     seen = []
 
@@ -304,16 +303,43 @@ def test_staleness_is_measured(algorithm, lock_updates):
     assert seen == [0] * 80
 
 
+@pytest.mark.parametrize("update_interval", [1, 3])
+def test_workers_learn_in_turns(algorithm, update_interval, monkeypatch):
+    """A gradient is of the newest parameters, and nobody changes them before it is applied."""
+    before, staleness = [], []
+
+    def compute_loss(parents, worker, rollout):
+        before.append(read(worker.shared.parameters))
+        assert len(before) == 1 and th.equal(read(worker.local.parameters), before[0])
+        # Others would change them now, were they not made to wait
+        time.sleep(0.002)
+        return parents(rollout)
+
+    def push(local):
+        assert th.equal(read(local._shared.parameters), before.pop())
+        staleness.append(push_of_worker(local))
+        return staleness[-1]
+
+    def read(parameters):
+        return th.cat([parameter.detach().flatten() for parameter in parameters])
+
+    push_of_worker = LocalParameters.push
+    monkeypatch.setattr(LocalParameters, "push", push)
+    parameters = {"n_workers": 4, "policy_kwargs": {"net_arch": [8], "optimizer_class": SharedRMSprop}}
+    model = with_worker(algorithm, compute_loss=compute_loss)(
+        "MlpPolicy", make_env(8), lock_updates=True, update_interval=update_interval, **parameters
+    )
+    model.learn(8 * 60)
+    assert staleness == [0] * model._n_updates
+    # Each worker may have steps left that were not enough for an update
+    assert 4 * 60 / update_interval - 4 < model._n_updates <= 4 * 60 / update_interval
+
+
 @pytest.mark.parametrize(
-    ("optimizer_class", "lock_updates", "may_overlap"),
-    [
-        (SharedRMSprop, False, True),
-        (SharedRMSprop, True, False),
-        (th.optim.Adam, False, False),
-        (th.optim.RMSprop, False, False),
-    ],
+    ("optimizer_class", "may_overlap"),
+    [(SharedRMSprop, True), (th.optim.Adam, False), (th.optim.RMSprop, False)],
 )
-def test_updates_overlap_only_if_they_may(optimizer_class, lock_updates, may_overlap, monkeypatch):
+def test_updates_overlap_only_if_they_may(optimizer_class, may_overlap, monkeypatch):
     """An update lasts until another one has begun; if none may, until another worker has come to its own."""
     coming, running, n_together, creating, have_met = [], [], [], [], threading.Event()
 
@@ -344,7 +370,7 @@ def test_updates_overlap_only_if_they_may(optimizer_class, lock_updates, may_ove
     monkeypatch.setattr(SharedParameters, "push", push)
 
     model = AsyncOneStepQ(
-        "MlpPolicy", make_env(4), n_workers=4, update_interval=1, lock_updates=lock_updates,
+        "MlpPolicy", make_env(4), n_workers=4, update_interval=1,
         policy_kwargs={"net_arch": [4], "optimizer_class": Probe},
     )  # fmt: skip
     model.learn(200)

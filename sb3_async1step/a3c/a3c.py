@@ -52,8 +52,10 @@ class A3C(AsyncAlgorithm):
         names another optimizer
     :param use_sde: whether to explore by state-dependent noise (gSDE), for Box actions
     :param sde_sample_freq: time steps after which that noise is drawn again, -1 for once in a segment
-    :param lock_updates: whether workers wait for each other's updates. By default they don't (Hogwild); with another
-        optimizer than :class:`~sb3_async1step.SharedRMSprop`, they always do
+    :param lock_updates: whether workers learn in turns, so that no gradient is stale: one reads the parameters,
+        computes a gradient and applies it before the next one does. Otherwise, they compute gradients at the same time,
+        as in the paper, and apply them at the same time (Hogwild), or one after the other if the optimizer is another
+        than :class:`~sb3_async1step.SharedRMSprop`
     :param backend: ``"threads"``, or ``"serial"``: the same workers take turns on the calling thread, reproducible
         bit for bit from the seed
     :param stats_window_size: number of episodes over which logged returns and lengths are averaged
@@ -166,6 +168,7 @@ class A3C(AsyncAlgorithm):
             "vf_coef": 0.5,
             "max_grad_norm": 40.0,
             "rms_prop_eps": 0.1,
+            "lock_updates": False,
         }
 
     def _make_policy(self) -> BasePolicy:

@@ -46,8 +46,10 @@ class AsyncNStepQ(ValueBasedAlgorithm):
     :param batch_size: number of transitions that an update learns from. The transitions of a segment are shuffled, and
         split into minibatches of about this size (as in Gallici et al. 2025). By default, one update learns from all of
         them, as in the paper
-    :param lock_updates: whether workers wait for each other's updates. With any other optimizer than
-        :class:`~sb3_async1step.SharedRMSprop`, such as the default, Adam, they always do
+    :param lock_updates: whether workers learn in turns, so that no gradient is stale: one reads the parameters,
+        computes a gradient and applies it before the next one does. Otherwise, they compute gradients at the same time,
+        as in the paper, and apply them at the same time if the optimizer is :class:`~sb3_async1step.SharedRMSprop`, one
+        after the other if it is any other, such as the default, Adam
     :param backend: ``"threads"``, or ``"serial"``: the same workers take turns on the calling thread, reproducible
         bit for bit from the seed
     :param stats_window_size: number of episodes over which logged returns and lengths are averaged
@@ -85,7 +87,7 @@ class AsyncNStepQ(ValueBasedAlgorithm):
         loss: Literal["mse", "huber"] = "mse",
         q_lambda: float = 1.0,
         batch_size: int | None = None,
-        lock_updates: bool = False,
+        lock_updates: bool = True,
         backend: Backend = "threads",
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,

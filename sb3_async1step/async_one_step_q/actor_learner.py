@@ -16,7 +16,8 @@ class OneStepQActorLearner(OneStepActorLearner[Rollout]):
     """
     A worker of :class:`~sb3_async1step.AsyncOneStepQ`.
 
-    If there is an update after each step, the forward pass that chooses the actions is the one that the gradient needs.
+    If there is an update after each step, the forward pass that chooses the actions is the one that the gradient needs,
+    unless it has to be of the newest parameters (``lock_updates``).
 
     :param args: see :class:`~sb3_async1step.workers.actor_learner.ActorLearner`
     """
@@ -30,7 +31,7 @@ class OneStepQActorLearner(OneStepActorLearner[Rollout]):
         self._network_is_pure = type(network) is QNetwork and are_pure(layers)
 
     def choose_actions(self, lanes: Rows) -> np.ndarray:
-        if self.rollout.n_steps > 1 or not self._network_is_pure:
+        if self.rollout.n_steps > 1 or self.shared.lock_updates or not self._network_is_pure:
             return super().choose_actions(lanes)
         self.local.pull()
         self._q_values = self.local.learning_network(self.to_tensor(self.observations))

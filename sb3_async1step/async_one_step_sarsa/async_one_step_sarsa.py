@@ -41,8 +41,10 @@ class AsyncOneStepSarsa(ValueBasedAlgorithm):
     :param eval_eps: epsilon of ``predict(deterministic=False)``
     :param max_grad_norm: norm to which gradients are clipped
     :param loss: ``"mse"`` (the paper's) or ``"huber"`` (DQN's), of the TD error
-    :param lock_updates: whether workers wait for each other's updates. With any other optimizer than
-        :class:`~sb3_async1step.SharedRMSprop`, such as the default, Adam, they always do
+    :param lock_updates: whether workers learn in turns, so that no gradient is stale: one reads the parameters,
+        computes a gradient and applies it before the next one does. Otherwise, they compute gradients at the same time,
+        as in the paper, and apply them at the same time if the optimizer is :class:`~sb3_async1step.SharedRMSprop`, one
+        after the other if it is any other, such as the default, Adam
     :param backend: ``"threads"``, or ``"serial"``: the same workers take turns on the calling thread, reproducible
         bit for bit from the seed
     :param stats_window_size: number of episodes over which logged returns and lengths are averaged

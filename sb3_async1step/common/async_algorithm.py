@@ -98,8 +98,10 @@ class AsyncAlgorithm(LiveAlgorithm):
     :param update_interval: vector steps of a worker's lanes between two updates (the paper's I_AsyncUpdate and t_max);
         a worker with a single lane also updates at the end of an episode, as in the paper
     :param max_grad_norm: norm to which gradients are clipped
-    :param lock_updates: whether workers wait for each other's updates. With any other optimizer than
-        :class:`~sb3_async1step.SharedRMSprop`, they always do
+    :param lock_updates: whether workers learn in turns, so that no gradient is stale: one reads the parameters,
+        computes a gradient and applies it before the next one does. Otherwise, they compute gradients at the same time,
+        and apply them at the same time if the optimizer is :class:`~sb3_async1step.SharedRMSprop`, one after the other
+        if it is any other
     :param backend: ``"threads"``, or ``"serial"``: the same workers take turns on the calling thread, reproducible
         bit for bit from the seed
     :param use_sde: whether the policy explores by state-dependent noise

@@ -163,6 +163,7 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
             "exploration_final_probs": (0.4, 0.3, 0.3),
             "max_grad_norm": 40.0,
             "loss": "mse",
+            "lock_updates": False,
             "policy_kwargs": {"optimizer_class": SharedRMSprop, "layer_norm": False},
         }
 

@@ -38,15 +38,10 @@ class OneStepActorLearner(ValueBasedActorLearner[ValueBasedSettings, AnyRollout]
     def begin_segment(self) -> None:
         pass
 
-    def accumulate_gradient(self) -> None:
+    def pull_for_gradient(self) -> None:
         """Pull the parameters right before the first gradient since the last update, so that it is hardly stale."""
         if not self._metrics:
-            self.pull_for_gradient()
-        super().accumulate_gradient()
-
-    def pull_for_gradient(self) -> None:
-        """Read the parameters, unless they have been read already."""
-        self.local.pull()
+            self.local.pull()
 
     def before_target_sync(self) -> None:
         # The TD targets of the transitions so far are from the old target network: Algorithm 1 accumulates gradients

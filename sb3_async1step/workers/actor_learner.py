@@ -174,6 +174,11 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         """Called before the first step after an update."""
         self.local.pull()
 
+    def pull_for_gradient(self) -> None:
+        """Called before a gradient is computed. If workers learn in turns, it is that of the newest parameters."""
+        if self.shared.lock_updates:
+            self.local.pull()
+
     def after_step(self, num_timesteps: int | float, n_new: int | float) -> None:
         """
         Called after each step, before the update if one is due.
@@ -252,12 +257,13 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         n_new = len(arrived.dones)
         self._n_since_update += n_new
 
-        is_due = self._is_update_due(arrived.dones)
-        if is_due:
-            self.accumulate_gradient()
-        self.after_step(count(n_new), n_new * self.shared.pace)
-        if is_due:
-            self._update()
+        if self._is_update_due(arrived.dones):
+            with self.shared.turn:
+                self.accumulate_gradient()
+                self.after_step(count(n_new), n_new * self.shared.pace)
+                self._update()
+        else:
+            self.after_step(count(n_new), n_new * self.shared.pace)
         updates, self._updates = self._updates, []
         return Transitions(self._env_actions[lanes], **vars(arrived), updates=updates)
 
@@ -302,6 +308,7 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
         """
         if self.rollout.n_filled == 0:
             return
+        self.pull_for_gradient()
         rollout = self.rollout.take()
         n_steps = rollout.n_transitions / self.n_lanes
         for number, minibatch in enumerate(self.make_minibatches(rollout)):

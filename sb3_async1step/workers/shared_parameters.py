@@ -30,14 +30,13 @@ class SharedParameters:
 
     :param network: the online network
     :param policy: the policy that it belongs to, and whose optimizer is shared
-    :param lock_updates: whether updates wait for each other; those of an optimizer that does not say that it
-        ``is_lock_free`` always do
+    :param lock_updates: whether workers learn in turns: one reads the parameters, computes a gradient and applies it
+        before the next one does
     """
 
     def __init__(self, network: BaseModel, policy: BasePolicy, lock_updates: bool) -> None:
         self.network = network
         self.policy = policy
-        self._lock_updates = lock_updates
         # Of the modules that the network has now: workers can't follow if somebody replaces them
         self.modules = list(network.modules())
         self.parameters = list(network.parameters())
@@ -47,6 +46,10 @@ class SharedParameters:
         self.progress_remaining = 1.0
         #: By how much T grows when these workers take a step: by more than 1 if other nodes learn as well
         self.pace: int | float = 1
+        self.lock_updates = lock_updates
+        #: What a worker holds while it learns
+        self.turn = threading.Lock() if lock_updates else nullcontext()
+        # Those of an optimizer that does not say that it is_lock_free wait for each other in any case
         self._update_lock = threading.Lock()
         self._count_lock = threading.Lock()
 
@@ -61,7 +64,7 @@ class SharedParameters:
         :param gradients: the gradient of each parameter
         :return: how many updates all workers had applied before this one
         """
-        if view is None or self._lock_updates or is_observed(optimizer):
+        if view is None or is_observed(optimizer):
             with self._update_lock:
                 self._show(gradients)
                 optimizer.step()
