@@ -3,18 +3,14 @@
 import copy
 import errno
 import io
-import sys
 import threading
 import zipfile
-from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import A2C, DQN
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_async1step import A3C, AsyncNStepQ, AsyncOneStepQ, AsyncOneStepSarsa
@@ -334,34 +330,6 @@ def test_weights_of_a_dqn():
     model.policy.load_state_dict(dqn.policy.state_dict())
     obs = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
     np.testing.assert_array_equal(model.predict(obs, deterministic=True)[0], dqn.predict(obs, deterministic=True)[0])
-
-
-#: Of files that were saved before modules were renamed, after 812 steps of CartPole-v1, in the middle of a rollout
-Q_VALUES_BEFORE = {
-    "one_step_q": [[0.477345, -0.110274], [0.514963, -0.123203], [0.646267, -0.272194]],
-    "one_step_sarsa": [[0.474525, -0.104168], [0.510937, -0.120104], [0.641248, -0.261539]],
-}
-
-
-@pytest.mark.skipif(version("numpy").startswith("1."), reason="numpy 1 can't unpickle the arrays of numpy 2")
-@pytest.mark.parametrize(("name", "algorithm"), [("one_step_q", AsyncOneStepQ), ("one_step_sarsa", AsyncOneStepSarsa)])
-def test_files_of_an_earlier_version(name, algorithm):
-    """Its modules had other names, and its workers other states."""
-    path = Path(__file__).parent / "data" / f"{name}_before.zip"
-    model = algorithm.load(path, env=make_vec_env("CartPole-v1", n_envs=4, seed=0))
-    observations = np.array([[0.1, 0.2, 0.1, 0.3], [-0.1, -0.5, -0.1, -0.3], [0.5, -1.0, 0.1, 1.0]], np.float32)
-    with th.no_grad():
-        q_values = model.q_net(th.as_tensor(observations)).numpy()
-    np.testing.assert_allclose(q_values, Q_VALUES_BEFORE[name], atol=1e-5)
-    assert model.predict(observations, deterministic=True)[0].tolist() == [0, 0, 0]
-    assert (model.num_timesteps, model._n_updates, model.update_interval, model.n_workers) == (812, 80, 5, 2)
-    statistics = model.policy.optimizer.state_dict()["state"]
-    assert len(statistics) == 4 and all(state["square_avg"].abs().sum() > 0 for state in statistics.values())
-    before = weights_of(model)
-    assert model.learn(200, reset_num_timesteps=False).num_timesteps == 1012
-    assert model._n_updates == 80 + 20 and not are_equal(weights_of(model), before)
-    # Loading leaves no module under an old name
-    assert not set(model_file.RENAMED_MODULES) & set(sys.modules)
 
 
 def make_reset_env(n_lanes):

@@ -22,7 +22,6 @@ from sb3_async1step.common.model_file import (
     explain_errors,
     pack_model,
     read_attributes,
-    renamed_modules,
     write_atomically,
 )
 from sb3_async1step.common.warn import warn_the_caller
@@ -281,7 +280,7 @@ class LiveAlgorithm(BaseAlgorithm):
             kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")
         token = IS_LOADING.set(True)
         try:
-            with renamed_modules(), explain_errors(path):
+            with explain_errors(path):
                 model = super().load(path, *args, **kwargs)
         finally:
             IS_LOADING.reset(token)

@@ -7,13 +7,11 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 import uuid
 import warnings
 import zipfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from importlib import import_module
 from typing import Any, BinaryIO
 
 import stable_baselines3 as sb3
@@ -26,11 +24,6 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-#: Modules that earlier versions of this package had, and in which saved models look for classes
-RENAMED_MODULES = {
-    "sb3_async1step.common.policies": "sb3_async1step.value_based.policies",
-    "sb3_async1step.common.actor_learner": "sb3_async1step.workers.actor_learner",
-}
 #: Temporary files are hidden and lack the suffix of models, so that a search for models does not find them. Their
 #: names are short, since the target's may be as long as the file system allows
 TEMPORARY_PREFIX = ".sb3_async1step-"
@@ -181,22 +174,6 @@ def remove_leftovers(folder: pathlib.Path) -> None:
         with suppress(OSError), open(temporary, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             temporary.unlink()
-
-
-@contextmanager
-def renamed_modules() -> Iterator[None]:
-    """
-    Inside the ``with`` block, models of earlier versions of this package can be unpickled.
-
-    :return: a context manager
-    """
-    for old, new in RENAMED_MODULES.items():
-        sys.modules.setdefault(old, import_module(new))
-    try:
-        yield
-    finally:
-        for old in RENAMED_MODULES:
-            sys.modules.pop(old, None)
 
 
 def read_attributes(path: str | pathlib.Path | io.BufferedIOBase) -> dict[str, Any]:

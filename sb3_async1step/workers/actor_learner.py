@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -61,13 +61,7 @@ class WorkerState:
     gradients: list[th.Tensor | None]
     metrics: list[tuple[dict[str, float], float]]
     local_values: list[th.Tensor] | None
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    def __setstate__(self, attributes: dict[str, Any]) -> None:
-        if {field.name for field in fields(self)} != set(attributes):
-            # From a file of an earlier version: the empty name is no worker's, so that set_state() ignores it
-            attributes = {"actor_learner": "", "lanes": range(0), "update_interval": 0}
-        self.__dict__.update(attributes)
+    extra: dict[str, Any]
 
 
 class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
