@@ -199,19 +199,6 @@ class ActorLearner(ABC, Generic[AnySettings, AnyRollout]):
 
     # ------------------------------------------------------------------ the thread
 
-    def step(self, num_timesteps: int) -> Transitions:
-        """
-        Take one step in every lane, and update the parameters if an update is due.
-
-        :param num_timesteps: environment steps of all lanes, including these (the paper's T)
-        :return: the transitions
-        :raises ValueError: see :meth:`finish_step`
-        """
-        self.begin_step(self.n_lanes)
-        transitions = self.finish_step(lambda n_lanes: num_timesteps)
-        assert transitions is not None
-        return transitions
-
     def begin_step(self, n_lanes: int) -> None:
         """
         Act in lanes that wait for an action.
