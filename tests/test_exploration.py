@@ -2,8 +2,17 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch as th
 
-from sb3_async1step.value_based.exploration import BehaviourPolicy, ExplorationSchedule, allot_final_epsilons
+from sb3_async1step import AsyncOneStepQ
+from sb3_async1step.value_based.exploration import (
+    allot_final_epsilons,
+    choose_epsilon_greedily,
+    make_exploration_schedule,
+)
+from sb3_async1step.vec_envs.split import split_vec_env
+from sb3_async1step.workers.lanes import Lanes
+from tests.envs import make_env
 
 MIX = ((0.1, 0.01, 0.5), (0.4, 0.3, 0.3))
 
@@ -34,27 +43,32 @@ def test_one_value_for_all_lanes():
     np.testing.assert_array_equal(allot_final_epsilons(0.05, MIX[1], 3), [0.05, 0.05, 0.05])
 
 
-def test_schedule_is_linear_then_constant():
-    schedule = ExplorationSchedule(1.0, np.array([0.1, 0.5]), fraction=0.2)
-    second_lane = schedule.take_lanes(range(1, 2))
+def test_epsilon_is_annealed_linearly_and_then_constant():
+    epsilons = make_exploration_schedule(1.0, np.array([0.1, 0.5]), fraction=0.2)
     for progress, expected in [(1.0, [1.0, 1.0]), (0.9, [0.55, 0.75]), (0.8, [0.1, 0.5]), (0.0, [0.1, 0.5])]:
-        np.testing.assert_allclose(schedule(progress), expected)
-        np.testing.assert_allclose(second_lane(progress), expected[1:])
+        np.testing.assert_allclose(epsilons(progress), expected)
 
 
-def test_behaviour_policy_explores_as_often_as_epsilon_says():
+def test_lanes_explore_as_often_as_their_epsilon_says():
     n = 20_000
-    exploration = ExplorationSchedule(1.0, np.repeat([0.0, 0.4, 1.0], n), fraction=0.2)
-    policy = BehaviourPolicy(exploration, 4, np.random.default_rng(0))
     q_values = np.tile([0.0, 3.0, 1.0, 2.0], (3 * n, 1))
-    actions = policy.choose_actions(q_values, 0.0, slice(None)).reshape(3, n)
+    epsilons = np.repeat([0.0, 0.4, 1.0], n)
+    actions = choose_epsilon_greedily(q_values, epsilons, np.random.default_rng(0)).reshape(3, n)
     # Exploration picks the greedy action, too
     np.testing.assert_allclose((actions == 1).mean(axis=1), [1.0, 0.6 + 0.1, 0.25], atol=0.02)
     np.testing.assert_allclose(np.bincount(actions[2]) / n, 0.25, atol=0.02)
 
 
-def test_behaviour_policy_uses_the_epsilon_of_the_lanes_asked_for():
-    policy = BehaviourPolicy(ExplorationSchedule(1.0, np.array([0.0, 1.0]), 0.2), 2, np.random.default_rng(0))
-    q_values = np.array([[0.0, 1.0]])
-    assert {policy.choose_actions(q_values, 0.0, np.array([0]))[0] for _ in range(50)} == {1}
-    assert {policy.choose_actions(q_values, 0.0, np.array([1]))[0] for _ in range(50)} == {0, 1}
+def test_workers_use_the_epsilons_of_the_lanes_asked_for():
+    finals = {"exploration_final_eps": [0.0, 1.0], "exploration_final_probs": [0.5, 0.5]}
+    model = AsyncOneStepQ("MlpPolicy", make_env(4), exploration_initial_eps=0.0, **finals)
+    model._last_obs = model.env.reset()
+    groups = [range(2), range(2, 4)]
+    workers = model._make_workers([Lanes(env) for env in split_vec_env(model.env, groups)], groups, model._last_obs)
+    # Each worker has a lane that acts greedily and another one that acts at random
+    assert model._get_exploration_schedule(4)(0.0).tolist() == [0.0, 1.0, 0.0, 1.0]
+    for worker in workers:
+        worker.shared.progress_remaining = 0.0
+        q_values = th.tensor([[0.0, 1.0]])
+        assert {worker.explore(q_values, np.array([0]))[0] for _ in range(50)} == {1}
+        assert {worker.explore(q_values, np.array([1]))[0] for _ in range(50)} == {0, 1}

@@ -110,7 +110,7 @@ def test_workers_follow_each_setting(algorithm, n_workers):
                     assert getattr(worker.settings, name) == VALUES[name]
             if "exploration_final_eps" in names:
                 # At the half, with 0.75 of the training to go from 0.75 to 0.25
-                epsilon = worker.behaviour.exploration(0.5)
+                epsilon = worker.settings.exploration(0.5)
                 np.testing.assert_allclose(epsilon, 0.75 - 0.5 * 0.5 / 0.75)
 
     # The workers were made with other values
@@ -131,7 +131,7 @@ def test_an_epsilon_that_changes_while_the_schedules_are_followed(value_based, m
         with monkeypatch.context() as patch:
             patch.setattr(model._gate, "closed", close)
             model.exploration_final_eps = 0.75
-        np.testing.assert_allclose(model._pool.workers[0].behaviour.exploration(0.0), 0.75)
+        np.testing.assert_allclose(model._pool.workers[0].settings.exploration(0.0), 0.75)
 
     closed = model._gate.closed
     model.learn(2, callback=Do(change))

@@ -445,13 +445,13 @@ def test_other_wrappers_are_refused():
 @pytest.mark.parametrize("algorithm", [AsyncOneStepQ, AsyncOneStepSarsa])
 def test_a_nodes_lanes_have_the_epsilons_of_all_lanes(algorithm):
     whole = algorithm("MlpPolicy", make_vec_env("CartPole-v1", 16))
-    expected = whole._get_exploration_schedule(16).final_eps
+    expected = whole._get_exploration_schedule(16)(0.0)
     found = []
     for lanes in (range(6), range(6, 16)):
         part = algorithm("MlpPolicy", make_vec_env("CartPole-v1", len(lanes)))
         part.learn_from_lanes(lanes, 16)
         part._check_parameters()
-        found += sorted(part._get_exploration_schedule(len(lanes)).final_eps)
+        found += sorted(part._get_exploration_schedule(len(lanes))(0.0))
     assert sorted(found) == sorted(expected)
 
 

@@ -114,7 +114,7 @@ def test_epsilons_in_any_container(value_based, kind, tmp_path):
 @pytest.mark.parametrize("value", [np.array(0.25), np.float32(0.25), th.tensor(0.25), np.float64(0.25)], ids=repr)
 def test_one_epsilon_in_any_type(value):
     model = AsyncOneStepQ("MlpPolicy", make_env(4), exploration_final_eps=value).learn(40)
-    assert model._exploration.final_eps.tolist() == [0.25] * 4
+    assert model._exploration(0.0).tolist() == [0.25] * 4
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.5, True, "32"])

@@ -9,7 +9,7 @@ import torch as th
 from stable_baselines3.dqn.policies import QNetwork
 from torch.nn import functional as F
 
-from sb3_async1step.value_based.exploration import BehaviourPolicy, ExplorationSchedule
+from sb3_async1step.value_based.exploration import Exploration, choose_epsilon_greedily
 from sb3_async1step.value_based.target_network import SharedQNetworks, count_syncs
 from sb3_async1step.vec_envs.observations import Observations, take_rows
 from sb3_async1step.workers.actor_learner import ActorLearner, AnySettings, Settings
@@ -25,8 +25,7 @@ class ValueBasedSettings(Settings):
     """
     What all workers of a value-based method need to know.
 
-    :param exploration: the exploration schedule of all lanes
-    :param n_actions: number of actions
+    :param exploration: given the progress remaining (from 1 to 0), returns epsilon of each of all lanes
     :param first_action: the action of the environment that has index 0 in the network's output
     :param target_update_interval: environment steps, over all lanes, between two updates of the target network (the
         paper's I_target)
@@ -34,8 +33,7 @@ class ValueBasedSettings(Settings):
     :param loss: a key of ``LOSSES``
     """
 
-    exploration: ExplorationSchedule
-    n_actions: int
+    exploration: Exploration
     first_action: int
     target_update_interval: int
     tau: float
@@ -58,16 +56,6 @@ class ValueBasedActorLearner(ActorLearner[AnySettings, AnyRollout]):
         self._target_network = view_network(self.shared.target_network)
         self._target_network.set_training_mode(False)
         self._target_parameters = list(self._target_network.parameters())
-        self._set_behaviour()
-
-    def _set_behaviour(self) -> None:
-        self.behaviour = BehaviourPolicy(
-            self.settings.exploration.take_lanes(self.lanes), self.settings.n_actions, self.random_generator
-        )
-
-    def change_settings(self, settings: AnySettings) -> None:
-        super().change_settings(settings)
-        self._set_behaviour()
 
     @abstractmethod
     def compute_targets(self, rollout: AnyRollout) -> th.Tensor:
@@ -95,7 +83,8 @@ class ValueBasedActorLearner(ActorLearner[AnySettings, AnyRollout]):
         :param lanes: which of this worker's lanes these are, by default all
         :return: indices of the behaviour policy's actions, shape ``(n,)``
         """
-        return self.behaviour.choose_actions(q_values.cpu().numpy(), self.shared.progress_remaining, lanes)
+        epsilons = self.settings.exploration(self.shared.progress_remaining)[self._lane_numbers[lanes]]
+        return choose_epsilon_greedily(q_values.cpu().numpy(), epsilons, self.random_generator)
 
     def to_env_actions(self, actions: np.ndarray) -> np.ndarray:
         return actions + self.settings.first_action

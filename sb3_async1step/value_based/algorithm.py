@@ -27,7 +27,7 @@ from sb3_async1step.common.parameter_checks import (
 )
 from sb3_async1step.sb3_internals import dump_logs_by_episodes
 from sb3_async1step.value_based.actor_learner import LOSSES, ValueBasedSettings
-from sb3_async1step.value_based.exploration import ExplorationSchedule, allot_final_epsilons
+from sb3_async1step.value_based.exploration import Exploration, allot_final_epsilons, make_exploration_schedule
 from sb3_async1step.value_based.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, warn_of_own_predict
 from sb3_async1step.value_based.target_network import SharedQNetworks, count_syncs
 from sb3_async1step.vec_envs.observations import list_spaces
@@ -169,7 +169,7 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
 
     def _setup_runtime(self) -> None:
         super()._setup_runtime()
-        self._exploration: ExplorationSchedule | None = None
+        self._exploration: Exploration | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in FINAL_EPSILONS:
@@ -222,18 +222,17 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
             "update_interval": self.update_interval,
             "max_grad_norm": self.max_grad_norm,
             "exploration": self._get_exploration_schedule(num_envs),
-            "n_actions": int(self.action_space.n),
             "first_action": int(self.action_space.start),
             "target_update_interval": self.target_update_interval,
             "tau": self.tau,
             "loss": self.loss,
         }
 
-    def _get_exploration_schedule(self, num_envs: int) -> ExplorationSchedule:
+    def _get_exploration_schedule(self, num_envs: int) -> Exploration:
         """Return the schedule of this training, which is made again whenever the workers get settings."""
         if self._exploration is None:
             final_epsilons = allot_final_epsilons(self.exploration_final_eps, self.exploration_final_probs, num_envs)
-            self._exploration = ExplorationSchedule(
+            self._exploration = make_exploration_schedule(
                 self.exploration_initial_eps, final_epsilons, self.exploration_fraction
             )
         return self._exploration

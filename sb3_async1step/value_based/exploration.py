@@ -1,9 +1,12 @@
-"""Epsilon-greedy exploration, with a final epsilon for each env lane and a random generator for each worker."""
+"""Epsilon-greedy exploration, with a final epsilon for each env lane."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from stable_baselines3.common.utils import LinearSchedule
+
+#: Given the progress remaining (from 1 to 0), returns the epsilon of each lane
+Exploration = Callable[[float], np.ndarray]
 
 
 def allot_final_epsilons(
@@ -32,61 +35,27 @@ def allot_final_epsilons(
     return np.array([value for _, value in sorted(places, key=lambda place: place[0])], dtype=float)
 
 
-class ExplorationSchedule:
+def make_exploration_schedule(initial_eps: float, final_epsilons: np.ndarray, fraction: float) -> Exploration:
     """
-    The exploration schedule of several lanes: linear from the initial epsilon to the final one of each lane, as in DQN.
-
     :param initial_eps: epsilon of every lane at the start
-    :param final_eps: final epsilon of each lane, shape ``(n_lanes,)``
-    :param fraction: fraction of the training over which epsilon is annealed
+    :param final_epsilons: final epsilon of each lane, shape ``(n_lanes,)``
+    :param fraction: fraction of the training over which epsilon is annealed, linearly as in DQN
+    :return: the schedule of these lanes
     """
-
-    def __init__(self, initial_eps: float, final_eps: np.ndarray, fraction: float) -> None:
-        self.initial_eps = initial_eps
-        self.final_eps = final_eps
-        self.fraction = fraction
-        # LinearSchedule works with arrays as well as with floats
-        self._schedule = LinearSchedule(initial_eps, final_eps, fraction)  # type: ignore[arg-type]
-
-    def __call__(self, progress_remaining: float) -> np.ndarray:
-        """
-        :param progress_remaining: progress remaining, from 1 (start) to 0 (end)
-        :return: epsilon of each lane, shape ``(n_lanes,)``
-        """
-        return np.broadcast_to(self._schedule(progress_remaining), self.final_eps.shape)
-
-    def take_lanes(self, lanes: range) -> "ExplorationSchedule":
-        """
-        :param lanes: consecutive lanes
-        :return: the schedule of these lanes
-        """
-        return ExplorationSchedule(self.initial_eps, self.final_eps[lanes.start : lanes.stop], self.fraction)
+    # LinearSchedule works with arrays as well as with floats
+    return LinearSchedule(initial_eps, final_epsilons, fraction)  # type: ignore[arg-type, return-value]
 
 
-class BehaviourPolicy:
+def choose_epsilon_greedily(
+    q_values: np.ndarray, epsilons: np.ndarray, random_generator: np.random.Generator
+) -> np.ndarray:
     """
-    Epsilon-greedy behaviour policy of the lanes of one worker.
-
-    :param exploration: the exploration schedule of these lanes
-    :param n_actions: number of actions
-    :param random_generator: the random generator of this worker
+    :param q_values: action values of some lanes, shape ``(n, n_actions)``
+    :param epsilons: epsilons of these lanes, shape ``(n,)``
+    :param random_generator: from which to draw
+    :return: indices of the actions, shape ``(n,)``
     """
-
-    def __init__(self, exploration: ExplorationSchedule, n_actions: int, random_generator: np.random.Generator) -> None:
-        self.exploration = exploration
-        self.n_actions = n_actions
-        self.random_generator = random_generator
-
-    def choose_actions(self, q_values: np.ndarray, progress_remaining: float, lanes: np.ndarray | slice) -> np.ndarray:
-        """
-        Choose an action for each lane.
-
-        :param q_values: action values, shape ``(n, n_actions)``
-        :param progress_remaining: progress remaining, from 1 (start) to 0 (end of the training)
-        :param lanes: the lanes of the worker to which the rows belong
-        :return: indices of the actions, shape ``(n,)``
-        """
-        n_rows = len(q_values)
-        explores = self.random_generator.random(n_rows) < self.exploration(progress_remaining)[lanes]
-        random_actions = self.random_generator.integers(self.n_actions, size=n_rows)
-        return np.where(explores, random_actions, q_values.argmax(axis=1))
+    n_lanes, n_actions = q_values.shape
+    explores = random_generator.random(n_lanes) < epsilons
+    random_actions = random_generator.integers(n_actions, size=n_lanes)
+    return np.where(explores, random_actions, q_values.argmax(axis=1))
