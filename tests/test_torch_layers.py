@@ -10,7 +10,7 @@ from stable_baselines3.common.torch_layers import NatureCNN
 from torch import nn
 
 from sb3_async1step import LayerNormNatureCNN, MinAtarCNN, NipsCNN
-from sb3_async1step.async_one_step_q.pure_modules import are_pure
+from sb3_async1step.async_one_step_q.forward_passes import are_pure
 from sb3_async1step.common.torch_layers import ImageLayerNorm
 
 
