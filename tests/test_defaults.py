@@ -82,7 +82,7 @@ def test_another_number_of_lanes_than_the_env_has_is_refused(algorithm, make):
 
 @pytest.mark.parametrize("n_envs", [0, -1, 2.0, True, "16"])
 def test_numbers_of_lanes_that_are_none(algorithm, n_envs):
-    with pytest.raises(ValueError, match=f"n_envs must be a whole number of at least 1, got {n_envs!r}"):
+    with pytest.raises(ValueError, match=f"n_envs must be a whole number of at least 1, or None, got {n_envs!r}"):
         algorithm("MlpPolicy", "CartPole-v1", n_envs=n_envs)
 
 

@@ -81,9 +81,16 @@ def test_skips_parameters_without_gradient():
     assert list(optimizer.state) == [parameters[0]]
 
 
-@pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"alpha": 1.1}, {"alpha": -0.1}, {"eps": -1e-3}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"lr": -1.0}, {"lr": float("nan")}, {"lr": None}, {"alpha": 1.1}, {"alpha": -0.1}, {"alpha": True}),
+        *({"eps": -1e-3}, {"eps": 0.0}, {"eps": float("inf")}, {"eps": "0.1"}),
+    ],
+)
 def test_wrong_hyperparameters(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=rf"{name} must be .*, got {value!r}"):
         SharedRMSprop(make_parameters(), **wrong)
 
 

@@ -32,14 +32,26 @@ from tests.test_vec_env_split import UnknownWrapper
         ({"n_workers": 2.0}, r"n_workers must be .*, got 2.0"),
         ({"update_interval": True}, "update_interval must be a whole number of at least 1, got True"),
         ({"gamma": "0.99"}, r"gamma must be in \[0, 1\], got '0.99'"),
-        ({"max_grad_norm": None}, "max_grad_norm must be positive, got None"),
+        ({"max_grad_norm": None}, "max_grad_norm must be a positive number, got None"),
         ({"backend": ["threads"]}, r"backend must be one of .* got \['threads'\]"),
         ({"n_workers": 1.5}, r"n_workers must be \"auto\" or .*, got 1.5"),
         ({"update_interval": 0}, "update_interval must be a whole number of at least 1, got 0"),
         ({"update_interval": -5}, "update_interval must be a whole number of at least 1, got -5"),
         ({"update_interval": 2.5}, "update_interval must be a whole number of at least 1, got 2.5"),
         ({"gamma": 1.01}, r"gamma must be in \[0, 1\], got 1.01"),
-        ({"max_grad_norm": 0}, "max_grad_norm must be positive, got 0"),
+        ({"max_grad_norm": 0}, "max_grad_norm must be a positive number, got 0"),
+        ({"n_envs": True}, "n_envs must be a whole number of at least 1, or None, got True"),
+        ({"learning_rate": True}, "learning_rate must be a finite number of at least 0, got True"),
+        ({"learning_rate": "0.1"}, "learning_rate must be a finite number of at least 0, got '0.1'"),
+        ({"learning_rate": -0.1}, "learning_rate must be a finite number of at least 0, got -0.1"),
+        ({"learning_rate": np.nan}, "learning_rate must be a finite number of at least 0, got nan"),
+        ({"learning_rate": np.inf}, "learning_rate must be a finite number of at least 0, got inf"),
+        ({"stats_window_size": 0}, "stats_window_size must be a whole number of at least 1, got 0"),
+        ({"stats_window_size": True}, "stats_window_size must be a whole number of at least 1, got True"),
+        ({"stats_window_size": None}, "stats_window_size must be a whole number of at least 1, got None"),
+        ({"seed": True}, "seed must be a whole number of at least 0, or None, got True"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, or None, got -1"),
+        ({"seed": 1.5}, "seed must be a whole number of at least 0, or None, got 1.5"),
         ({"backend": "processes"}, r"backend must be one of \['serial', 'threads'\], got 'processes'"),
     ],
 )
@@ -119,7 +131,8 @@ def test_one_epsilon_in_any_type(value):
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.5, True, "32"])
 def test_a_batch_size_out_of_range(batch_size):
-    with pytest.raises(ValueError, match=f"batch_size must be a whole number of at least 1, got {batch_size!r}"):
+    message = f"batch_size must be a whole number of at least 1, or None, got {batch_size!r}"
+    with pytest.raises(ValueError, match=message):
         AsyncNStepQ("MlpPolicy", make_env(4), batch_size=batch_size)
 
 

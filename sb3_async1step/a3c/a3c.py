@@ -11,10 +11,10 @@ from sb3_async1step.a3c.actor_learner import A3CActorLearner, A3CSettings
 from sb3_async1step.a3c.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, view_policy
 from sb3_async1step.common.async_algorithm import AsyncAlgorithm, Backend, SelfAsyncAlgorithm
 from sb3_async1step.common.optimizers import SharedRMSprop
-from sb3_async1step.common.parameter_checks import (
+from sb3_async1step.common.space_checks import check_first_action
+from sb3_async1step.parameter_checks import (
     check,
     check_bool,
-    check_first_action,
     check_not_negative,
     check_positive,
     check_unit_interval,

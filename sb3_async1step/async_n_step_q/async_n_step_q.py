@@ -7,7 +7,7 @@ from stable_baselines3.dqn.policies import DQNPolicy
 
 from sb3_async1step.async_n_step_q.actor_learner import NStepQActorLearner, NStepQSettings
 from sb3_async1step.common.async_algorithm import Backend
-from sb3_async1step.common.parameter_checks import check_unit_interval, check_whole
+from sb3_async1step.parameter_checks import check_unit_interval, check_whole
 from sb3_async1step.value_based.algorithm import ValueBasedAlgorithm
 from sb3_async1step.workers.actor_learner import ActorLearner
 
@@ -131,8 +131,7 @@ class AsyncNStepQ(ValueBasedAlgorithm):
     def _check_parameters(self) -> None:
         super()._check_parameters()
         check_unit_interval(q_lambda=self.q_lambda)
-        if self.batch_size is not None:
-            check_whole(batch_size=self.batch_size)
+        check_whole(or_none=True, batch_size=self.batch_size)
 
     def _make_settings(self, num_envs: int) -> NStepQSettings:
         settings = self._get_value_based_settings(num_envs)

@@ -6,8 +6,8 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_async1step.common.parameter_checks import check_whole
 from sb3_async1step.nodes.reported_steps import NotCarried
+from sb3_async1step.parameter_checks import check_whole
 
 #: Outputs of SB3's logger that can't show a histogram
 TEXT_OUTPUTS = ("stdout", "log", "json", "csv")

@@ -28,15 +28,7 @@ from sb3_async1step.common.parallelism import (
     restore_intra_op_threads,
     set_intra_op_threads,
 )
-from sb3_async1step.common.parameter_checks import (
-    check,
-    check_bool,
-    check_choice,
-    check_observation_space,
-    check_positive,
-    check_unit_interval,
-    check_whole,
-)
+from sb3_async1step.common.space_checks import check_observation_space
 from sb3_async1step.common.training_env import (
     make_lanes,
     warn_of_a_single_lane,
@@ -53,6 +45,15 @@ from sb3_async1step.common.warn import (
 from sb3_async1step.nodes.node import NodeRecipe
 from sb3_async1step.nodes.ray_pool import RayWorkerPool
 from sb3_async1step.nodes.ray_vec_env import RayVecEnv
+from sb3_async1step.parameter_checks import (
+    check,
+    check_bool,
+    check_choice,
+    check_not_negative,
+    check_positive,
+    check_unit_interval,
+    check_whole,
+)
 from sb3_async1step.sb3_internals import close_progress_bars
 from sb3_async1step.vec_envs.guard import NOBODY_ELSE, guard_vec_env, unguard_vec_env
 from sb3_async1step.vec_envs.healing_vec_env import HealingVecEnv
@@ -205,9 +206,13 @@ class AsyncAlgorithm(LiveAlgorithm):
     def _check_parameters(self) -> None:
         check_whole(update_interval=self.update_interval)
         check_unit_interval(gamma=self.gamma)
-        check_positive(max_grad_norm=self.max_grad_norm)
+        check_positive(or_infinite=True, max_grad_norm=self.max_grad_norm)
         check_choice("backend", self.backend, WORKER_POOLS)
         check_bool(lock_updates=self.lock_updates)
+        check_whole(stats_window_size=self._stats_window_size)
+        check_whole(at_least=0, or_none=True, seed=self.seed)
+        if not callable(self.learning_rate):
+            check_not_negative(learning_rate=self.learning_rate)
 
     @abstractmethod
     def _share_parameters(self) -> SharedParameters:

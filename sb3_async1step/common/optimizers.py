@@ -5,6 +5,8 @@ from typing import Any, ClassVar
 
 import torch as th
 
+from sb3_async1step.parameter_checks import check_not_negative, check_positive, check_unit_interval
+
 
 class SharedRMSprop(th.optim.Optimizer):
     """
@@ -23,7 +25,7 @@ class SharedRMSprop(th.optim.Optimizer):
     :param lr: learning rate (eta)
     :param alpha: decay rate of the average of squared gradients
     :param eps: term that is added to the average before the square root is taken
-    :raises ValueError: if a hyperparameter is negative, or ``alpha`` is greater than one
+    :raises ValueError: if a hyperparameter is out of range
     """
 
     #: Workers may apply their updates at the same time (Hogwild): half an update of another one does no harm
@@ -36,12 +38,10 @@ class SharedRMSprop(th.optim.Optimizer):
         alpha: float = 0.99,
         eps: float = 0.1,
     ) -> None:
-        if lr < 0.0:
-            raise ValueError(f"lr must not be negative, got {lr}")
-        if not 0.0 <= alpha <= 1.0:
-            raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-        if not eps > 0.0:
-            raise ValueError(f"eps must be positive, got {eps}: an average of zero would be divided by its root")
+        check_not_negative(lr=lr)
+        check_unit_interval(alpha=alpha)
+        # An average of zero would be divided by its root
+        check_positive(eps=eps)
         super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps})
         # Scratch memory of this object, which is neither shared between workers nor saved
         self._denominators: dict[th.Tensor, th.Tensor] = {}

@@ -8,8 +8,8 @@ import torch as th
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from sb3_async1step.common.parameter_checks import check, is_whole
 from sb3_async1step.common.warn import warn_the_caller
+from sb3_async1step.parameter_checks import check, is_whole
 from sb3_async1step.vec_envs.split import find_unsplittable
 from sb3_async1step.workers.actor_learner import ActorLearner
 from sb3_async1step.workers.cores import count_usable_cores

@@ -8,8 +8,8 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_async1step.common.parameter_checks import check, is_whole
 from sb3_async1step.common.warn import warn_the_caller
+from sb3_async1step.parameter_checks import check_whole
 
 #: As many lanes as the paper had actor-learners (section 5.1)
 DEFAULT_N_ENVS = 16
@@ -24,7 +24,7 @@ def make_lanes(env: GymEnv | str | None, n_envs: int | None, seed: int | None, v
     :return: the env, or so many lanes of the one that the id names
     :raises ValueError: if ``n_envs`` is no positive whole number, or not the number of the env's lanes
     """
-    check("n_envs", n_envs, n_envs is None or (is_whole(n_envs) and n_envs >= 1), "a whole number of at least 1")
+    check_whole(or_none=True, n_envs=n_envs)
     if isinstance(env, str):
         n_lanes = n_envs or DEFAULT_N_ENVS
         if verbose >= 1:

@@ -14,7 +14,8 @@ from sb3_async1step.nodes.cluster import Place, enter_cluster, leave_cluster, li
 from sb3_async1step.nodes.node import Node
 from sb3_async1step.nodes.ray_module import import_ray, lost_errors
 from sb3_async1step.nodes.server import ParameterServer
-from sb3_async1step.nodes.settings import ExchangeSettings, check_number
+from sb3_async1step.nodes.settings import ExchangeSettings
+from sb3_async1step.parameter_checks import check_positive, check_whole
 from sb3_async1step.vec_envs.observations import concatenate
 from sb3_async1step.vec_envs.split import split_vec_env
 from sb3_async1step.workers.gate import learning_on
@@ -150,7 +151,7 @@ class RayVecEnv(VecEnv):
             max_restarts, node_timeout,
         )  # fmt: skip
         check_layout(len(env_fns), n_nodes, lanes_per_node)
-        check_number("start_timeout", start_timeout, above=0)
+        check_positive(start_timeout=start_timeout)
         self._start_timeout = start_timeout
         # Nothing to close so far
         self.closed = True
@@ -396,11 +397,11 @@ def check_layout(num_envs: int, n_nodes: int | None, lanes_per_node: int | None)
     :param num_envs: number of lanes
     :param n_nodes: number of nodes, or None
     :param lanes_per_node: number of lanes of each node, or None
-    :raises ValueError: if both are given, or one is out of range
+    :raises ValueError: if there are no lanes, both are given, or one is out of range
     """
-    for name, value in {"n_nodes": n_nodes, "lanes_per_node": lanes_per_node}.items():
-        if value is not None:
-            check_number(name, value, at_least=1, whole=True)
+    if num_envs == 0:
+        raise ValueError("RayVecEnv needs at least one env.")
+    check_whole(or_none=True, n_nodes=n_nodes, lanes_per_node=lanes_per_node)
     if n_nodes is not None and lanes_per_node is not None:
         raise ValueError("n_nodes and lanes_per_node say the same: give one of them.")
     if n_nodes is not None and n_nodes > num_envs:

@@ -1,41 +1,12 @@
 """How nodes learn together."""
 
-import math
-import numbers
 from dataclasses import dataclass, replace
-from typing import Any
 
 from sb3_async1step.nodes.exchange import EXCHANGES
+from sb3_async1step.parameter_checks import check, check_choice, check_positive, check_whole, is_number
 
 # Most steps of a node between two exchanges of deltas, unless somebody asks for more
 SYNC_INTERVAL = 500
-
-
-def check_number(
-    name: str,
-    value: Any,
-    at_least: float = -math.inf,
-    above: float = -math.inf,
-    below: float = math.inf,
-    whole: bool = False,
-) -> None:
-    """
-    :param name: name of a parameter
-    :param value: its value
-    :param at_least: the smallest that is allowed
-    :param above: what it has to be greater than
-    :param below: what it has to be less than
-    :param whole: whether it must be a whole number
-    :raises ValueError: if it is out of range, or no such number
-    """
-    kind = numbers.Integral if whole else numbers.Real
-    if isinstance(value, kind) and not isinstance(value, bool):
-        number = float(value)
-        if at_least <= number and above < number < below:
-            return
-    limits = [("of at least", at_least), ("greater than", above), ("less than", below)]
-    allowed = " and ".join(f"{words} {limit}" for words, limit in limits if math.isfinite(limit))
-    raise ValueError(f"{name} must be a {'whole ' if whole else ''}number {allowed}, got {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -67,24 +38,19 @@ class ExchangeSettings:
     update_interval: int = 1
 
     def __post_init__(self) -> None:
-        if self.exchange not in EXCHANGES:
-            raise ValueError(f"exchange must be one of {', '.join(map(repr, EXCHANGES))}, got {self.exchange!r}.")
-        if self.sync_interval is not None:
-            check_number("sync_interval", self.sync_interval, at_least=1, whole=True)
-        if self.exchange != "deltas" and (self.outer_learning_rate is not None or self.outer_momentum != 0):
+        check_choice("exchange", self.exchange, EXCHANGES)
+        momentum = self.outer_momentum
+        check("outer_momentum", momentum, is_number(momentum) and 0 <= momentum < 1, "in [0, 1)")
+        check_positive(or_none=True, outer_learning_rate=self.outer_learning_rate, node_timeout=self.node_timeout)
+        check_positive(checkpoint_interval=self.checkpoint_interval)
+        check_whole(or_none=True, sync_interval=self.sync_interval)
+        check_whole(at_least=0, or_none=True, max_staleness=self.max_staleness)
+        check_whole(at_least=0, max_restarts=self.max_restarts)
+        if self.exchange != "deltas" and (self.outer_learning_rate is not None or momentum != 0):
             raise ValueError(
                 "outer_learning_rate and outer_momentum are those of deltas. With exchange='gradients', the policy's "
                 "optimizer and the model's learning_rate apply them: leave both out."
             )
-        if self.outer_learning_rate is not None:
-            check_number("outer_learning_rate", self.outer_learning_rate, above=0)
-        check_number("outer_momentum", self.outer_momentum, at_least=0, below=1)
-        check_number("checkpoint_interval", self.checkpoint_interval, above=0)
-        check_number("max_restarts", self.max_restarts, at_least=0, whole=True)
-        if self.max_staleness is not None:
-            check_number("max_staleness", self.max_staleness, at_least=0, whole=True)
-        if self.node_timeout is not None:
-            check_number("node_timeout", self.node_timeout, above=0)
 
     def with_sync_interval(self, update_interval: int, n_lanes: list[int], longest: float) -> "ExchangeSettings":
         """

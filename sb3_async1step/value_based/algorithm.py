@@ -15,10 +15,10 @@ from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 
 from sb3_async1step.common.async_algorithm import AsyncAlgorithm, Backend
 from sb3_async1step.common.optimizers import SharedRMSprop
-from sb3_async1step.common.parameter_checks import (
+from sb3_async1step.common.space_checks import check_first_action
+from sb3_async1step.parameter_checks import (
     check,
     check_choice,
-    check_first_action,
     check_proportions,
     check_unit_interval,
     check_whole,

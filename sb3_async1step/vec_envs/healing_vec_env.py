@@ -4,13 +4,13 @@ import math
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
 from typing import Any
 
 import gymnasium as gym
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
+from sb3_async1step.parameter_checks import check_positive, check_whole
 from sb3_async1step.vec_envs.healing_lane import HealingLane
 from sb3_async1step.vec_envs.lane_process import LaneSettings
 from sb3_async1step.vec_envs.split import split_vec_env, take_lanes
@@ -139,13 +139,9 @@ def make_settings(
     :return: what all lanes need to know
     :raises ValueError: if a parameter is out of range
     """
-    for name, value in {
-        "step_timeout": step_timeout, "start_timeout": start_timeout, "restart_window": restart_window
-    }.items():  # fmt: skip
-        if value is not None and not (isinstance(value, Real) and value > 0):
-            raise ValueError(f"{name} must be a positive number of seconds, got {value!r}.")
-    if not (isinstance(max_restarts, Integral) and max_restarts >= 0):
-        raise ValueError(f"max_restarts must be 0 or more, got {max_restarts!r}.")
+    check_positive(or_none=True, or_infinite=True, step_timeout=step_timeout, start_timeout=start_timeout)
+    check_positive(or_infinite=True, restart_window=restart_window)
+    check_whole(at_least=0, max_restarts=max_restarts)
     if start_method is None:
         # SubprocVecEnv's choice
         start_method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"

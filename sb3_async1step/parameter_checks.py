@@ -1,16 +1,11 @@
 """Checks of parameters, whose errors say what was wrong and what is allowed."""
 
+import math
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from gymnasium import spaces
-
-from sb3_async1step.vec_envs.observations import list_spaces
-
-#: Observation spaces that SB3's buffers support, each alone or in a ``Dict``
-SUPPORTED_OBSERVATION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
 def check(name: str, value: object, is_valid: bool | np.bool_, allowed: str) -> None:
@@ -25,44 +20,58 @@ def check(name: str, value: object, is_valid: bool | np.bool_, allowed: str) -> 
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
-def check_whole(**parameters: object) -> None:
+def check_whole(at_least: int = 1, or_none: bool = False, **parameters: object) -> None:
     """
-    :param parameters: must be whole numbers of at least 1
+    :param at_least: the smallest number that is allowed
+    :param or_none: whether ``None`` is allowed as well
+    :param parameters: must be whole numbers
     """
-    for name, value in parameters.items():
-        check(name, value, is_whole(value) and value >= 1, "a whole number of at least 1")  # type: ignore[operator]
+    allowed = f"a whole number of at least {at_least}"
+    _check_each(parameters, lambda value: is_whole(value) and value >= at_least, allowed, or_none)
 
 
-def check_unit_interval(**parameters: Any) -> None:
+def check_unit_interval(**parameters: object) -> None:
     """
     :param parameters: must be in [0, 1]
     """
-    for name, value in parameters.items():
-        check(name, value, is_number(value) and 0 <= value <= 1, "in [0, 1]")
+    _check_each(parameters, lambda value: is_number(value) and 0 <= value <= 1, "in [0, 1]")
 
 
-def check_positive(**parameters: Any) -> None:
+def check_positive(or_none: bool = False, or_infinite: bool = False, **parameters: object) -> None:
     """
+    :param or_none: whether ``None`` is allowed as well
+    :param or_infinite: whether infinity is allowed as well
     :param parameters: must be positive
     """
-    for name, value in parameters.items():
-        check(name, value, is_number(value) and value > 0, "positive")
+    allowed = "a positive number" if or_infinite else "a positive, finite number"
+    _check_each(
+        parameters,
+        lambda value: is_number(value) and value > 0 and (or_infinite or value < math.inf),
+        allowed,
+        or_none,
+    )
 
 
-def check_not_negative(**parameters: Any) -> None:
+def check_not_negative(**parameters: object) -> None:
     """
     :param parameters: must be finite, and 0 or more
     """
-    for name, value in parameters.items():
-        check(name, value, is_number(value) and 0 <= value < float("inf"), "a finite number of at least 0")
+    _check_each(parameters, lambda value: is_number(value) and 0 <= value < math.inf, "a finite number of at least 0")
 
 
 def check_bool(**parameters: object) -> None:
     """
     :param parameters: must be ``True`` or ``False``
     """
+    _check_each(parameters, lambda value: isinstance(value, bool), "True or False")
+
+
+def _check_each(
+    parameters: dict[str, object], is_valid: Callable[[Any], bool], allowed: str, or_none: bool = False
+) -> None:
     for name, value in parameters.items():
-        check(name, value, isinstance(value, bool), "True or False")
+        is_allowed = or_none if value is None else is_valid(value)
+        check(name, value, is_allowed, f"{allowed}, or None" if or_none else allowed)
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
@@ -118,32 +127,3 @@ def is_whole(value: object) -> bool:
     :return: whether it is a whole number, which ``True`` is not
     """
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def check_observation_space(space: spaces.Space) -> None:
-    """
-    :param space: an observation space
-    :raises AssertionError: if SB3's buffers do not support it
-    """
-    for part in list_spaces(space):
-        # The wording of SB3's constructor
-        assert isinstance(part, SUPPORTED_OBSERVATION_SPACES), (
-            f"The algorithm only supports {SUPPORTED_OBSERVATION_SPACES}, or a Dict of them, as observation spaces "
-            f"but {space} was provided"
-        )
-
-
-def check_first_action(action_space: spaces.Space, policy_class: type, ours: type) -> None:
-    """
-    :param action_space: the action space
-    :param policy_class: class of the policy
-    :param ours: class of policies that predict actions of spaces that don't start at 0
-    :raises ValueError: if the space does not start at 0, and the policy is of another class
-    """
-    # Of Discrete and MultiDiscrete
-    start = getattr(action_space, "start", 0)
-    if np.any(start) and not issubclass(policy_class, ours):
-        raise ValueError(
-            f"The actions start at {start}, but {policy_class.__name__} predicts actions that start at 0: derive it "
-            f"from {ours.__module__}.{ours.__name__}."
-        )
