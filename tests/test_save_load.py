@@ -11,6 +11,7 @@ import pytest
 import torch as th
 from stable_baselines3 import A2C, DQN
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_async1step import A3C, AsyncNStepQ, AsyncOneStepQ, AsyncOneStepSarsa
@@ -418,10 +419,22 @@ def test_attributes_that_are_left_out_or_added(algorithm):
     assert read(exclude=["note"], include=["replay_buffer"]) == {"replay_buffer"}
 
 
-def test_the_window_of_logged_returns_may_change(algorithm, tmp_path):
-    algorithm("MlpPolicy", make_env(2)).save(tmp_path / "model")
-    model = algorithm.load(tmp_path / "model", env=make_env(2), stats_window_size=7).learn(20)
-    assert model.ep_info_buffer.maxlen == 7
+@pytest.mark.parametrize("resets", [True, False])
+@pytest.mark.parametrize("n_steps", [0, 200])
+def test_the_window_of_logged_returns_may_change(algorithm, n_steps, resets, tmp_path):
+    env = DummyVecEnv([lambda: Monitor(RandomWalkEnv())] * 2)
+    before = algorithm("MlpPolicy", env).learn(n_steps)
+    before.save(tmp_path / "model")
+    for kwargs, window in (({}, 100), ({"stats_window_size": 3}, 3)):
+        model = algorithm.load(tmp_path / "model", env=env, **kwargs)
+        # The last episodes are kept
+        assert list(model.ep_info_buffer) == list(before.ep_info_buffer)[-window:]
+        assert (len(model.ep_info_buffer) > 0) == (n_steps > 0)
+        model.learn(200, reset_num_timesteps=resets)
+        assert model.ep_info_buffer.maxlen == model.ep_success_buffer.maxlen == window
+        assert (len(model.ep_info_buffer) == 3) == (window == 3)
+    with pytest.raises(ValueError, match="stats_window_size must be a whole number of at least 1, got 0"):
+        algorithm.load(tmp_path / "model", stats_window_size=0)
 
 
 def test_other_lanes_have_to_be_reset(algorithm, tmp_path):

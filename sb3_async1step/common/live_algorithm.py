@@ -4,6 +4,7 @@ import copy
 import io
 import pathlib
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import Any, ClassVar, TypeVar
@@ -282,6 +283,7 @@ class LiveAlgorithm(BaseAlgorithm):
         try:
             with explain_errors(path):
                 model = super().load(path, *args, **kwargs)
+                model._resize_windows()
         finally:
             IS_LOADING.reset(token)
         for name in cls._kept_by_optimizer & kwargs.keys():
@@ -289,6 +291,13 @@ class LiveAlgorithm(BaseAlgorithm):
             setattr(model, name, kwargs[name])
         model._check_last_observations()
         return model
+
+    def _resize_windows(self) -> None:
+        """Let the last episodes' statistics, which may be a file's, follow ``stats_window_size``."""
+        for name in ("ep_info_buffer", "ep_success_buffer"):
+            episodes = getattr(self, name)
+            if episodes is not None:
+                setattr(self, name, deque(episodes, maxlen=self._stats_window_size))
 
     def _check_last_observations(self) -> None:
         """
