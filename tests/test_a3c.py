@@ -569,3 +569,34 @@ def test_rms_prop_eps_that_changes_between_two_trainings(tmp_path):
     # What the user says of the optimizer comes first
     named = A3C("MlpPolicy", make_env(2), rms_prop_eps=0.1, policy_kwargs={"optimizer_kwargs": {"eps": 0.25}})
     assert eps_of(named.learn(20)) == {0.25}
+
+
+def test_rms_prop_eps_of_parameters_that_are_set(tmp_path):
+    """The state of the optimizer has it."""
+
+    def make(rms_prop_eps, **optimizer_kwargs):
+        policy_kwargs = {"optimizer_kwargs": optimizer_kwargs}
+        return A3C("MlpPolicy", make_env(2), rms_prop_eps=rms_prop_eps, policy_kwargs=policy_kwargs)
+
+    def eps_of(model):
+        (group,) = model.policy.optimizer.param_groups
+        return model.rms_prop_eps, group["eps"]
+
+    other = make(0.01)
+    other.save(tmp_path / "model")
+    for parameters in (other.get_parameters(), str(tmp_path / "model")):
+        model = make(0.5)
+        assert eps_of(model) == (0.5, 0.5)
+        model.set_parameters(parameters)
+        assert eps_of(model) == eps_of(model.learn(20)) == (0.01, 0.01)
+    # While it learns, too
+    model = make(0.5)
+    model.learn(20, callback=lambda locals_, globals_: model.set_parameters(other.get_parameters()) or True)
+    assert eps_of(model) == (0.01, 0.01)
+    # Parameters without an optimizer leave it as it is, and so does what the user says of the optimizer
+    model = make(0.5)
+    model.set_parameters({"policy": other.get_parameters()["policy"]}, exact_match=False)
+    assert eps_of(model) == (0.5, 0.5)
+    named = make(0.5, eps=0.25)
+    named.set_parameters(named.get_parameters())
+    assert eps_of(named) == (0.5, 0.25)

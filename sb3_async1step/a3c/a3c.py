@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TensorDict
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_async1step.a3c.actor_learner import A3CActorLearner, A3CSettings
@@ -184,10 +184,20 @@ class A3C(AsyncAlgorithm):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "rms_prop_eps" and "policy" in self.__dict__:
-            optimizer_kwargs = self.policy_kwargs.get("optimizer_kwargs") or {}
-            if isinstance(self.policy.optimizer, SharedRMSprop) and "eps" not in optimizer_kwargs:
-                for group in self.policy.optimizer.param_groups:
-                    group["eps"] = value
+            for group in self._list_groups_with_eps():
+                group["eps"] = value
+
+    def _list_groups_with_eps(self) -> list[dict[str, Any]]:
+        """The parameter groups of the optimizer whose epsilon is ``rms_prop_eps``."""
+        optimizer_kwargs = self.policy_kwargs.get("optimizer_kwargs") or {}
+        follows = isinstance(self.policy.optimizer, SharedRMSprop) and "eps" not in optimizer_kwargs
+        return self.policy.optimizer.param_groups if follows else []
+
+    def _set_parameters(self, params: TensorDict, exact_match: bool, device: th.device | str) -> None:
+        super()._set_parameters(params, exact_match, device)
+        # The state of an optimizer has its epsilon. Nobody else may change the attribute while learn() runs
+        for group in self._list_groups_with_eps():
+            self.__dict__["rms_prop_eps"] = group["eps"]
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
