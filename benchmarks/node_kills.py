@@ -118,14 +118,21 @@ class Killer(BaseCallback):
         return True
 
     def _kill_node(self) -> None:
-        os.kill(ray.get(self._env.nodes[0].actor.describe.remote())[2], signal.SIGKILL)
+        kill_actor(self._env.nodes[0].actor)
 
     def _kill_server(self) -> None:
-        os.kill(ray.get(self._env.server.get_process_id.remote()), signal.SIGKILL)
+        kill_actor(self._env.server)
 
     def _kill_machine(self) -> None:
         self._cluster.remove_node(next(iter(self._cluster.worker_nodes)), allow_graceful=False)
         self._cluster.add_node(num_cpus=1)
+
+
+def kill_actor(actor: Any) -> None:
+    """
+    :param actor: of Ray, whose process is killed
+    """
+    os.kill(ray.get(actor.__ray_call__.remote(lambda self: os.getpid())), signal.SIGKILL)
 
 
 def train(seed: int, n_steps: int) -> KilledTraining:

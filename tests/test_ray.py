@@ -81,8 +81,12 @@ class Record(BaseCallback):
         return self.stop_at is None or self.num_timesteps < self.stop_at
 
 
+def process_id(actor):
+    return ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
+
+
 def process_ids(env):
-    return [ray.get(node.actor.describe.remote())[2] for node in env.nodes]
+    return [process_id(node.actor) for node in env.nodes]
 
 
 def kill(pid):
@@ -162,7 +166,7 @@ def test_callbacks_stop_it_and_ask_for_what_there_is(env):
 
 def test_killed_nodes_and_servers_are_replaced(env):
     def kill_both(model):
-        kill(ray.get(model._pool._server.get_process_id.remote()))
+        kill(process_id(model._pool._server))
         kill(process_ids(env)[1])
         # By the process that takes its place
         assert len(model.get_env().get_attr("spec")) == 4
@@ -198,7 +202,7 @@ def test_the_server_applies_gradients(env, algorithm):
     assert type(model.policy.optimizer) is th.optim.Adam
 
     def kill_server(model):
-        kill(ray.get(model._pool._server.get_process_id.remote()))
+        kill(process_id(model._pool._server))
 
     callback = Record(at=1_000, action=kill_server)
     model.learn(3_000, callback, reset_num_timesteps=False)

@@ -529,7 +529,7 @@ def test_nodes_that_wait_for_a_cpu_between_trainings(monkeypatch):
     env, remote = FakeLanes(), types.SimpleNamespace(remote=lambda *args: "waits")
     env.closed, env._start_timeout = False, 5.0
     for node in env.nodes:
-        node.actor = types.SimpleNamespace(describe=remote, reset=remote)
+        node.actor = types.SimpleNamespace(get_spaces=remote, reset=remote)
         node.ask = lambda method, *args, **kwargs: "waits"
     model = AsyncOneStepQ("MlpPolicy", env)
     questions = {

@@ -1,7 +1,6 @@
 """A node: a process that has some of the lanes, and learns from them with threads of its own."""
 
 import io
-import os
 import random
 import traceback
 from collections.abc import Callable, Sequence
@@ -105,11 +104,11 @@ class Node:
         # What the last reset has returned, None as soon as the lanes have been stepped
         self._first_observations: Any = None
 
-    def describe(self) -> tuple[gym.Space, gym.Space, int]:
+    def get_spaces(self) -> tuple[gym.Space, gym.Space]:
         """
-        :return: the spaces of observations and actions, and the process's id
+        :return: the spaces of observations and actions
         """
-        return self._env.observation_space, self._env.action_space, os.getpid()
+        return self._env.observation_space, self._env.action_space
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """

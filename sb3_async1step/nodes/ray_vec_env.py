@@ -164,15 +164,15 @@ class RayVecEnv(VecEnv):
                 make = [env_fns[lane] for lane in lanes]
                 self.nodes.append(RayNode(lanes, make, vec_env_cls, place))
             self.server = start_server(ray)
-            described = self._get_in_time("made", self._describe_nodes())
+            spaces = self._get_in_time("made", self._ask_for_spaces())
             self._requests: list[Any] = []
-            super().__init__(len(env_fns), described[0][0], described[0][1])
+            super().__init__(len(env_fns), *spaces[0])
         except BaseException:
             self.close()
             raise
 
-    def _describe_nodes(self) -> list[Any]:
-        return [node.actor.describe.remote() for node in self.nodes]
+    def _ask_for_spaces(self) -> list[Any]:
+        return [node.actor.get_spaces.remote() for node in self.nodes]
 
     def _get_in_time(self, what: str, requests: list[Any]) -> list[Any]:
         """Answers of nodes that have made or reset their envs."""
@@ -218,7 +218,7 @@ class RayVecEnv(VecEnv):
         """
         if self.recover_node is None:
             # One in whose place another was started may wait for a CPU
-            self._get(self._describe_nodes(), "made")
+            self._get(self._ask_for_spaces(), "made")
             return self._get([ask() for _, ask in questions])
         requests = [ask() for _, ask in questions]
         return [self._get_from(*question, request) for question, request in zip(questions, requests, strict=True)]

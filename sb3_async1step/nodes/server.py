@@ -1,6 +1,5 @@
 """The server that holds what the nodes learn together: parameters, T and running statistics."""
 
-import os
 from collections import deque
 from dataclasses import replace
 from typing import Any
@@ -30,12 +29,6 @@ class ParameterServer:
         self._staleness: list[int] = []
         self._pull_seconds: list[float] = []
         self._n_bytes = self._n_dropped = 0
-
-    def get_process_id(self) -> int:
-        """
-        :return: the id of its process
-        """
-        return os.getpid()
 
     def load(self, state: ServerState, settings: ExchangeSettings, model: tuple[Any, bytes] | None = None) -> None:
         """
