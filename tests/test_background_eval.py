@@ -67,7 +67,7 @@ def no_evaluation_left() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine may need long for the present step of an evaluation."""
+    """A busy machine may need long for the current step of an evaluation."""
     monkeypatch.setattr(background_eval, "EVALUATION_END_TIMEOUT", DEADLINE)
 
 

@@ -402,7 +402,7 @@ def test_too_many_nodes_for_the_cluster():
         ({"lanes_per_node": 1.5}, "lanes_per_node must be a whole number of at least 1, or None, got 1.5"),
         ({"sync_interval": 0}, "sync_interval must be a whole number of at least 1, or None, got 0"),
         ({"exchange": "gossip"}, r"exchange must be one of \['deltas', 'gradients'\], got 'gossip'"),
-        ({"exchange": "gradients", "outer_momentum": 0.9}, "outer_momentum are those of deltas"),
+        ({"exchange": "gradients", "outer_momentum": 0.9}, "outer_momentum are for exchange='deltas'"),
         ({"exchange": "gradients", "outer_learning_rate": 1.0}, "leave both out"),
         ({"outer_momentum": 1.0}, r"outer_momentum must be in \[0, 1\), got 1.0"),
         ({"outer_momentum": None}, r"outer_momentum must be in \[0, 1\), got None"),

@@ -18,7 +18,7 @@ from sb3_async1step.vec_envs.exceptions import add_note, advise_on_threads
 from sb3_async1step.vec_envs.split import find_base
 from sb3_async1step.workers.thread_pool import release_import_lock
 
-#: Seconds that a training which has failed waits for the present step of an evaluation
+#: Seconds that a training which has failed waits for the current step of an evaluation
 EVALUATION_END_TIMEOUT = 1.0
 
 
@@ -34,7 +34,7 @@ class BackgroundEvalCallback(EvalCallback):
 
     There is one evaluation at a time: one that is due while another runs is skipped. At the end of the training,
     ``learn()`` waits for the evaluation that still runs. If a training by one of our algorithms fails or is
-    interrupted, it is abandoned after its present step (see :meth:`stop` for SB3's).
+    interrupted, it is abandoned after its current step (see :meth:`stop` for SB3's).
 
     The parameters are those of ``EvalCallback``. Nothing else may use the evaluation env meanwhile: if it is the
     training env, ``learn()`` raises a ``ValueError``, and that of our algorithms also if it is another callback's.
@@ -72,7 +72,7 @@ class BackgroundEvalCallback(EvalCallback):
 
     def stop(self, timeout: float = math.inf) -> None:
         """
-        Abandon the evaluation if one is running, and wait until it has made its present step. Our algorithms do so when
+        Abandon the evaluation if one is running, and wait until it has made its current step. Our algorithms do so when
         ``learn()`` raises an exception. SB3's do not tell callbacks of that, and the evaluation goes on until it is
         finished: call this before you use or close the evaluation env.
 

@@ -28,7 +28,7 @@ class SharedRMSprop(th.optim.Optimizer):
     :raises ValueError: if a hyperparameter is out of range
     """
 
-    #: Workers may apply their updates at the same time (Hogwild): half an update of another one does no harm
+    #: Workers may apply their updates at the same time (Hogwild): it does no harm if one sees another's half applied
     is_lock_free: ClassVar[bool] = True
 
     def __init__(

@@ -59,7 +59,7 @@ def check_n_workers(n_workers: int | str, env: VecEnv | None) -> None:
     """
     :param n_workers: number of workers, or "auto"
     :param env: the training env, None if it comes later
-    :raises ValueError: if the number is none, or if there are fewer lanes
+    :raises ValueError: if it is neither "auto" nor a whole number of at least 1, or if there are fewer lanes
     :raises TypeError: if the env can't be split among several workers
     """
     is_valid = n_workers == "auto" or (is_whole(n_workers) and int(n_workers) >= 1)
@@ -82,7 +82,7 @@ def count_workers(n_workers: int | str, env: VecEnv, n_multiplications: int) -> 
     :param env: the training env
     :param n_multiplications: of the network for each observation
     :return: number of workers for this env
-    :raises ValueError: if the number is none
+    :raises ValueError: if it is neither "auto" nor a whole number of at least 1
     :raises TypeError: if the env can't be split among them
     """
     # It may have been set after the construction

@@ -22,7 +22,7 @@ def make_lanes(env: GymEnv | str | None, n_envs: int | None, seed: int | None, v
     :param seed: seed of the lanes' action spaces
     :param verbose: 1 or more to print what is made
     :return: the env, or so many lanes of the one that the id names
-    :raises ValueError: if ``n_envs`` is no positive whole number, or not the number of the env's lanes
+    :raises ValueError: if ``n_envs`` is not a positive whole number, or not the number of the env's lanes
     """
     check_whole(or_none=True, n_envs=n_envs)
     if isinstance(env, str):

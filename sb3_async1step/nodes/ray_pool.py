@@ -161,7 +161,7 @@ class RayWorkerPool(Pool):
 
     def _start_node(self, number: int) -> None:
         node = self._base.nodes[number]
-        # A node that joins later begins with the parameters and the T of the start, too: when it pulls the present
+        # A node that joins later begins with the parameters and the T of the start, too: when it pulls the current
         # ones, it makes up for all updates of the target network
         recipe = replace(
             self._recipe,

@@ -25,9 +25,9 @@ from sb3_async1step.workers.lanes import join_results
 N_THREADS = 4
 #: Seconds that a node has to close its envs
 NODE_END_TIMEOUT = 5.0
-#: Seconds after which a node that a callback asks is looked after
+#: Seconds after which it is checked whether a node that a callback has asked still lives
 ANSWER_TIMEOUT = 1.0
-#: Seconds that it has to kill the processes of its lanes
+#: Seconds that a node has to kill the processes of its lanes
 KILL_TIMEOUT = 1.0
 
 
@@ -51,7 +51,7 @@ class RayNode:
         self.start()
 
     def start(self) -> None:
-        """Start a process. If the cluster has no CPU for it at present, it starts as soon as there is one."""
+        """Start a process. If the cluster has no free CPU for it, it starts as soon as there is one."""
         ray = import_ray()
         options = {"max_concurrency": N_THREADS, **self.place.options(ray)}
         self.actor = ray.remote(Node).options(**options).remote(*self._arguments, is_first=self.epoch == 0)
@@ -107,9 +107,10 @@ class RayVecEnv(VecEnv):
     :param lanes_per_node: number of lanes of each node, in the place of ``n_nodes``
     :param vec_env_cls: class of the VecEnv that holds a node's lanes: ``DummyVecEnv``, ``SubprocVecEnv``,
         :class:`~sb3_async1step.HealingVecEnv`
-    :param exchange: how nodes exchange what they have learned: ``"deltas"`` adds up by how much each has changed the
-        parameters since it pulled them last; with ``"gradients"``, nodes push gradients, and the server applies them
-        with the policy's optimizer (Nair et al. 2015, https://arxiv.org/abs/1507.04296)
+    :param exchange: how nodes exchange what they have learned: with ``"deltas"``, each node pushes by how much it has
+        changed the parameters since its last pull, and the server adds that to its own; with ``"gradients"``, nodes
+        push gradients, and the server applies them with the policy's optimizer (Nair et al. 2015,
+        https://arxiv.org/abs/1507.04296)
     :param sync_interval: steps of a node between two exchanges, rounded up to a step of all of its lanes. By default
         500, or fewer if there is a target network: the model's ``target_update_interval / tau`` divided by the number
         of nodes, but no fewer than an update of the largest node's workers takes. With gradients, each node exchanges
@@ -120,8 +121,8 @@ class RayVecEnv(VecEnv):
         dropped; None for no limit
     :param checkpoint_interval: seconds between two copies of the server's parameters that the driver keeps
     :param max_restarts: number of restarts of nodes in one ``learn()`` that do not end it
-    :param node_timeout: seconds without an exchange after which a node is taken for hanging and restarted, None for no
-        limit
+    :param node_timeout: seconds without an exchange after which a node is considered to hang and is restarted, None
+        for no limit
     :param start_timeout: seconds until all nodes have made their envs, and in which they reset them
     :raises ValueError: if a parameter is out of range, or the cluster has too few CPUs
     :raises ImportError: if Ray is not installed

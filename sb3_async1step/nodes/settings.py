@@ -48,8 +48,8 @@ class ExchangeSettings:
         check_whole(at_least=0, max_restarts=self.max_restarts)
         if self.exchange != "deltas" and (self.outer_learning_rate is not None or momentum != 0):
             raise ValueError(
-                "outer_learning_rate and outer_momentum are those of deltas. With exchange='gradients', the policy's "
-                "optimizer and the model's learning_rate apply them: leave both out."
+                "outer_learning_rate and outer_momentum are for exchange='deltas'. With exchange='gradients', the "
+                "policy's optimizer applies the gradients, with the model's learning_rate: leave both out."
             )
 
     def with_sync_interval(self, update_interval: int, n_lanes: list[int], longest: float) -> "ExchangeSettings":

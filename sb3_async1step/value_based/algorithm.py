@@ -145,8 +145,9 @@ class ValueBasedAlgorithm(AsyncAlgorithm):
     def paper_hyperparams(cls) -> dict[str, Any]:
         """
         The paper's settings (sections 4 and 5.1, and section 8 of its supplement), which are made for Atari games
-        with 16 lanes and millions of steps. The learning rate and RMSProp's epsilon are as its authors told
-        (https://github.com/muupan/async-rl/wiki), the norm of the gradients is that of later implementations::
+        with 16 lanes and millions of steps. The learning rate and RMSProp's epsilon are those that its authors gave in
+        correspondence (https://github.com/muupan/async-rl/wiki), the norm to which gradients are clipped follows later
+        implementations::
 
             AsyncOneStepQ("CnnPolicy", env, **AsyncOneStepQ.paper_hyperparams())
 

@@ -105,26 +105,24 @@ def read_settings(env: gym.Env) -> AtariSettings:
         _refuse(f"{base} is not an Atari env of ale_py")
     wrappers = read_wrappers(env)
     if WarpFrame not in wrappers:
-        _refuse("its observations are small grey images: wrap the env in AtariWrapper")
+        _refuse("its observations have to be small grey images: wrap it in AtariWrapper")
     warp = wrappers[WarpFrame]
     if warp.width < 1:
-        _refuse(f"its observations have at least one pixel, not {warp.width}x{warp.height}")
+        _refuse(f"its observations need at least one pixel, and have {warp.width}x{warp.height}")
     if warp.width != warp.height:
-        _refuse(f"its observations are square, not {warp.width}x{warp.height}")
+        _refuse(f"its observations have to be square, and have {warp.width}x{warp.height} pixels")
     options = read_options(base)
     for name, allowed in NEEDED_OPTIONS.items():
         if options[name] not in allowed:
-            _refuse(f"it has no {name}={options[name]!r}")
+            _refuse(f"it was made with {name}={options[name]!r}, which is not supported")
     if options["frameskip"] != 1:
-        _refuse(
-            f"frames are skipped by the env (frameskip={options['frameskip']}): take the id ending in NoFrameskip-v4"
-        )
+        _refuse(f"it skips frames itself (frameskip={options['frameskip']}): use the id that ends in NoFrameskip-v4")
     monitor = wrappers.get(Monitor)
     if monitor is not None:
         check_monitor(monitor)
     sticky = getattr(wrappers.get(StickyActionEnv), "action_repeat_probability", 0.0)
     if sticky and options["repeat_action_probability"]:
-        _refuse("actions are repeated at random by the env and by a wrapper, too")
+        _refuse("both the env itself and a wrapper repeat actions at random")
     return AtariSettings(
         game=options["game"],
         frame_skip=read_frame_skip(wrappers[MaxAndSkipEnv]) if MaxAndSkipEnv in wrappers else 1,
@@ -145,19 +143,19 @@ def read_settings(env: gym.Env) -> AtariSettings:
 def read_wrappers(env: gym.Env) -> dict[type, Any]:
     """
     :param env: an Atari env with its wrappers
-    :return: those that do anything, by their classes
-    :raises ValueError: if one of them is not reproduced, or they are in another order than those of ``make_atari_env``
+    :return: those that change something, by their classes
+    :raises ValueError: if the engine cannot reproduce one of them, or if their order is not that of ``make_atari_env``
     """
     wrappers = [wrapper for wrapper in list_wrappers(env) if type(wrapper) not in TRANSPARENT]
     kinds: list[Any] = [type(wrapper) for wrapper in wrappers]
     unknown = [kind.__name__ for kind in kinds if kind not in REPRODUCED]
     if unknown:
-        _refuse(f"it does not know the wrapper {unknown[0]}")
+        _refuse(f"its wrapper {unknown[0]} is not supported")
     places = [REPRODUCED.index(kind) for kind in kinds]
     if places != sorted(set(places)):
         _refuse(
-            f"its wrappers, from the outermost to the innermost, are {', '.join(kind.__name__ for kind in kinds)}, and "
-            f"not in the order of make_atari_env ({', '.join(kind.__name__ for kind in REPRODUCED)})"
+            f"its wrappers, from the outermost to the innermost, are {', '.join(kind.__name__ for kind in kinds)}, "
+            f"which is not the order of make_atari_env ({', '.join(kind.__name__ for kind in REPRODUCED)})"
         )
     return dict(zip(kinds, wrappers, strict=True))
 
@@ -165,12 +163,13 @@ def read_wrappers(env: gym.Env) -> dict[type, Any]:
 def check_monitor(monitor: Monitor) -> None:
     """
     :param monitor: the wrapper
-    :raises ValueError: if it writes what the engine does not know
+    :raises ValueError: if it logs what the engine does not report, or restricts resets
     """
     unknown = sorted(set(monitor.info_keywords) - INFO_KEYWORDS)
     if unknown:
         _refuse(
-            f"Monitor's info_keywords are {', '.join(unknown)}, and the infos have {', '.join(sorted(INFO_KEYWORDS))}"
+            f"Monitor's info_keywords contain {', '.join(unknown)}, and the engine's infos have only "
+            f"{', '.join(sorted(INFO_KEYWORDS))}"
         )
     if monitor.reset_keywords or not monitor.allow_early_resets:
         _refuse("Monitor has reset_keywords, or does not allow early resets")
