@@ -15,7 +15,7 @@ from sb3_async1step.workers.transitions import Transitions
 
 class ThreadWorkerPool(WorkerPool):
     """
-    One thread for each worker. Workers do not wait for each other.
+    One thread for each worker. Workers do not wait for each other, unless they learn in turns (``lock_updates``).
 
     A worker waits only while the calling thread processes a batch, or if that thread is more than one batch behind.
 
