@@ -134,7 +134,7 @@ def copy_agent(folder: Path, algo: str, name: str, agents: Path) -> None:
     (target / name / "command.txt").unlink(missing_ok=True)
     settings = target / name / "args.yml"
     options = yaml.unsafe_load(settings.read_text())
-    settings.write_text(yaml.dump({**options, "log_folder": "logs"}))
+    settings.write_text(yaml.dump({**options, "log_folder": "logs", "trained_agent": ""}))
     save_agent(ALGOS[algo].load(part / f"{name}.zip", device="cpu"), target / f"{name}.zip")
     statistics = target / name / "vecnormalize.pkl"
     if statistics.exists():
