@@ -337,7 +337,10 @@ def test_images():
         (lambda: AtariWrapper(gym.make("PongNoFrameskip-v4", mode=1)), "made with mode=1"),
         (lambda: AtariWrapper(gym.make("PongNoFrameskip-v4", obs_type="grayscale")), "made with obs_type='grayscale'"),
         (lambda: AtariWrapper(gym.make("PongNoFrameskip-v4", render_mode="human")), "made with render_mode='human'"),
-        (lambda: gym.wrappers.TimeLimit(AtariWrapper(gym.make("PongNoFrameskip-v4")), 9), "wrapper .*TimeLimit is not supported"),
+        (
+            lambda: gym.wrappers.TimeLimit(AtariWrapper(gym.make("PongNoFrameskip-v4")), 9),
+            "wrapper .*TimeLimit is not supported",
+        ),
         (
             lambda: AtariWrapper(
                 gym.make("PongNoFrameskip-v4", repeat_action_probability=0.1), action_repeat_probability=0.1
