@@ -118,21 +118,22 @@ class Killer(BaseCallback):
         return True
 
     def _kill_node(self) -> None:
-        kill_actor(self._env.nodes[0].actor)
+        os.kill(get_process_id(self._env.nodes[0].actor), signal.SIGKILL)
 
     def _kill_server(self) -> None:
-        kill_actor(self._env.server)
+        os.kill(get_process_id(self._env.server), signal.SIGKILL)
 
     def _kill_machine(self) -> None:
         self._cluster.remove_node(next(iter(self._cluster.worker_nodes)), allow_graceful=False)
         self._cluster.add_node(num_cpus=1)
 
 
-def kill_actor(actor: Any) -> None:
+def get_process_id(actor: Any) -> int:
     """
-    :param actor: of Ray, whose process is killed
+    :param actor: of Ray
+    :return: id of its process
     """
-    os.kill(ray.get(actor.__ray_call__.remote(lambda self: os.getpid())), signal.SIGKILL)
+    return ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
 
 
 def train(seed: int, n_steps: int) -> KilledTraining:

@@ -27,6 +27,8 @@ from tests.helpers import DEADLINE, are_equal, wait_until, weights_of
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'sb3-async1step[ray]'")
 
+from benchmarks.node_kills import get_process_id  # noqa: E402 (imports ray)
+
 
 @pytest.fixture(scope="module")
 def cluster():
@@ -81,12 +83,8 @@ class Record(BaseCallback):
         return self.stop_at is None or self.num_timesteps < self.stop_at
 
 
-def process_id(actor):
-    return ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
-
-
 def process_ids(env):
-    return [process_id(node.actor) for node in env.nodes]
+    return [get_process_id(node.actor) for node in env.nodes]
 
 
 def kill(pid):
@@ -166,7 +164,7 @@ def test_callbacks_stop_it_and_ask_for_what_there_is(env):
 
 def test_killed_nodes_and_servers_are_replaced(env):
     def kill_both(model):
-        kill(process_id(model._pool._server))
+        kill(get_process_id(model._pool._server))
         kill(process_ids(env)[1])
         # By the process that takes its place
         assert len(model.get_env().get_attr("spec")) == 4
@@ -202,7 +200,7 @@ def test_the_server_applies_gradients(env, algorithm):
     assert type(model.policy.optimizer) is th.optim.Adam
 
     def kill_server(model):
-        kill(process_id(model._pool._server))
+        kill(get_process_id(model._pool._server))
 
     callback = Record(at=1_000, action=kill_server)
     model.learn(3_000, callback, reset_num_timesteps=False)

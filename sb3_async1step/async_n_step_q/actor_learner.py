@@ -40,14 +40,19 @@ class NStepQActorLearner(ValueBasedActorLearner[NStepQSettings, Rollout]):
 
     settings: NStepQSettings
 
+    def pull_for_gradient(self) -> None:
+        # Minibatches after the first are of the newest parameters, so the first is, too
+        if self.settings.batch_size is None:
+            super().pull_for_gradient()
+        else:
+            self.local.pull()
+
     def make_minibatches(self, rollout: Rollout) -> Iterable[Rollout]:
         batch_size = self.settings.batch_size
         n_minibatches = 1 if batch_size is None else max(1, round(rollout.n_transitions / batch_size))
         if n_minibatches == 1:
             yield rollout
             return
-        # Other workers may have updated the parameters since the segment began
-        self.local.pull()
         # Transitions of one lane resemble each other: each minibatch has some of all lanes
         order = self.random_generator.permutation(rollout.n_transitions)
         # Returns are of the whole segment
