@@ -244,7 +244,7 @@ def test_a_continued_training_has_a_log_of_its_own(tmp_path):
     assert {path: path.stat().st_size for path in before} == before
 
 
-def test_checkpoints_have_their_statistics(tmp_path):
+def test_checkpoints_have_their_statistics(tmp_path, recwarn):
     """As if the training had been killed after the first one: the Zoo alone saves statistics at the end."""
     train = "train --algo a3c --env CartPole-v1 --eval-freq -1 -params n_envs:4 normalize:True"
     run(f"{train} -n 400 --save-freq 200", cwd=tmp_path)
@@ -256,10 +256,13 @@ def test_checkpoints_have_their_statistics(tmp_path):
     continued = load_statistics(tmp_path / "logs" / "a3c" / "CartPole-v1_2" / "CartPole-v1" / "vecnormalize.pkl")
     # The env is reset, and steps once
     assert continued.obs_rms.count == pytest.approx(204 + 8, abs=1)
+    assert not [warning for warning in recwarn if "no statistics" in str(warning.message)]
     (folder / "CartPole-v1" / "vecnormalize.pkl").unlink()
     enjoy = "enjoy --algo a3c --env CartPole-v1 --exp-id 1 -f logs --no-render -n 20"
     assert "Loading running average" in run(f"{enjoy} --load-checkpoint 200", cwd=tmp_path)
     assert "vecnormalize.pkl not found" in run(enjoy, cwd=tmp_path, code=1)
+    with pytest.warns(UserWarning, match="There are no statistics of VecNormalize beside .*/CartPole-v1.zip"):
+        run(f"{train} -n 4 -i {folder}/CartPole-v1.zip", cwd=tmp_path)
 
 
 def test_a_normalized_agent_goes_on_in_an_entry_without_normalization(tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import io
 import re
+import warnings
 from contextlib import redirect_stdout
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +23,11 @@ from sb3_async1step.zoo.hyperparams_search import keep_policy_kwargs, make_sampl
 
 #: Each would need the CPUs of the whole cluster
 ONE_TRIAL_AT_A_TIME = "With --vec-env ray, trials run one after another: leave --n-jobs out."
+
+NO_STATISTICS = (
+    "There are no statistics of VecNormalize beside {agent}, so the training goes on with new ones. Checkpoints "
+    "(--save-freq) come with theirs."
+)
 
 
 def find_folder(name: str) -> Path:
@@ -60,6 +66,14 @@ def find_statistics(checkpoint: Path) -> Path | None:
         return None
     path = checkpoint.with_name(f"{name[1]}_vecnormalize_{name[2]}.pkl")
     return path if path.exists() else None
+
+
+def is_new(env: VecNormalize) -> bool:
+    """
+    :param env: a normalized VecEnv
+    :return: whether its statistics have seen no step
+    """
+    return env.ret_rms.count < 1.0
 
 
 class ContinuedTraining:
@@ -144,6 +158,8 @@ class AsyncExperimentManager(ExperimentManager):
         statistics = find_statistics(Path(self.trained_agent)) if self.continue_training else None
         if statistics is None:
             env = super()._maybe_normalize(env, eval_env)
+            if self.continue_training and isinstance(env, VecNormalize) and is_new(env) and not eval_env:
+                warnings.warn(NO_STATISTICS.format(agent=self.trained_agent), stacklevel=2)
         else:
             print("Loading saved VecNormalize stats")
             env = VecNormalize.load(str(statistics), env)
